@@ -1,0 +1,196 @@
+"""What is saved: folders that are complete, load by themselves, and are either whole or not there."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from .errors import UserError
+
+RECORD = "training.json"
+MAX_SHARD_SIZE = "2GB"
+
+
+def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:
+    """Writes an adapter (peft) or a full model, with tokenizer, code and chat settings, into `folder`.
+
+    An adapter folder holds the chat settings too: after merging, or beside its base, the model knows how to stop.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.use_cache = True  # switched off in training; a saved model generates
+    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = record or getattr(model, "training_record", None)
+    if record:
+        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_final(model, tokenizer, folder: Path, **settings) -> None:
+    """The result of a run: written beside its place, opened again and compared, then moved into `folder` file by file.
+
+    The file without which nothing loads (the config) comes last, so a run that is killed here leaves no half model.
+    """
+    staging = folder / ".unfinished"
+    shutil.rmtree(staging, ignore_errors=True)
+    save_model(model, tokenizer, staging, **settings)
+    verify(staging, model)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
+        move_into_place(path, folder / path.name)
+    staging.rmdir()
+
+
+def move_into_place(written: Path, place: Path) -> None:
+    """Renames a file or folder over what may stand there."""
+    if place.is_dir():
+        shutil.rmtree(place)
+    os.replace(written, place)
+
+
+def verify(folder: Path, model) -> None:
+    """Opens a saved folder as its user will, and compares every tensor with the model's, bit by bit.
+
+    Raises RuntimeError naming the first difference: a run must not end in a folder that does not load.
+    """
+    from transformers import AutoTokenizer
+
+    expected = saved_tensors(model)
+    for name, tensor in read_tensors(folder):
+        wanted = expected.pop(name, None)
+        if wanted is None or wanted.shape != tensor.shape or not torch.equal(wanted.to(tensor.dtype).cpu(), tensor):
+            raise RuntimeError(f"{folder}: {name} was not written as it stands in memory; the disk or its quota may be at fault")
+    if expected:
+        raise RuntimeError(f"{folder}: {len(expected)} tensors are missing, the first is {next(iter(expected))}")
+    AutoTokenizer.from_pretrained(folder)
+
+
+def saved_tensors(model) -> dict[str, torch.Tensor]:
+    """The tensors that save_pretrained writes, under the names that it writes."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model)
+    return model.state_dict()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: the index's shards, or the one file; safetensors before .bin."""
+    for name in ("adapter_model.safetensors", "model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [folder / shard for shard in sorted(shards)]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise UserError(f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards) - give a complete folder")
+
+
+def read_tensors(folder: Path):
+    """Yields (name, tensor), one at a time; .bin files are read with weights_only."""
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    yield name, file.get_tensor(name)
+        else:
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+
+
+# ---- which base an adapter belongs to
+
+
+def fingerprint(folder: Path) -> dict:
+    """What tells a base model from another: its sizes, and a hash of the first values of every tensor.
+
+    Sharding and file format do not matter, nor does a type that holds the same values.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256()
+    for line in sorted(beginnings(folder)):
+        digest.update(line.encode())
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    return {key: config.get(key) for key in keys} | {"sha256": digest.hexdigest()}
+
+
+def beginnings(folder: Path, values: int = 8):
+    """A line for each tensor: name, shape, first values. Reads a few bytes of each, not the file."""
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    shape = part.get_shape()
+                    yield beginning(name, shape, part[:1] if shape else file.get_tensor(name), values)
+        else:
+            for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
+                yield beginning(name, list(tensor.shape), tensor[:1] if tensor.ndim else tensor, values)
+
+
+def beginning(name: str, shape: list[int], tensor: torch.Tensor, values: int) -> str:
+    return f"{name} {shape} {tensor.flatten()[:values].double().tolist()}\n"
+
+
+def describe(print_: dict) -> str:
+    """A fingerprint in words."""
+    sizes = f"hidden size {print_['hidden_size']}, {print_['num_hidden_layers']} layers, vocabulary {print_['vocab_size']}"
+    return f"{print_['model_type']}, {sizes}, fingerprint {print_['sha256'][:12]}"
+
+
+def read_record(folder: Path) -> dict:
+    """What a run wrote about itself, or {} for a folder from elsewhere."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def check_base(adapter: Path, base: Path) -> None:
+    """Refuses an adapter on another base than the one it was trained on."""
+    made_for = read_record(adapter).get("base", {}).get("fingerprint")
+    if made_for is None:
+        return  # an adapter of other hands says nothing; shapes are checked when it is loaded
+    found = fingerprint(base)
+    if found != made_for:
+        raise UserError(
+            f"{adapter}: the adapter was made for another base ({describe(made_for)}); {base} is {describe(found)} - "
+            "give the base that it was trained on with --base"
+        )
+
+
+# ---- checkpoints of a run
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        path
+        for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
+    """Removes the oldest checkpoints above `limit`; never the best or the newest."""
+    if not limit or limit < 1:
+        return
+    every = checkpoints(output_dir)
+    removable = [path for path in every[:-1] if best is None or path.resolve() != Path(best).resolve()]
+    for path in removable[: max(0, len(every) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def resume_point(output_dir: Path, wish: str | None) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means: None, the newest complete one ("auto", "True"), or a path."""
+    if wish is None or str(wish).lower() in ("", "false", "none"):
+        return None
+    if str(wish).lower() in ("auto", "true"):
+        every = checkpoints(output_dir)
+        return every[-1] if every else None
+    path = Path(wish)
+    if not (path / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto")
+    return path

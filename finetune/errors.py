@@ -1,0 +1,56 @@
+"""What a user gave that cannot work: one line per finding, all findings of a run together, exit code 2, no traceback."""
+
+import os
+import sys
+
+
+class UserError(ValueError):
+    """One or more findings, each a line "what - where - what to do"."""
+
+    def __init__(self, *findings: str):
+        super().__init__("\n".join(findings))
+        self.findings = list(findings)
+
+
+class Findings:
+    """Collects the UserErrors of several checks, so that a user sees all of them at once.
+
+    >>> findings = Findings()
+    >>> with findings: check_flags()
+    >>> with findings: check_data()
+    >>> findings.raise_if_any()
+    """
+
+    def __init__(self):
+        self.findings: list[str] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if isinstance(error, UserError):
+            self.findings += error.findings
+            return True
+        return False
+
+    def raise_if_any(self) -> None:
+        """Raises one UserError with every finding collected so far."""
+        if self.findings:
+            raise UserError(*self.findings)
+
+
+def on_first_rank() -> bool:
+    """True on the one process that speaks to the user (torchrun sets RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(line: str) -> None:
+    """Something worth knowing."""
+    if on_first_rank():
+        print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Something that the user probably wants to change."""
+    if on_first_rank():
+        print(f"warning: {line}", file=sys.stderr, flush=True)

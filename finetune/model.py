@@ -1,0 +1,99 @@
+"""The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qwen_model
+
+from . import checkpoint
+from .errors import UserError
+
+
+def find_folder(name: str, cache_dir: str | None = None) -> Path:
+    """The model's folder: a path as it is, or a Hugging Face id, downloaded (weights, config and tokenizer; no code)."""
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(
+            f"--model_name_or_path {name}: no such folder, and it could not be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}) - give the folder of a checkpoint with -m"
+        ) from error
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer; first-generation Qwen's comes from this toolkit, never from code in the folder."""
+    qwen_model.register()
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def compute_dtype(training) -> torch.dtype:
+    """What the passes are computed in: --bf16, --fp16, or float32."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def load_model(folder: Path, tokenizer, lora, training):
+    """The model, ready to train.
+
+    Trainable weights are float32, with bf16 or fp16 too: an update smaller than half precision's spacing must not be
+    lost. What LoRA freezes is held in the precision of the passes.
+    """
+    qwen_model.register()
+    dtype = compute_dtype(training) if lora.use_lora else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    set_chat_settings(model, tokenizer)
+    if lora.use_lora:
+        model = add_lora(model, lora)
+    return model
+
+
+def add_lora(model, lora):
+    """Adapters on the target modules; or those of --lora_weight_path, trained on."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if lora.lora_weight_path:
+        return PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=list(lora.lora_target_modules),
+        bias=lora.lora_bias,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def set_chat_settings(model, tokenizer) -> None:
+    """A model tuned on ChatML conversations speaks ChatML: it says so, and where it stops, in its generation_config."""
+    settings = model.generation_config
+    if model.config.model_type != "qwen" or getattr(settings, "chat_format", "raw") == "chatml":
+        return
+    settings.chat_format = "chatml"
+    settings.eos_token_id = [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]
+    settings.pad_token_id = tokenizer.eod_id
+    if getattr(settings, "max_window_size", None) is None:
+        settings.max_window_size = min(6144, model.config.seq_length)
+
+
+def record(name: str, folder: Path, model, args, samples) -> dict:
+    """What a saved folder says of its making: base, method, data, versions."""
+    import importlib.metadata as metadata
+
+    lora = {key: value for key, value in vars(args.lora).items() if key.startswith("lora_") and value is not None}
+    packages = ("torch", "transformers", "peft", "accelerate", "tiktoken")
+    return {
+        "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
+        "method": {"use_lora": args.lora.use_lora, **(lora if args.lora.use_lora else {})},
+        "data": {"path": args.data.data_path, "fingerprint": samples.fingerprint, "supervise": args.data.supervise},
+        "precision": str(compute_dtype(args.training)).removeprefix("torch."),
+        "seed": args.training.seed,
+        "versions": {package: metadata.version(package) for package in packages},
+    }

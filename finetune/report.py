@@ -1,0 +1,128 @@
+"""What a person sees: a summary before training, a progress bar while it runs, a loss curve and a log after it."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from .errors import on_first_rank
+
+LOG = "training_log.jsonl"
+CURVE = "loss.png"
+
+
+def summary(args, samples, eval_samples, plan, model, steps: int, precision: str) -> str:
+    """Method, data, steps and trainable parameters, before the first step."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count, every = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    lora = args.lora
+    method = f"LoRA r={lora.lora_r} alpha={lora.lora_alpha} on {', '.join(lora.lora_target_modules)}" if lora.use_lora else "full-parameter"
+    attention = getattr(model.config, "_attn_implementation", "?")
+    rows = [
+        ("model", f"{args.model.model_name_or_path} ({model.config.model_type}, {every:,} parameters)"),
+        ("method", f"{method}, {precision}, attention {attention}"),
+        ("trains", f"{count:,} parameters ({100 * count / every:.2f} %): {kinds(trained)}"),
+        ("data", samples.describe()),
+        *([("evaluation", eval_samples.describe())] if eval_samples is not None else []),
+        ("steps", f"{steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.samples_per_step} samples each)"),
+        ("output", args.training.output_dir),
+    ]
+    return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+
+
+def kinds(trained) -> str:
+    """The trained parameters by kind, layer numbers and adapter names left out: "h.*.attn.c_attn lora_A, lora_B; ..."."""
+    found: dict[str, None] = {}
+    for name in trained:
+        parts = [part for part in name.split(".") if part not in ("base_model", "model", "transformer", "default", "weight")]
+        found[".".join("*" if part.isdigit() else part for part in parts)] = None
+    names = list(found)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more kinds" if len(names) > 6 else "")
+
+
+class Report(TrainerCallback):
+    """The progress bar, the log as JSON lines, and the loss curve. On the first rank only.
+
+    A resumed run goes on with the log that is there: the steps after the checkpoint are dropped, they come again.
+    """
+
+    def __init__(self, output_dir: str):
+        self.folder, self.bar, self.figures = Path(output_dir), None, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not on_first_rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, lines = self.folder / LOG, []
+        if state.global_step and path.is_file():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= state.global_step]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", desc="training", dynamic_ncols=True, mininterval=0.5
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or not logs:
+            return
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" in logs:
+            self.figures.update(figures(logs))
+            self.bar.set_postfix(self.figures, refresh=False)
+        elif "eval_loss" in logs:
+            self.bar.write(f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+            draw(self.folder)
+
+
+def figures(logs: dict) -> dict[str, str]:
+    """A line of the log as it stands behind the bar."""
+    shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}"}
+    if "tokens_per_second" in logs:
+        shown["tok/s"] = f"{logs['tokens_per_second']:,.0f}"
+        shown["supervised/s"] = f"{logs['supervised_tokens_per_second']:,.0f}"
+    return shown | {"mem": f"{logs['memory_gb']:.1f}GB"}
+
+
+def draw(folder: Path) -> None:
+    """The loss curve (training, and evaluation if there was one) over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if not train:
+        return
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(*zip(*train), color="#7aa6c2", linewidth=1, label="training")
+    if len(train) >= 20:
+        axes.plot(*zip(*smoothed(train)), color="#1f4e6b", linewidth=2, label="training, smoothed")
+    if evaluation:
+        axes.plot(*zip(*evaluation), color="#d1603d", marker="o", label="evaluation")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", title=folder.resolve().name)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / CURVE, dpi=130)
+    plt.close(figure)
+
+
+def smoothed(points, weight: float = 0.9):
+    """Exponential moving average, corrected for its start (Kingma and Ba, 2015)."""
+    average, result = 0.0, []
+    for number, (step, value) in enumerate(points, start=1):
+        average = weight * average + (1 - weight) * value
+        result.append((step, average / (1 - weight**number)))
+    return result

@@ -1,0 +1,66 @@
+"""Attention over packed samples: several conversations in one row, none of which sees another.
+
+Three ways, one call (`packed_attention`), equal results:
+
+- flash-attn 2, where it is installed and asked for: transformers' own function reads the same `cu_seq_lens`;
+- torch's variable-length attention, on CUDA in half precision;
+- a loop over the samples with scaled_dot_product_attention, everywhere else. No T x T mask is made in any of them.
+
+Shapes: N heads, T tokens of the row, D head size.
+"""
+
+import importlib.util
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def choose_attention(use_flash_attn: bool | str = "auto") -> tuple[str, str]:
+    """The attention implementation for this machine and why: (transformers' name, reason for people)."""
+    if use_flash_attn is False:
+        return "sdpa", "use_flash_attn is false in config.json"
+    if not torch.cuda.is_available():
+        return "sdpa", "no CUDA device"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return "sdpa", "flash-attn 2 needs an Ampere GPU (sm_80) or newer"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "flash-attn is not installed"
+    return "flash_attention_2", "flash-attn is installed"
+
+
+def has_varlen(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length attention takes this query: CUDA, half precision, torch 2.10 or newer."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    )
+
+
+def packed_attention(query, key, value, cu_seq_lens, max_length: int, scaling: float, dropout: float = 0.0):
+    """Causal attention within each sample of one packed row.
+
+    query, key, value (1, N, T, D); cu_seq_lens int32 (samples + 1,): where each sample begins, and the end of the last;
+    max_length: tokens of the longest. Returns (1, T, N, D).
+    """
+    # torch's variable-length kernel has no dropout; the loop below has
+    if dropout == 0.0 and has_varlen(query):
+        return varlen_attention(query, key, value, cu_seq_lens, max_length, scaling)
+    bounds = cu_seq_lens.tolist()
+    pieces = [
+        scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
+            dropout_p=dropout, is_causal=True, scale=scaling,
+        )
+        for start, end in zip(bounds, bounds[1:])
+    ]  # fmt: skip
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def varlen_attention(query, key, value, cu_seq_lens, max_length: int, scaling: float):
+    """The same through torch's variable-length kernel. A window of (-1, 0) is "all before, none behind": causal."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, N, D)
+    out = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=(-1, 0))
+    return out.unsqueeze(0)

@@ -1,0 +1,383 @@
+"""First-generation Qwen (model_type "qwen") on transformers' own interfaces.
+
+Pre-norm blocks: x = x + attn(ln_1(x)); x = x + mlp(ln_2(x)); then ln_f and an untied head. Rotary positions over the whole
+head, a bias on query, key and value only, and an MLP c_proj(w1(x) * silu(w2(x))): w2 is the gated one, w1 is not.
+
+Beyond the trained length, outside training, two things happen (both per row, or per sample of a packed row):
+dynamic NTK stretches the rotary base at a prefill, and LogN scales the queries.
+
+Shapes, one letter each: B batch, T tokens, H hidden size, N heads, D head size, F MLP width, V vocabulary, R supervised rows.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout, silu
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .attention import choose_attention, packed_attention
+from .configuration_qwen import QWenConfig
+from .generation_qwen import QWenChatMixin
+from .head_loss import LMHead, summed_loss
+from .kv_cache import Int8Cache
+
+logger = logging.get_logger(__name__)
+
+
+class QWenRMSNorm(nn.Module):
+    """x / rms(x) in float32, back to x's type, times the weight (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def ntk_alpha(length, seq_length: int):
+    """Dynamic NTK's alpha for a prefill of `length` tokens (a number or a tensor): max(1, 2^ceil(log2(L / S) + 1) - 1)."""
+    length = torch.as_tensor(length, dtype=torch.float32)
+    return (2 ** torch.ceil(torch.log2(length / seq_length) + 1) - 1).clamp_min(1.0)
+
+
+class QWenRotaryEmbedding(nn.Module):
+    """Rotary embedding over the whole head ("rotate half"), in float32, with a base that NTK may stretch per token."""
+
+    def __init__(self, config: QWenConfig):
+        super().__init__()
+        self.base, self.dim = config.rotary_emb_base, config.head_dim
+
+    def forward(self, position_ids_BT, alpha_BT):
+        """cos, sin (B, 1, T, D) of the positions, float32; alpha None, or (B, T) or (B, 1), stretches the base."""
+        exponent = torch.arange(0, self.dim, 2, device=position_ids_BT.device, dtype=torch.float32) / self.dim
+        base = torch.tensor(float(self.base), device=position_ids_BT.device)
+        if alpha_BT is not None:
+            base = (base * alpha_BT.to(base.device) ** (self.dim / (self.dim - 2)))[..., None]
+        angles = position_ids_BT[..., None].float() * base**-exponent
+        angles = torch.cat((angles, angles), -1)[:, None]
+        return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTD, cos, sin):
+    """Rotates queries or keys. In float32 and back, so that half precision loses nothing over long positions."""
+    x = x_BNTD.float()
+    left, right = x.chunk(2, -1)
+    return (x * cos + torch.cat((-right, left), -1) * sin).to(x_BNTD.dtype)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention spelt out, the one way that returns its weights: -> (B, T, N, D), (B, N, T, keys)."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
+    dropped = nn.functional.dropout(weights, dropout, training=module.training)
+    return (dropped @ value).transpose(1, 2), weights
+
+
+class QWenAttention(nn.Module):
+    """Multi-head attention; c_attn holds query, key and value stacked in that order."""
+
+    is_causal = True
+    num_key_value_groups = 1  # for transformers' attention functions: no grouped queries
+
+    def __init__(self, config: QWenConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        self.attn_dropout_prob = config.attn_dropout_prob
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, x_BTH, rotary, logn, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+        """rotary: (cos, sin); logn None or (B, 1, T, 1); the packed samples' bounds, if any, are in kwargs."""
+        # (B, T, 3H) -> three of (B, N, T, D)
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x_BTH).chunk(3, -1)
+        )
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if logn is not None:
+            query = (query * logn).to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        name = self.config._attn_implementation
+        dropout_p = self.attn_dropout_prob if self.training else 0.0
+        bounds = kwargs.get("cu_seq_lens_q")
+        if bounds is not None and name != "flash_attention_2":
+            out, weights = packed_attention(query, key, value, bounds, kwargs["max_length_q"], self.scaling, dropout_p), None
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+            out, weights = attend(
+                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout_p, **kwargs
+            )  # fmt: skip
+        return self.c_proj(out.reshape(x_BTH.shape)), weights
+
+
+class QWenMLP(nn.Module):
+    """c_proj(w1(x) * silu(w2(x))), width intermediate_size / 2."""
+
+    def __init__(self, config: QWenConfig):
+        super().__init__()
+        width, bias = config.intermediate_size // 2, not config.no_bias
+        self.w1 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
+
+    def forward(self, x_BTH):
+        return self.c_proj(self.w1(x_BTH) * silu(self.w2(x_BTH)))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    """One pre-norm block."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, x_BTH, rotary=None, logn=None, attention_mask=None, past_key_values=None, **kwargs):
+        """-> (x (B, T, H), attention weights or None)"""
+        attended, weights = self.attn(self.ln_1(x_BTH), rotary, logn, attention_mask, past_key_values, **kwargs)
+        x_BTH = x_BTH + attended
+        return x_BTH + self.mlp(self.ln_2(x_BTH)), weights
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the architecture."""
+
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QWenBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """What the user asks for; else flash-attn 2 where it is installed and config.use_flash_attn lets it, else sdpa."""
+        if requested_attention is None:
+            requested_attention, reason = choose_attention(self.config.use_flash_attn)
+            if self.config.use_cache_quantization and requested_attention == "flash_attention_2":
+                requested_attention, reason = "sdpa", "the int8 KV cache does not go together with flash-attn: the cache wins"
+            logger.info(f"attention: {requested_attention} ({reason})")
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+
+class QWenModel(QWenPreTrainedModel):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList(QWenBlock(config, i) for i in range(config.num_hidden_layers))
+        self.ln_f = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.rotary = QWenRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, embeddings):
+        self.wte = embeddings
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values: Cache | None = None,
+        inputs_embeds=None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ):
+        """input_ids (B, T) or inputs_embeds (B, T, H) -> hidden states (B, T, H).
+
+        attention_mask (B, keys): 1 for tokens, 0 for padding, on either side. position_ids default to counting from the row's
+        first token, padding included, as the published model does. A packed row (B = 1) brings cu_seq_lens_q and max_length_q
+        (transformers' names): samples lie one after another and do not see each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if kwargs.get("cu_seq_lens_q") is not None or (self.gradient_checkpointing and self.training):
+            past_key_values = None
+        elif use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        x_BTH = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BTH = dropout(x_BTH, self.config.emb_dropout_prob, self.training)
+
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = self.positions(x_BTH, past, kwargs.get("cu_seq_lens_q"))
+        alpha = self.alpha(x_BTH, attention_mask, past, past_key_values, kwargs)
+        rotary = self.rotary(position_ids, alpha)
+        logn = self.logn(position_ids, past + kwargs.get("max_length_q", x_BTH.shape[1]))
+        mask = None
+        if kwargs.get("cu_seq_lens_q") is None:
+            mask = create_causal_mask(self.config, x_BTH, attention_mask, past_key_values=past_key_values)
+
+        hidden_states, attentions = (x_BTH,), ()
+        for block in self.h:
+            x_BTH, weights = block(x_BTH, rotary, logn, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+            if output_hidden_states:
+                hidden_states += (x_BTH,)
+            if output_attentions:
+                attentions += (weights,)
+        x_BTH = self.ln_f(x_BTH)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BTH,
+            past_key_values=past_key_values,
+            # as in all of transformers: the last entry is the normed output
+            hidden_states=hidden_states[:-1] + (x_BTH,) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+    def new_cache(self) -> Cache:
+        """The cache that the config asks for: int8 or transformers' usual one."""
+        return Int8Cache() if self.config.use_cache_quantization else DynamicCache(config=self.config)
+
+    @staticmethod
+    def positions(x_BTH, past: int, cu_seq_lens):
+        """(1, T): counting on from the cache, or from 0 in each sample of a packed row."""
+        positions = torch.arange(past, past + x_BTH.shape[1], device=x_BTH.device)
+        if cu_seq_lens is not None:
+            starts, lengths = cu_seq_lens[:-1], cu_seq_lens.diff()
+            positions = positions - starts.repeat_interleave(lengths, output_size=x_BTH.shape[1])
+        return positions[None]
+
+    def alpha(self, x_BTH, attention_mask, past: int, past_key_values, kwargs):
+        """Dynamic NTK's alpha: None where the base stays, else (B, 1), or (1, T) for a packed row.
+
+        It is fixed at the prefill and kept in the cache: keys that were rotated with one base cannot meet queries of another.
+        """
+        if self.training or not self.config.use_dynamic_ntk:
+            return None
+        if past > 0:
+            return getattr(past_key_values, "ntk_alpha", None)
+        seq_length, alpha = self.config.seq_length, None
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        if cu_seq_lens is not None:
+            if kwargs["max_length_q"] > seq_length:
+                lengths = cu_seq_lens.diff()
+                alpha = ntk_alpha(lengths, seq_length).repeat_interleave(lengths, output_size=x_BTH.shape[1])[None]
+        elif x_BTH.shape[1] > seq_length:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                alpha = ntk_alpha(attention_mask.sum(-1, keepdim=True), seq_length)
+            else:
+                alpha = ntk_alpha(x_BTH.shape[1], seq_length).reshape(1, 1).to(x_BTH.device)
+        if past_key_values is not None:
+            past_key_values.ntk_alpha = alpha
+        return alpha
+
+    def logn(self, position_ids_BT, key_length: int):
+        """LogN's factor on the queries, (B, 1, T, 1): log(p) / log(S) for position p (from 1) past the trained length S."""
+        if self.training or not self.config.use_logn_attn or key_length <= self.config.seq_length:
+            return None
+        factor = (position_ids_BT + 1).float().log() / math.log(self.config.seq_length)
+        return factor.clamp_min(1.0)[:, None, :, None]
+
+
+class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
+    """The model with its head: logits, loss, `generate`, and the chat methods of QWenChatMixin."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: QWenConfig):
+        super().__init__(config)
+        self.transformer = QWenModel(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, head):
+        self.lm_head = head
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values: Cache | None = None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels=None,
+        num_items_in_batch=None,
+        skip_logits: bool | None = None,
+        **kwargs,
+    ):
+        """Logits (B, kept, V), and the loss if there are labels.
+
+        labels (B, T), -100 where nothing is learnt, are shifted by one here; shift_labels are taken as they are, one for each
+        position that logits_to_keep (a number of last positions, or a tensor of positions) keeps. The loss is the summed
+        cross-entropy over num_items_in_batch, or over the number of labels. With labels, in training, no logits are
+        returned: skip_logits=False asks for them, True saves them in evaluation too.
+        """
+        out = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )  # fmt: skip
+        x_BTH, loss, logits = out.last_hidden_state, None, None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss(x_BTH, labels, shift_labels, logits_to_keep, num_items_in_batch)
+            skip_logits = self.training if skip_logits is None else skip_logits
+        if not skip_logits:
+            logits = self.lm_head(keep(x_BTH, logits_to_keep))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    def loss(self, x_BTH, labels, shift_labels, logits_to_keep, num_items_in_batch):
+        """Only supervised positions reach the head."""
+        if shift_labels is None:
+            x_BTH, shift_labels = x_BTH[:, :-1], labels[:, 1:]
+        else:
+            x_BTH = keep(x_BTH, logits_to_keep)
+        labels_R, x_RH = shift_labels.reshape(-1), x_BTH.reshape(-1, x_BTH.shape[-1])
+        if not isinstance(logits_to_keep, torch.Tensor):
+            supervised = (labels_R != -100).nonzero().squeeze(1)
+            labels_R, x_RH = labels_R[supervised], x_RH[supervised]
+        count = labels_R.numel() if num_items_in_batch is None else num_items_in_batch
+        return summed_loss(self.lm_head, x_RH, labels_R) / count
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Positions count from the row's first token, padding included; forward does that by itself."""
+        return None
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """The int8 cache where the config asks for it and the user brings none."""
+        if self.config.use_cache_quantization and model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = Int8Cache()
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def keep(x_BTH, logits_to_keep):
+    """The last positions (a number, 0 for all) or the given ones (a tensor of positions)."""
+    if isinstance(logits_to_keep, int):
+        logits_to_keep = slice(-logits_to_keep, None)
+    return x_BTH[:, logits_to_keep]
