@@ -26,7 +26,6 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = record or getattr(model, "training_record", None)
     if record:
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,21 +1,20 @@
 """Reads and validates conversations: every finding of a file at once, each with file, sample, turn, field and remedy.
 
-Samples and turns are counted from 1. A turn is checked by itself (`_Checker._chat`, `_Checker._alpaca`), then the order of the turns.
+Samples and turns are counted from 1. First each turn is checked by itself (`_Checker.turns`), then their order
+(`_Checker._order`); what is allowed but worth a line is counted in data_notes.py.
 """
 
 import difflib
 import os
 import re
-import unicodedata
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
+from .data_notes import Noted
 from .errors import UserError, on_first_rank
 from .sample_files import TWICE, SampleFile
 
@@ -24,7 +23,7 @@ FIELDS = {"conversations": ("from", "value"), "messages": ("role", "content")}  
 FORMS = ("conversations", "messages", "instruction")  # the last one is alpaca's
 KNOWN = {"id", "system", *FORMS}
 KNOWN_ALPACA = {"id", "system", "instruction", "input", "output", "history"}
-SPECIAL = re.compile(r"<\|(?:endoftext|im_start|im_end|extra_(?:\d|[1-9]\d|1\d\d|20[0-4]))\|>")
+SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = 20  # findings of one file that are printed
 KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
@@ -46,7 +45,7 @@ class Turn(NamedTuple):
 class Conversations:
     """The conversations of one validated file. Iterating reads the file again, so that no more than one is in memory.
 
-    len() is their number; each is a list of messages {"role", "content", optional "train"}. notes: lines worth printing.
+    len() is their number; each is a list of messages {"role", "content", optional "train"}. notes: lines to print.
     """
 
     def __init__(self, file: SampleFile, count: int, notes: list[str]):
@@ -68,13 +67,13 @@ class Conversations:
 def read(path: str | os.PathLike, *, allow_special: bool = False, flag: str = "--data_path") -> Conversations:
     """Reads a whole file (see data/README.md for its forms) and checks every sample; holds none of them.
 
-    allow_special: special-token text becomes control tokens; here it only words the note about it. flag: the option that named the file.
-    Raises UserError with all findings, of which 20 are spelt out.
+    allow_special: special-token text becomes control tokens; here it only words the note about it.
+    flag: the option that named the file. Raises UserError with all findings, of which 20 are spelt out.
     """
     file = SampleFile(path, flag)
     checker = _Checker(file.path)
-    progress = tqdm(total=file.bytes, unit="B", unit_scale=True, desc="checking data", delay=2, disable=not on_first_rank())
-    with progress:
+    bar = {"desc": "checking data", "unit": "B", "unit_scale": True, "delay": 2, "disable": not on_first_rank()}
+    with tqdm(total=file.bytes, **bar) as progress:
         try:
             for line, sample in file:
                 checker.check(line, sample)
@@ -84,25 +83,12 @@ def read(path: str | os.PathLike, *, allow_special: bool = False, flag: str = "-
             checker.stop(error)
         else:
             checker.finish(file.layout)
-    return Conversations(file, checker.number, checker.notes(allow_special))
-
-
-@dataclass
-class _Seen:
-    """How many samples have a property, and the first of them."""
-
-    samples: int = 0
-    first: int = 0
-    last: int = 0
-
-    def add(self, number: int) -> None:
-        if self.last != number:
-            self.samples, self.first, self.last = self.samples + 1, self.first or number, number
+    return Conversations(file, checker.number, checker.noted.lines(allow_special))
 
 
 @dataclass
 class _Checker:
-    """Walks through the samples of one file and keeps the findings, the counts for the notes, and a hash per prompt and sample."""
+    """Walks through the samples of one file and keeps what is wrong with them, and what is worth a note."""
 
     path: str
     number: int = 0
@@ -111,12 +97,7 @@ class _Checker:
     count: int = 0  # findings in all
     forms: dict[str, int] = field(default_factory=dict)  # form -> first sample
     nameless: tuple[str, ...] | None = None  # the keys of a first sample that has no form and no lookalike of one
-    unread: dict[str, _Seen] = field(default_factory=dict)
-    blank: _Seen = field(default_factory=_Seen)
-    special: _Seen = field(default_factory=_Seen)
-    composed: _Seen = field(default_factory=_Seen)
-    prompts: array = field(default_factory=lambda: array("q"))
-    wholes: array = field(default_factory=lambda: array("q"))
+    noted: Noted = field(default_factory=Noted)
 
     def find(self, finding: str, place: str = "") -> None:
         """Adds a finding about the current sample."""
@@ -131,13 +112,13 @@ class _Checker:
         turns = self.turns(line, sample)
         if turns and self.count == before:
             self._order(turns)
-            self._look_at(turns)
+            self.noted.conversation(self.number, turns)
 
     def turns(self, line: int | None, sample: object) -> list[Turn]:
         """The turns of the next sample, each checked by itself."""
         self.number, self.line = self.number + 1, line
         if not isinstance(sample, dict):
-            self.find(f"must be an object with \"conversations\", found {_kind(sample)}")
+            self.find(f'must be an object with "conversations", found {_kind(sample)}')
             return []
         self._once(sample)
         found = [key for key in FORMS if key in sample]
@@ -167,6 +148,15 @@ class _Checker:
     def _turn(self, place: str, message: object, speaker: str, text: str) -> Turn | None:
         if not isinstance(message, dict):
             return self.find(f'must be an object with "{speaker}" and "{text}", found {_kind(message)}', place)
+        role, content = message.get(speaker), message.get(text)
+        if (
+            len(message) == 2
+            and type(role) is str
+            and role in ROLES
+            and type(content) is str
+            and not _half_character(content)
+        ):
+            return Turn(place, ROLES[role], content)  # the usual turn; what follows is for the others
         self._once(message, place)
         missing = [key for key in (speaker, text) if key not in message]
         for key in missing:
@@ -175,7 +165,11 @@ class _Checker:
         content = None if text in missing else self._text(message[text], text, place, parts=text == "content")
         train = message.get("train")
         if train is not None and (role != "assistant" or not isinstance(train, bool)):
-            wrong = f"found {_kind(train)}" if not isinstance(train, bool) else f"only on an assistant turn, found on role {role}"
+            wrong = (
+                f"found {_kind(train)}"
+                if not isinstance(train, bool)
+                else f"only on an assistant turn, found on role {role}"
+            )
             self.find(f'"train" must be true or false, {wrong}', place)
         self._mark_unread(message, {speaker, text, "train"})
         return None if role is None or content is None else Turn(place, role, content, train)
@@ -191,7 +185,7 @@ class _Checker:
         return ROLES[role]
 
     def _text(self, value: object, name: str, place: str = "", parts: bool = False) -> str | None:
-        """The text of a field; with parts, also OpenAI's list of {"type": "text", "text": …}, whose texts are joined as they are."""
+        """The text of a field; parts: also OpenAI's list of {"type": "text", "text": …}, the texts joined as they are."""
         if parts and isinstance(value, list):
             for i, part in enumerate(value, 1):
                 if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -201,8 +195,10 @@ class _Checker:
             value = "".join(part["text"] for part in value)
         if not isinstance(value, str):
             return self.find(f'"{name}" must be a string, found {_kind(value)}', place)
-        if not value.isascii() and (lone := re.search("[\ud800-\udfff]", value)):
-            return self.find(f'"{name}" holds half of a character (\\u{ord(lone[0]):x} alone); write it whole or remove it', place)
+        if half := _half_character(value):
+            return self.find(
+                f'"{name}" holds half of a character (\\u{ord(half[0]):x} alone); write it whole or remove it', place
+            )
         return value
 
     def _alpaca(self, sample: dict) -> list[Turn]:
@@ -223,7 +219,9 @@ class _Checker:
                     turns.append(Turn(f"history {i} {name}", role, self._text(text, name, f"history {i}")))
         if "output" not in sample:
             self.find(_missing("output", sample))
-        question = [self._text(sample["instruction"], "instruction"), self._text(sample.get("input") or "", "input")]
+        question = [self._text(sample["instruction"], "instruction")]
+        if sample.get("input") is not None:
+            question.append(self._text(sample["input"], "input"))
         answer = self._text(sample.get("output", ""), "output")
         if self.count > before:
             return []
@@ -264,21 +262,23 @@ class _Checker:
 
     def _mark_unread(self, value: dict, known: set[str]) -> None:
         for key in value.keys() - known:
-            if key is not TWICE and (key in self.unread or len(self.unread) < 1000):
-                self.unread.setdefault(key, _Seen()).add(self.number)
+            if key is not TWICE:
+                self.noted.unread_key(self.number, key)
 
     # ---- whole conversations
 
     def _order(self, turns: list[Turn]) -> None:
         """Who may follow whom, and whether there is something to learn."""
-        for before, turn in zip(turns, turns[1:]):
+        for before, turn in pairwise(turns):
             if turn.role == "system":
                 self.find("system turn only allowed first", turn.place)
             elif turn.role == before.role:
-                self.find(f"{_two(before.place, turn.place)} are both {turn.role}; join them or add the turn between them")
+                self.find(
+                    f"{_two(before.place, turn.place)} are both {turn.role}; join them or add the turn between them"
+                )
         first = turns[turns[0].role == "system" :][:1]
         if first and first[0].role == "assistant":
-            self.find("starts with assistant; the first turn (after a system turn) must be the user's", first[0].place)
+            self.find("starts with assistant; the first turn (after a system turn) must be the user's")
         answers = [turn for turn in turns if turn.role == "assistant"]
         if not answers:
             self.find("no assistant answer to learn from")
@@ -290,82 +290,30 @@ class _Checker:
             if not turn.content.strip():
                 self.find("empty answer; write one or remove the sample", turn.place)
 
-    def _look_at(self, turns: list[Turn]) -> None:
-        """Counts what is allowed but worth a note."""
-        for turn in turns:
-            if turn.role == "user" and not turn.content.strip():
-                self.blank.add(self.number)
-            if "<|" in turn.content and SPECIAL.search(turn.content):
-                self.special.add(self.number)
-            if not turn.content.isascii() and not unicodedata.is_normalized("NFC", turn.content):
-                self.composed.add(self.number)
-        texts = tuple(text for turn in turns for text in (turn.role, turn.content))
-        self.prompts.append(hash(texts[:-1]))
-        self.wholes.append(hash(texts))
-
     # ---- what comes of it
 
     def stop(self, error: UserError) -> None:
         """Ends with the findings so far and those of error."""
-        raise UserError(*self.findings, *self._more(), *error.findings)
+        raise UserError(*self._shown(), *error.findings)
 
     def finish(self, layout: str) -> None:
         """Raises the file's findings, all together."""
         if not self.number:
             raise UserError(f"{self.path}: no samples")
         if self.number == 1 and layout == "lines" and self.nameless is not None:
-            raise UserError(f"{self.path}: top level is an object with keys {_quoted(self.nameless)}; expected a list of samples")
+            raise UserError(
+                f"{self.path}: top level is an object with keys {_quoted(self.nameless)}; expected a list of samples"
+            )
         if len(self.forms) > 1:
             firsts = ", ".join(f"{form} (first: sample {number})" for form, number in self.forms.items())
             self.findings.insert(0, f"{self.path}: mixes forms: {firsts}; keep one form per file")
+            self.count += 1
         if self.findings:
-            raise UserError(*self.findings, *self._more())
+            raise UserError(*self._shown())
 
-    def _more(self) -> list[str]:
-        return [f"{self.path}: and {self.count - SHOWN:,} more findings"] if self.count > SHOWN else []
-
-    def notes(self, allow_special: bool) -> list[str]:
-        """One line for each thing a user should know."""
-        notes = []
-        if self.blank.samples:
-            notes.append(f"{self.blank.samples:,} samples have an empty user turn (first: {self.blank.first})")
-        if self.special.samples:
-            what = "it becomes control tokens" if allow_special else "it is encoded as plain text. --allow_special to change"
-            notes.append(f"{self.special.samples:,} samples contain special-token text (first: {self.special.first}); {what}")
-        if self.composed.samples:
-            what = "text that is not in Unicode's composed form (NFC); the tokenizer composes it, which changes no meaning"
-            notes.append(f"{self.composed.samples:,} samples have {what} (first: {self.composed.first})")
-        if self.unread:
-            notes.append(f"keys that are not read: {_unread(self.unread)}")
-        return notes + _repeated(self.prompts, self.wholes)
-
-
-def _repeated(prompts: array, wholes: array) -> list[str]:
-    """D23: exact copies, and equal prompts (all but the last answer) with different answers."""
-    samples = np.array(wholes)
-    order = np.lexsort((samples, np.array(prompts)))
-    by_prompt, by_whole = np.array(prompts)[order], samples[order]
-    same_prompt, same = by_prompt[1:] == by_prompt[:-1], by_whole[1:] == by_whole[:-1]
-    copies, conflicts = np.flatnonzero(same), np.flatnonzero(same_prompt & ~same)
-    notes = []
-    if len(copies):
-        a, b = sorted(order[copies[0] : copies[0] + 2] + 1)
-        notes.append(f"duplicates: {len(copies):,} samples repeat another one (for example {a} and {b}); they count double")
-    if len(conflicts):
-        a, b = sorted(order[conflicts[0] : conflicts[0] + 2] + 1)
-        group = np.cumsum(np.concatenate(([0], ~same_prompt)))
-        count = np.isin(group, group[conflicts]).sum()
-        notes.append(f"conflicting: {count:,} samples share their prompt but not their answer (for example {a} and {b})")
-    return notes
-
-
-def _unread(unread: dict[str, _Seen]) -> str:
-    shown = []
-    for key, seen in sorted(unread.items(), key=lambda item: -item[1].samples)[:5]:
-        guess = difflib.get_close_matches(key.lower(), ("train", "system", "input", "history"), 1, 0.75)
-        meant = f'; did you mean "{guess[0]}"?' if guess else ""
-        shown.append(f'"{key}" ({seen.samples:,} samples, first: {seen.first}{meant})')
-    return ", ".join(shown) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+    def _shown(self) -> list[str]:
+        more = [f"{self.path}: and {self.count - SHOWN:,} more findings"] if self.count > SHOWN else []
+        return self.findings[:SHOWN] + more
 
 
 def _fields(container: str, message: object) -> tuple[str, str]:
@@ -385,7 +333,9 @@ def _missing(key: str, value: dict) -> str:
     keys = [name for name in value if name is not TWICE]
     guess = difflib.get_close_matches(key, [name.lower() for name in keys], 1, 0.7)
     meant = [name for name in keys if guess and name.lower() == guess[0]]
-    return f'no "{key}" (keys: {_quoted(keys)})' + (f'; did you mean "{key}"? Rename the key "{meant[0]}"' if meant else "")
+    return f'no "{key}" (keys: {_quoted(keys)})' + (
+        f'; did you mean "{key}"? Rename the key "{meant[0]}"' if meant else ""
+    )
 
 
 def _form(container: str, pair: tuple[str, str]) -> str:
@@ -400,6 +350,11 @@ def _two(a: str, b: str) -> str:
 def _quoted(keys: Iterable[str]) -> str:
     keys = list(keys)
     return ", ".join(f'"{key}"' for key in keys[:12]) + (", …" if len(keys) > 12 else "")
+
+
+def _half_character(text: str) -> re.Match | None:
+    """A surrogate without its other half, from an escape like "\\ud83d" in the JSON: no encoding can hold it."""
+    return None if text.isascii() else SURROGATE.search(text)
 
 
 def _kind(value: object) -> str:

@@ -15,26 +15,35 @@ from .errors import UserError
 
 CHUNK_BYTES = 1 << 20
 MAX_SAMPLE_CHARS = 1 << 28  # a larger one is a whole corpus in one piece; the window would grow with it
-TOO_LARGE = f"this sample has more than {MAX_SAMPLE_CHARS >> 20} million characters; one sample should be one conversation"
+TOO_LARGE = (
+    f"this sample has more than {MAX_SAMPLE_CHARS >> 20} million characters; one sample should be one conversation"
+)
 TWICE = object()  # a JSON object that names a key twice holds that key here: json alone would drop the first value
-PACKED = {b"\x1f\x8b": "gunzip", b"PK\x03\x04": "unzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
+PACKED = {
+    b"\x1f\x8b": "gunzip",
+    b"PK\x03\x04": "unzip",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+}
 BLANK = re.compile(r"[ \t\n\r]*")  # JSON's blanks: U+2028 and the like are text, also in JSON lines
 
 
 class SampleFile:
-    """A file of samples. Iterating yields (line, value): the line the sample starts on (None in parquet), and what it holds.
+    """A file of samples. Iterating yields (line, value): the line a sample starts on (None in parquet), what it holds.
 
     path: as the user gave it; it heads every message. flag: the option that named it.
-    .layout: "list", "lines" or "parquet". .bytes: the file's size. .position: bytes read so far in the running iteration.
-    Raises UserError for a file that is missing, empty, unreadable, packed, or of another kind; iterating raises it for broken JSON.
+    .layout: "list", "lines" or "parquet". .bytes: the file's size. .position: bytes read so far.
+    Raises UserError for a file that is missing, empty, unreadable, packed or of another kind; iterating also for broken
+    JSON.
     """
 
     def __init__(self, path: str | os.PathLike, flag: str = "--data_path"):
         self.path, self.position = str(path), 0
         head = _head(self.path, flag)
         _refuse_other_kinds(self.path, head)
-        status = os.stat(self.path)
-        self.bytes, self.stamp = status.st_size, (status.st_size, status.st_mtime_ns)
+        self.stamp = _stamp(self.path)
+        self.bytes = self.stamp[0]
         self.layout = _layout(self.path, head)
 
     def __iter__(self) -> Iterator[tuple[int | None, object]]:
@@ -43,8 +52,11 @@ class SampleFile:
             yield from rows
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from error
-        status = os.stat(self.path)
-        if (status.st_size, status.st_mtime_ns) != self.stamp:
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if the file is not the one that was opened."""
+        if _stamp(self.path) != self.stamp:
             raise UserError(f"{self.path}: changed while it was read; start again once it stays as it is")
 
     def _json(self) -> Iterator[tuple[int, object]]:
@@ -92,7 +104,7 @@ def _end_of_list(text: "_Window", number: int) -> None:
     if not char:
         raise text.error(number, "the file ends before the list does; was the copy cut short?")
     if char != "]":
-        raise text.error(number, f"expected \",\" or \"]\" after the sample, found \"{char}\"")
+        raise text.error(number, f'expected "," or "]" after the sample, found "{char}"')
     text.pos += 1
     if text.peek():
         raise text.error(number, "more text after the end of the list; put everything into one list")
@@ -110,7 +122,7 @@ class _Window:
         self.counted, self.newlines = 0, 0  # newlines in buffer[:counted]
 
     def fill(self) -> bool:
-        """Reads on: at least as much as the window still holds, so that a long sample is parsed O(log) times. False at the end."""
+        """Reads on; False at the end. At least as much as is still unparsed: a long sample is tried O(log) times."""
         unread = len(self.buffer) - self.pos
         chunk = self.file.read(max(CHUNK_BYTES, unread))
         try:
@@ -186,6 +198,15 @@ def _object(pairs: list[tuple]) -> dict:
     return value
 
 
+def _stamp(path: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change, by which a changed file is known; (0, 0) if it is gone."""
+    try:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    except OSError:
+        return 0, 0
+
+
 def _head(path: str, flag: str) -> bytes:
     """The first bytes of the file; a UserError where there are none."""
     if not os.path.exists(path):
@@ -235,7 +256,7 @@ def _not_utf8(path: str, encoding: str) -> str:
 
 
 def _encoding_message(path: str, error: UnicodeDecodeError, bytes_read: int) -> str:
-    """error: from decoding what ended at bytes_read. Guesses the encoding from what surrounds the first byte that is not UTF-8."""
+    """Guesses the encoding from what surrounds the first byte that is not UTF-8. bytes_read: where error's data ended."""
     data = error.object
     around = data[max(0, error.start - 2000) : error.start + 2000]
     text = around.decode("utf-8", "replace")

@@ -36,12 +36,12 @@ class PlannedTrainer(Trainer):
     that the plan knows beforehand. So the layout of a step changes none of its numbers, and no token weighs more than another.
     """
 
-    def __init__(self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, processing_class, **kwargs):
+    def __init__(self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None, **kwargs):
         args.gradient_accumulation_steps = 1  # a step is one item; see above
         args.logging_nan_inf_filter = False  # a loss that is not a number must be seen
-        super().__init__(
-            model=model, args=args, train_dataset=samples, eval_dataset=eval_samples, processing_class=processing_class, **kwargs
-        )
+        super().__init__(model=model, args=args, train_dataset=samples, eval_dataset=eval_samples, **kwargs)
+        # kept from transformers, which would "align" the model's stop tokens with the tokenizer's
+        self.chat_tokenizer, self.record = tokenizer, record
         self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
         self.throughput = Throughput()
 
@@ -150,7 +150,8 @@ class PlannedTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            checkpoint.save_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict=state_dict)
+            whole = self.accelerator.unwrap_model(self.model)
+            checkpoint.save_model(whole, self.chat_tokenizer, folder, state_dict=state_dict, record=self.record)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""

@@ -4,9 +4,9 @@
     <|im_start|>user\\n...<|im_end|>\\n
     <|im_start|>assistant\\n...<|im_end|>\\n
 
-A message is a dict {"role": "system" | "user" | "assistant", "content": str}, optionally with "train": False. Content is tokenized
-by itself and as ordinary text: no character of it can become a control token, or melt into the newline before it. Works with any
-tokenizer that has encode_ordinary, encode_ordinary_batch, im_start_id and im_end_id.
+A message is a dict {"role": "system" | "user" | "assistant", "content": str}, optionally with "train": False.
+Content is tokenized by itself and as ordinary text: no character of it can become a control token, or melt into the
+newline before it. Any tokenizer will do that has encode_ordinary, encode_ordinary_batch, im_start_id and im_end_id.
 """
 
 from dataclasses import dataclass
@@ -83,8 +83,9 @@ class Sequences:
 def add_message(sequences: Sequences, frame: Frame, message: dict, content: list[int], chatml: bool) -> None:
     """Adds one message. `content` is its tokenized content; `chatml` asks for the published mask.
 
-    The published mask supervises <|im_start|>, <|im_end|> and the last newline of every message and the content of answers; the
-    other one the content and <|im_end|> of answers. An answer with "train": False keeps only what comes before its content.
+    The published mask supervises <|im_start|>, <|im_end|> and the last newline of every message and the content of
+    answers; the other one the content and <|im_end|> of answers. Of an answer with "train": False, neither supervises
+    the content or what comes after it.
     """
     answer = message["role"] == "assistant"
     train = answer and message.get("train", True)
@@ -96,7 +97,12 @@ def add_message(sequences: Sequences, frame: Frame, message: dict, content: list
 
 
 def render(
-    tokenizer, messages: list[dict], *, supervise: str = "assistant", allow_special: bool = False, max_length: int | None = None
+    tokenizer,
+    messages: list[dict],
+    *,
+    supervise: str = "assistant",
+    allow_special: bool = False,
+    max_length: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One conversation as (ids, labels), int32 arrays of equal length; see `render_batch`."""
     settings = {"supervise": supervise, "allow_special": allow_special, "max_length": max_length}
@@ -111,10 +117,12 @@ def render_batch(
     allow_special: bool = False,
     max_length: int | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Conversations as (ids, labels): int32 arrays of equal length (views of one large array: copy what is to outlive the rest).
+    """Conversations as (ids, labels): int32 arrays of equal length.
 
-    supervise: "assistant", the content of every answer and its <|im_end|>; or "chatml", the published trainer's mask. Labels are
-    IGNORE elsewhere, and not shifted. A message with "train": False is not supervised.
+    They are views of one large array for all conversations: copy what is to outlive the rest.
+
+    supervise: "assistant", the content of every answer and its <|im_end|>; or "chatml", the published trainer's mask.
+    Labels are IGNORE elsewhere, and not shifted. An answer with "train": False is not supervised.
     allow_special: special-token text in contents becomes the special tokens.
     max_length: tokens kept of each conversation, from its beginning.
     Raises ValueError for an unknown role or an unknown `supervise`.
@@ -142,8 +150,8 @@ def encode_contents(tokenizer, conversations: list[list[dict]], allow_special: b
 def render_prompt(tokenizer, messages: list[dict], *, max_window_size: int | None = None) -> list[int]:
     """The prompt for the next answer: system, history and the last message, a user's, then "<|im_start|>assistant\\n".
 
-    With max_window_size, old turns (a user's message and what follows it) are dropped from the front until system and history
-    have fewer tokens than that. The last message does not count, nor does the newline at the end of the history.
+    With max_window_size, old turns (a user's message and what follows it) are dropped from the front until system and
+    history have fewer tokens than that. The last message does not count, nor the newline at the end of the history.
     """
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a prompt ends with a message by the user")

@@ -4,6 +4,7 @@ A history is a list of (query, response) pairs, as published. The format of the 
 """
 
 import codecs
+import contextlib
 import copy
 import queue
 import threading
@@ -20,8 +21,8 @@ MAX_WINDOW_SIZE = 6144
 MAX_NEW_TOKENS = 512
 
 NOT_A_CHAT_MODEL = (
-    "chat needs a model whose generation_config says chat_format \"chatml\", found {found!r} - use a chat model, or set "
-    'model.generation_config.chat_format = "chatml" after fine-tuning on ChatML conversations'
+    'chat needs a model whose generation_config says chat_format "chatml", found {found!r} - use a chat model, '
+    'or set model.generation_config.chat_format = "chatml" after fine-tuning on ChatML conversations'
 )
 
 
@@ -76,21 +77,25 @@ def response_end(tokens: list[int], stops: list[list[int]]) -> int:
     return len(tokens)
 
 
+def stop_length(tokens: list[int], stops: list[list[int]]) -> int:
+    """The length of the longest stop sequence that the tokens end in, 0 if in none."""
+    return max((len(stop) for stop in stops if tokens[-len(stop) :] == stop), default=0)
+
+
 def held_back(tokens: list[int], stops: list[list[int]]) -> int:
     """How many tokens at the end may be the beginning of a stop sequence, so that a stream should not show them yet."""
-    longest = max(map(len, stops)) - 1
-    starts = range(max(0, len(tokens) - longest), len(tokens))
-    possible = (start for start in starts if any(stop[: len(tokens) - start] == tokens[start:] for stop in stops))
-    return len(tokens) - next(possible, len(tokens))
+    longest = min(len(tokens), max(map(len, stops)) - 1)
+    return next((n for n in range(longest, 0, -1) if any(stop[:n] == tokens[-n:] for stop in stops)), 0)
 
 
 class QWenChatMixin:
-    """The chat methods of a model that has transformers' `generate` and a `generation_config` with chat_format "chatml".
+    """The chat methods of a model with transformers' `generate` and a generation_config that says chat_format "chatml".
 
-    In all of them `system` is the system message, `stop_words_ids` is a list of token-id lists that end a response and are not
-    part of it, `generation_config` replaces the model's own, and any other keyword goes to `generate` (max_new_tokens,
-    do_sample, logits_processor ...). `max_window_size` bounds the tokens of system and history: older turns are dropped.
-    A response ends at <|im_end|>, <|im_start|>, the configured eos, or a stop word. They raise ValueError for chat_format "raw".
+    In all of them `system` is the system message, `stop_words_ids` is a list of token-id lists that end a response and
+    are not part of it, `generation_config` goes before the model's own, and any other keyword goes to `generate`
+    (max_new_tokens, do_sample, logits_processor ...). `max_window_size` bounds the tokens of system and history: older
+    turns are dropped. A response ends at <|im_end|>, <|im_start|>, the configured eos, or a stop word.
+    All raise ValueError for chat_format "raw".
     """
 
     def chat(
@@ -105,7 +110,8 @@ class QWenChatMixin:
     ) -> tuple[str, list[tuple[str, str]]]:
         """The response, and a new history that ends in (query, response). The given history is left as it is."""
         history = list(history or [])
-        (response,) = self.chat_batch(tokenizer, [query], [history], system, stop_words_ids, generation_config, **kwargs)
+        settings = (system, stop_words_ids, generation_config)
+        (response,) = self.chat_batch(tokenizer, [query], [history], *settings, **kwargs)
         return response, [*history, (query, response)]
 
     def chat_batch(
@@ -142,80 +148,94 @@ class QWenChatMixin:
     ) -> Iterator[str]:
         """Yields the growing response; the last one is what `chat` returns. Half of a character is never shown.
 
-        An error of `generate` is raised here. A consumer may stop early (break, or close()): generation then ends with the token
-        it is at.
+        An error of `generate` is raised here. A consumer may stop early (break, or close()): generation then ends with
+        the token it is at.
         """
         call = ChatCall(self, tokenizer, [query], [history], system, stop_words_ids, generation_config, kwargs)
         return self._stream(tokenizer, call)
 
     def _stream(self, tokenizer, call: "ChatCall") -> Iterator[str]:
-        # decodes byte by byte what has come, and keeps the beginning of a character until the rest is there
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # keeps the beginning of a character until the rest of it is there
+        decoder = codecs.getincrementaldecoder("utf-8")(errors=tokenizer.errors)
         tokens, shown, text = [], 0, ""
-        for token in generated_tokens(self, call.arguments):
-            tokens.append(token)
-            end = response_end(tokens, call.stops)
-            if end < len(tokens):
-                tokens = tokens[:end]
-                break
-            certain = len(tokens) - held_back(tokens, call.stops)
-            more = decoder.decode(tokenizer.decode_bytes(tokens[shown:certain]))
-            shown = max(shown, certain)
-            if more:
-                text += more
-                yield text
+        with contextlib.closing(generated_tokens(self, call.arguments)) as generated:
+            for token in generated:
+                tokens.append(token)
+                if length := stop_length(tokens, call.stops):
+                    del tokens[-length:]
+                    break
+                certain = len(tokens) - held_back(tokens, call.stops)
+                more = decoder.decode(tokenizer.decode_bytes(tokens[shown:certain]))
+                shown = max(shown, certain)
+                if more:
+                    text += more
+                    yield text
         rest = decoder.decode(tokenizer.decode_bytes(tokens[shown:]), final=True)
         if rest or not text:
             yield text + rest
 
 
 class ChatCall:
-    """The arguments of one `generate` call, and what is needed to read its answer.
+    """One call of `generate` for chat, in the making.
 
-    arguments: for model.generate; prompt_length: tokens of the (padded) prompts; stops: the sequences that end a response.
+    arguments: for model.generate; prompt_length: tokens of the (padded) prompts; stops: what ends a response.
     """
 
     def __init__(self, model, tokenizer, queries, histories, system, stop_words_ids, generation_config, kwargs):
         kwargs = dict(kwargs)
-        own = model.generation_config
-        config = copy.deepcopy(own if generation_config is None else generation_config)
-        chat_format = kwargs.pop("chat_format", getattr(config, "chat_format", None) or getattr(own, "chat_format", None))
-        if chat_format != "chatml":
-            raise ValueError(NOT_A_CHAT_MODEL.format(found=chat_format))
-        window = kwargs.pop("max_window_size", None) or getattr(config, "max_window_size", None) or MAX_WINDOW_SIZE
+        window = kwargs.pop("max_window_size", None)
+        config, others = chat_config(model, tokenizer, generation_config, kwargs)
+        window = window or getattr(config, "max_window_size", None) or MAX_WINDOW_SIZE
         prompts = [
             render_prompt(tokenizer, as_messages(query, history, system), max_window_size=window)
             for query, history in zip(queries, histories)
         ]
+        self.prompt_length = max(map(len, prompts))
+        rows = [[config.pad_token_id] * (self.prompt_length - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (self.prompt_length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+
         stop_words = [list(map(int, word)) for word in stop_words_ids or []]
         if not all(stop_words):
             raise ValueError("stop_words_ids holds an empty list: give the token ids of each stop word")
-
-        extra = {key: kwargs.pop(key) for key in list(kwargs) if not hasattr(config, key)}  # logits_processor, streamer ...
-        config.update(**kwargs)
-        if config.max_new_tokens is None and config.max_length is None:
-            config.max_new_tokens = MAX_NEW_TOKENS
-        eos = config.eos_token_id if config.eos_token_id is not None else own.eos_token_id
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        config.eos_token_id = list(dict.fromkeys([*stop_ids(tokenizer), tokenizer.eod_id, *eos]))
-        # Padding that is no stop token, so that a repetition penalty does not make stopping less likely in padded rows.
-        pad = tokenizer.pad_token_id
-        config.pad_token_id = tokenizer.special_tokens["<|extra_0|>"] if pad is None or pad in config.eos_token_id else pad
-
-        self.prompt_length = max(map(len, prompts))
-        self.stops = [[token] for token in (*config.eos_token_id, config.pad_token_id)] + stop_words
-        criteria = StoppingCriteriaList(extra.pop("stopping_criteria", None) or [])
+        criteria = StoppingCriteriaList(others.pop("stopping_criteria", None) or [])
         if stop_words:
             criteria.append(StopOnSequences(stop_words, self.prompt_length))
-        rows = [[config.pad_token_id] * (self.prompt_length - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (self.prompt_length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        # rows that have ended go on with padding while others are unfinished
+        self.stops = [[token] for token in (*config.eos_token_id, config.pad_token_id)] + stop_words
         self.arguments = {
             "inputs": torch.tensor(rows, device=model.device),
             "attention_mask": torch.tensor(mask, device=model.device),
             "generation_config": config,
             "stopping_criteria": criteria,
-            **extra,
+            **others,
         }
+
+
+def chat_config(model, tokenizer, given: GenerationConfig | None, kwargs: dict) -> tuple[GenerationConfig, dict]:
+    """The generation config of a chat, and those of the keywords that are not settings of it (logits_processor ...).
+
+    A keyword goes before the given config, that before the model's own. Raises ValueError if none says "chatml".
+    """
+    config = copy.deepcopy(model.generation_config if given is None else given)
+    for key, value in model.generation_config.to_dict().items():
+        if getattr(config, key, None) is None:
+            setattr(config, key, value)
+    others = config.update(**kwargs)
+    chat_format = getattr(config, "chat_format", None)
+    if chat_format != "chatml":
+        raise ValueError(NOT_A_CHAT_MODEL.format(found=chat_format))
+    if (config.num_return_sequences or 1) > 1:
+        raise ValueError("chat gives one response: num_return_sequences must be 1, or use generate instead")
+    if config.max_new_tokens is None and config.max_length is None:
+        config.max_new_tokens = MAX_NEW_TOKENS
+    eos = config.eos_token_id
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    config.eos_token_id = list(dict.fromkeys([*stop_ids(tokenizer), tokenizer.eod_id, *eos]))
+    # Padding must be no stop token: a repetition penalty would make stopping less likely in rows that are padded.
+    config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
+        config.pad_token_id = tokenizer.special_tokens["<|extra_0|>"]
+    return config, others
 
 
 def as_messages(query: str, history: list[tuple[str, str]] | None, system: str) -> list[dict]:
@@ -229,8 +249,8 @@ def as_messages(query: str, history: list[tuple[str, str]] | None, system: str) 
 def generated_tokens(model, arguments: dict) -> Iterator[int]:
     """Runs model.generate in a thread and yields its tokens as they come.
 
-    Its error is raised here. However this generator ends (used up, closed, dropped, an error in its consumer), the thread has
-    ended too.
+    Its error is raised here. However this generator ends (used up, closed, dropped, an error in its consumer), the
+    thread has ended too.
     """
     stream, stop, errors = TokenQueue(), threading.Event(), []
     criteria = StoppingCriteriaList([*arguments["stopping_criteria"], StopOnEvent(stop)])

@@ -74,11 +74,14 @@ class HeadLoss(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden_RH) if need_hidden else None
             grad_weight = torch.zeros_like(weight_VH) if need_weight else None
             loss = hidden_RH.new_zeros((), dtype=torch.float32)
-            rows = rows_per_piece(weight.shape[0])
+            rows = min(rows_per_piece(weight.shape[0]), hidden_RH.shape[0])
+            # one buffer for all pieces: fresh memory for each would cost a page fault every 4 kB
+            buffer = hidden_RH.new_empty((rows, weight.shape[0]), dtype=dtype)
             for at in range(0, hidden_RH.shape[0], rows):
                 part = slice(at, at + rows)
                 hidden, labels = hidden_RH[part].to(dtype), labels_R[part]
-                exp_RV, Z_R, piece_loss = exponentials(hidden @ weight.T, labels)
+                logits = torch.mm(hidden, weight.T, out=buffer[: len(labels)])
+                exp_RV, Z_R, piece_loss = exponentials(logits, labels)
                 loss += piece_loss
                 if need_hidden:
                     grad_hidden[part] = (exp_RV @ weight).float().div_(Z_R[:, None]) - weight_VH[labels]

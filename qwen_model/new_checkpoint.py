@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from .configuration_qwen import QWenConfig
 from .modeling_qwen import QWenLMHeadModel
@@ -54,17 +55,15 @@ def new_checkpoint(
         intermediate_size=2 * (-(-8 * hidden_size // 3 // 16) * 16),
         seq_length=seq_length,
         max_position_embeddings=seq_length,
+        architectures=["QWenLMHeadModel"],
         auto_map=AUTO_MAP,
         **{{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]: True},
     )
     torch.manual_seed(seed)
     model = QWenLMHeadModel(config).to(dtype)
     out.mkdir(parents=True, exist_ok=True)
-    QWenLMHeadModel._auto_class, auto_class = None, QWenLMHeadModel._auto_class  # published folders name code by auto_map alone
-    try:
-        model.save_pretrained(out)
-    finally:
-        QWenLMHeadModel._auto_class = auto_class
+    save_file(model.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(config.to_json_string())
     (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
     (out / "tokenizer_config.json").write_text(json.dumps(TOKENIZER, indent=2) + "\n")
     shutil.copyfile(find_vocabulary(), out / "qwen.tiktoken")

@@ -1,8 +1,9 @@
 """The tokenizer of first-generation Qwen: byte-level BPE through tiktoken, over qwen.tiktoken.
 
-Tokens are bytes (a piece of text need not be whole characters), special tokens are strings. By default the surface forms of
-special tokens in a text become the special tokens; `allowed_special=set()` (or transformers' own `split_special_tokens=True`)
-leaves them ordinary text. This file imports nothing beside it, so that a saved folder carries the whole tokenizer.
+Tokens are bytes (a piece of text need not be whole characters), special tokens are strings. By default the surface
+forms of special tokens in a text become the special tokens; `allowed_special=set()`, or transformers' own
+`split_special_tokens=True`, leaves them ordinary text. This file imports none of its neighbours, so that a saved folder
+carries the whole tokenizer.
 """
 
 import base64
@@ -27,11 +28,11 @@ PATTERN = (
 N_RANKS = 151643  # ids 0 .. 151642 are pieces of text, the 208 special tokens follow
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-# tiktoken's regular expressions give up on a run of about a million blanks (a Rust panic that no `except Exception` sees).
+# tiktoken's regular expressions give up on a run of about a million blanks (a panic that no `except Exception` sees).
 LONGEST_BLANK = 500_000
 # Below this many characters in a batch, starting threads costs more than it saves.
 SERIAL_CHARACTERS = 20_000
-# Around the content of a message on its way through the chat template. Text never holds them: surrogates are replaced first.
+# Around a message's content on its way through the chat template. Text never holds them: surrogates are replaced first.
 CONTENT_START, CONTENT_END = "\ud800", "\udfff"
 
 CHAT_TEMPLATE = """\
@@ -63,7 +64,7 @@ def read_ranks(path: str | os.PathLike) -> dict[bytes, int]:
 
 
 def add_ranks(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
-    """Adds the ranks of an `extra_vocab_file` to `ranks`. Tokens already there keep their id; a taken id is an error."""
+    """Adds the ranks of an `extra_vocab_file`. Tokens already there keep their id (a warning); a taken id fails."""
     taken = set(ranks.values())
     for token, rank in read_ranks(path).items():
         if ranks.get(token, rank) != rank:
@@ -85,19 +86,20 @@ def cut_blanks(text: str) -> list[str]:
     """Cuts a text inside runs of blanks longer than tiktoken can take; nearly always, that is nowhere."""
     if len(text) <= LONGEST_BLANK:
         return [text]
-    cuts = [cut for run in re.finditer(r"\s+", text) for cut in range(run.start() + LONGEST_BLANK, run.end(), LONGEST_BLANK)]
+    runs = [range(*run.span(), LONGEST_BLANK) for run in re.finditer(r"\s+", text)]
+    cuts = [cut for run in runs for cut in run[1:]]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
 
 
 class QWenTokenizer(PreTrainedTokenizer):
     """First-generation Qwen's tokenizer.
 
-    vocab_file: qwen.tiktoken; extra_vocab_file: ranks learned afterwards, ids from 151851 on; errors: how `decode` treats bytes
-    that are not UTF-8 ("replace", "ignore", "strict"). There is no bos, eos or unk token unless one is set; <|endoftext|>
-    serves as pad. A token set by name (`pad_token="<|extra_0|>"`) must be one of the 208 special ones.
+    vocab_file: qwen.tiktoken; extra_vocab_file: ranks learned afterwards, ids from 151851 on; errors: how `decode`
+    treats bytes that are not UTF-8 ("replace", "ignore", "strict"). There is no bos, eos or unk token unless one is
+    set; <|endoftext|> serves as pad. A token set by name (`pad_token="<|extra_0|>"`) must be one of the 208 special.
 
-    Attributes: tokenizer (the tiktoken.Encoding), mergeable_ranks (bytes -> id), special_tokens (str -> id), eod_id, im_start_id,
-    im_end_id. Pickled and copied like any object.
+    Attributes: tokenizer (the tiktoken.Encoding), mergeable_ranks (bytes -> id), special_tokens (str -> id), eod_id,
+    im_start_id, im_end_id. Pickled and copied like any object.
     """
 
     vocab_files_names = {"vocab_file": VOCABULARY_NAME}
@@ -134,7 +136,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id: 151851 without extra tokens (the model's own vocab_size is padded above that)."""
+        """One more than the largest id: 151851 without extra tokens. (The model's vocab_size is padded above it.)"""
         return self.tokenizer.n_vocab
 
     def __len__(self) -> int:
@@ -176,7 +178,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         return [index for piece in cut_blanks(text) for index in self.tokenizer.encode_ordinary(piece)]
 
     def encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores. A thread takes many texts at a time (tiktoken's own batch call: one)."""
+        """The same for many texts, on all cores. A thread takes many texts at a time (tiktoken's batch call: one)."""
         return map_in_threads(self.encode_ordinary, texts)
 
     def encode_special(self, text: str, allowed_special="all", disallowed_special=()) -> list[int]:
@@ -186,10 +188,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         """
         pieces = cut_blanks(normalize("NFC", text))
         allowed = allowed_special if allowed_special == "all" else set(allowed_special)
-        encoded = [
-            self.tokenizer.encode(piece, allowed_special=allowed, disallowed_special=disallowed_special) for piece in pieces
-        ]
-        return list(chain.from_iterable(encoded))
+        special = {"allowed_special": allowed, "disallowed_special": disallowed_special}
+        return list(chain.from_iterable(self.tokenizer.encode(piece, **special) for piece in pieces))
 
     def _encode_marked(self, text: str) -> list[int]:
         """A rendered chat with marked contents: those are ordinary text, what the template wrote around them is not."""
@@ -212,8 +212,10 @@ class QWenTokenizer(PreTrainedTokenizer):
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         return set() if split else "all"
 
-    def _encode_plus(self, text, text_pair=None, allowed_special=None, disallowed_special=(), content_marked=False, **kwargs):
-        """What tokenizer(...) and encode(...) end in: texts are encoded at once and in threads, the rest is transformers'."""
+    def _encode_plus(
+        self, text, text_pair=None, allowed_special=None, disallowed_special=(), content_marked=False, **kwargs
+    ) -> BatchEncoding:
+        """What tokenizer(...) and encode(...) end in: texts are encoded together, in threads."""
         texts = [text] if isinstance(text, str) else text
         plain = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
         rare = ("is_split_into_words", "return_overflowing_tokens", "sanitize_control_tokens")
@@ -231,7 +233,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         rows = map_in_threads(encode, texts)
         return self._collate(rows, batched=not isinstance(text, str), **kwargs)
 
-    def _collate(self, rows: list[list[int]], batched: bool, padding_strategy, truncation_strategy, **kwargs) -> BatchEncoding:
+    def _collate(self, rows: list[list[int]], batched: bool, padding_strategy, truncation_strategy, **kwargs):
         """Ids to a BatchEncoding: truncated, then padded together, then tensors if `return_tensors` asks for them."""
         pad = {key: kwargs.pop(key, None) for key in ("pad_to_multiple_of", "padding_side", "return_attention_mask")}
         pad |= {"padding": padding_strategy.value, "max_length": kwargs.get("max_length")}
@@ -269,7 +271,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             return None
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The bytes that the ids stand for. An id that is no token (of the padding of the model's vocabulary) is U+FFFD."""
+        """The bytes that the ids stand for. An id that is no token (the model's vocabulary is padded) is U+FFFD."""
         try:
             return self.tokenizer.decode_bytes(ids)
         except KeyError:
@@ -279,14 +281,15 @@ class QWenTokenizer(PreTrainedTokenizer):
         return b"".join(map(as_bytes, tokens)).decode("utf-8", errors=self.errors)
 
     def _decode(
-        self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, errors: str | None = None, **kwargs
+        self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, errors=None, **kwargs
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
         if skip_special_tokens:
             ids = [index for index in ids if index not in self._special_names]
         text = self.decode_bytes(ids).decode("utf-8", errors=errors or self.errors)
-        clean_up = clean_up_tokenization_spaces or (clean_up_tokenization_spaces is None and self.clean_up_tokenization_spaces)
-        return self.clean_up_tokenization(text) if clean_up else text
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     # -- chat --
 
@@ -301,8 +304,10 @@ class QWenTokenizer(PreTrainedTokenizer):
         tokenize: bool = True,
         **kwargs,
     ):
-        """transformers' method. Tokenized with this class's own template, contents are ordinary text (no character of a message
-        can become a control token) and tokenized by themselves: the ids of `chat`. Other templates are left to transformers.
+        """transformers' method, which see.
+
+        Tokenized with this class's own template, contents are ordinary text (no character of a message can become a
+        control token) and tokenized by themselves: the ids of `chat`. Other templates are left to transformers.
         """
         if tokenize and self.get_chat_template(chat_template, tools) == CHAT_TEMPLATE:
             conversation = mark_contents(conversation)

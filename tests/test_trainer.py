@@ -56,7 +56,7 @@ def make_trainer(folder, model=None, max_tokens_per_pass=60, samples_per_step=8,
         plan=plan,
         eval_samples=eval_samples,
         eval_plan=eval_plan,
-        processing_class=NoTokenizer(),
+        tokenizer=NoTokenizer(),
     )
 
 

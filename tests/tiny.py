@@ -1,9 +1,12 @@
 """Tiny models for the tests, made from a seed."""
 
+from pathlib import Path
+
 import torch
 
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.modeling_qwen import QWenLMHeadModel
+from qwen_model.new_checkpoint import new_checkpoint
 
 
 def tiny_config(**changes) -> QWenConfig:
@@ -58,3 +61,9 @@ def random_samples(count: int, vocab_size: int = 160, seed: int = 0, longest: in
         samples.append(ids)
         labels.append([label if keep else -100 for label, keep in zip(ids, mask)])
     return samples, labels
+
+
+def small_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A base checkpoint on disk in the published format: two layers, hidden size 16, the real vocabulary (20 MB)."""
+    new_checkpoint(folder, hidden_size=16, heads=2, layers=2, seed=seed)
+    return folder

@@ -1,0 +1,98 @@
+"""Asks a model, or an adapter on its base: python -m finetune.ask FOLDER "Who are you?" "你是谁？"
+
+Without questions it is a conversation in the terminal: answers appear as they are written, an empty line ends it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from . import merge, model
+from .errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m finetune.ask", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", metavar="FOLDER", help="a model, or the output folder of a LoRA run")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION")
+    parser.add_argument("--questions_file", type=Path, help="a JSON list of questions")
+    parser.add_argument("--base", help="the adapter's base, if it has moved")
+    parser.add_argument("--system", default="You are a helpful assistant.", help="the system message")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest")
+    options = parser.parse_args(argv)
+    try:
+        answerer = Answerer(options)
+    except UserError as error:
+        sys.exit(merge.fail(error))
+    questions = options.questions
+    if options.questions_file:
+        questions = questions + json.loads(options.questions_file.read_text(encoding="utf-8"))
+    if questions:
+        for question in questions:
+            print(f"Q: {question}\nA: {answerer.answer(question)}\n", flush=True)
+    else:
+        converse(answerer)
+
+
+class Answerer:
+    """A loaded model with its settings; remembers nothing between questions unless given a history."""
+
+    def __init__(self, options):
+        self.tokenizer, self.model = load(options.folder, options.base)
+        self.settings = {"system": options.system, "max_new_tokens": options.max_new_tokens}
+        if not options.sample:
+            self.settings |= {"do_sample": False, "top_p": None, "top_k": None}
+
+    def answer(self, question: str) -> str:
+        """One answer, without a history."""
+        return self.model.chat(self.tokenizer, question, **self.settings)[0]
+
+    def stream(self, question: str, history):
+        """The growing answer."""
+        return self.model.chat_stream(self.tokenizer, question, history, **self.settings)
+
+
+def load(name: str, base: str | None):
+    """(tokenizer, model on the GPU if there is one) of a model folder, a hub id, or an adapter folder."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(name)
+    on_gpu = torch.cuda.is_available()
+    if (folder / "adapter_config.json").is_file():
+        base_folder = merge.find_base(folder, base or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        tokenizer = model.load_tokenizer(base_folder)
+        loaded, stored_dtype = merge.load(base_folder, folder)
+        loaded = loaded.to(stored_dtype)
+    else:
+        folder = model.find_folder(name)
+        tokenizer = model.load_tokenizer(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        model.set_chat_settings(loaded, tokenizer)  # a base model answers too, as well as it can
+    return tokenizer, loaded.to("cuda" if on_gpu else "cpu").eval()
+
+
+def converse(answerer: Answerer) -> None:
+    """Reads questions from the terminal until an empty line or the end."""
+    history = []
+    while True:
+        try:
+            question = input("you: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not question:
+            return
+        shown = ""
+        print("model: ", end="", flush=True)
+        for text in answerer.stream(question, history):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        print(flush=True)
+        history.append((question, shown))
+
+
+if __name__ == "__main__":
+    main()
