@@ -5,13 +5,12 @@ Without questions it is a conversation in the terminal: answers appear as they a
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
-from . import merge, model
-from .errors import UserError
+from . import checkpoint, model
+from .errors import run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,10 +23,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest")
     options = parser.parse_args(argv)
-    try:
-        answerer = Answerer(options)
-    except UserError as error:
-        sys.exit(merge.fail(error))
+    run(lambda: ask(options))
+
+
+def ask(options) -> None:
+    """Answers the questions given, or holds a conversation."""
+    answerer = Answerer(options)
     questions = options.questions
     if options.questions_file:
         questions = questions + json.loads(options.questions_file.read_text(encoding="utf-8"))
@@ -61,18 +62,16 @@ def load(name: str, base: str | None):
     from transformers import AutoModelForCausalLM
 
     folder = Path(name)
-    on_gpu = torch.cuda.is_available()
     if (folder / "adapter_config.json").is_file():
-        base_folder = merge.find_base(folder, base or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        base_folder = model.find_base(folder, base)
         tokenizer = model.load_tokenizer(base_folder)
-        loaded, stored_dtype = merge.load(base_folder, folder)
-        loaded = loaded.to(stored_dtype)
+        loaded = model.load_tuned(base_folder, folder, checkpoint.stored_dtype(base_folder))
     else:
         folder = model.find_folder(name)
         tokenizer = model.load_tokenizer(folder)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
         model.set_chat_settings(loaded, tokenizer)  # a base model answers too, as well as it can
-    return tokenizer, loaded.to("cuda" if on_gpu else "cpu").eval()
+    return tokenizer, loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def converse(answerer: Answerer) -> None:

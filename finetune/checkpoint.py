@@ -100,6 +100,11 @@ def read_tensors(folder: Path):
             yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of a folder's weights as they lie there."""
+    return next(tensor.dtype for _, tensor in read_tensors(folder) if tensor.is_floating_point())
+
+
 # ---- which base an adapter belongs to
 
 

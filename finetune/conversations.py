@@ -185,7 +185,7 @@ class _Checker:
         return ROLES[role]
 
     def _text(self, value: object, name: str, place: str = "", parts: bool = False) -> str | None:
-        """The text of a field; parts: also OpenAI's list of {"type": "text", "text": …}, the texts joined as they are."""
+        """The text of a field; parts: also OpenAI's list of {"type": "text", "text": …}, joined as they are."""
         if parts and isinstance(value, list):
             for i, part in enumerate(value, 1):
                 if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):

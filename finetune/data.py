@@ -34,9 +34,9 @@ PROBE = "It's 1984, don't\r\n\tpanic!  é é Å 你好，世界 👩‍👩‍�
 class Samples:
     """The rendered samples of one file: samples[i] is (ids, labels), read-only int32 arrays, at most max_length long.
 
-    lengths, supervised: int64[n], tokens of each sample, and those of them with a label (position 0 not counted: nothing
-    predicts it). total_tokens, total_supervised: their sums. notes: lines to print. fingerprint: a hash of all ids,
-    labels and lengths, thus equal wherever the samples are the same ones.
+    lengths, supervised: int64[n], tokens of each sample, and those of them with a label (not position 0, which nothing
+    predicts). total_tokens, total_supervised: their sums. notes: lines to print. fingerprint: a hash of all ids, labels
+    and lengths, thus equal wherever the samples are the same ones.
     """
 
     def __init__(self, path: str, max_length: int, arrays: dict[str, np.ndarray], meta: dict):
@@ -96,8 +96,9 @@ def load(
         with _temporary_folder(root) as temporary:
             _render(conversations, tokenizer, temporary, **settings)
             file.check_unchanged()  # since it was hashed
+            samples = Samples(file.path, max_length, *_open(temporary))  # what is mapped may be renamed
             _publish(temporary, folder)
-            return Samples(file.path, max_length, *_open(folder))
+            return samples
     except OSError as error:
         reason = error.strerror or error
         note(f"the cache folder {root} cannot be written ({reason}): the data will be rendered again next time")
@@ -251,10 +252,11 @@ def _publish(temporary: Path, folder: Path) -> None:
     for name in (*ARRAYS, "meta.json"):
         with open(temporary / name, "rb") as file:
             os.fsync(file.fileno())
-    if not _open(folder):
-        shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(temporary, folder)
     except OSError:
-        if not _open(folder):
-            raise
+        if not _open(folder):  # a damaged one is in the way
+            damaged = temporary.with_name(f"{temporary.name}-damaged")
+            os.rename(folder, damaged)
+            os.rename(temporary, folder)
+            shutil.rmtree(damaged, ignore_errors=True)

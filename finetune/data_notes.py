@@ -82,17 +82,19 @@ def _repeated(prompts: np.ndarray, wholes: np.ndarray) -> list[str]:
     order = np.lexsort((wholes, prompts))
     same_prompt = prompts[order][1:] == prompts[order][:-1]
     same_whole = wholes[order][1:] == wholes[order][:-1]
-    copies, conflicts = np.flatnonzero(same_whole), np.flatnonzero(same_prompt & ~same_whole)
     lines = []
-    if len(copies):
-        a, b = sorted(order[copies[0] : copies[0] + 2] + 1)
-        lines.append(f"duplicates: {counted(len(copies))} equal to an earlier one (for example {a} and {b})")
-    if len(conflicts):
-        a, b = sorted(order[conflicts[0] : conflicts[0] + 2] + 1)
-        group = np.cumsum(np.concatenate(([0], ~same_prompt)))  # one number per prompt
-        count = int(np.isin(group, group[conflicts]).sum())
-        what = "with the same prompt but different answers"
-        lines.append(f"conflicting: {counted(count)} {what} (for example {a} and {b})")
+    if same_whole.any():
+        first = order[:-1][same_whole].min()
+        second = np.flatnonzero(wholes == wholes[first])[1]
+        what = f"equal to an earlier one (first: {first + 1} and {second + 1})"
+        lines.append(f"duplicates: {counted(same_whole.sum())} {what}")
+    group = np.cumsum(np.concatenate(([0], ~same_prompt)))  # one number per prompt
+    conflicting = order[np.isin(group, group[1:][same_prompt & ~same_whole])]
+    if len(conflicting):
+        first = conflicting.min()
+        second = np.flatnonzero((prompts == prompts[first]) & (wholes != wholes[first]))[0]
+        what = f"with the same prompt but different answers (first: {first + 1} and {second + 1})"
+        lines.append(f"conflicting: {counted(len(conflicting))} {what}")
     return lines
 
 
@@ -123,4 +125,4 @@ def too_long(full: np.ndarray, max_length: int, long_samples: str) -> list[str]:
 
 def counted(samples: int) -> str:
     """ "1 sample", "1,234 samples"."""
-    return f"{samples:,} sample{'s' * (samples != 1)}"
+    return f"{samples:,} sample{'' if samples == 1 else 's'}"

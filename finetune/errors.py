@@ -54,3 +54,14 @@ def warn(line: str) -> None:
     """Something that the user probably wants to change."""
     if on_first_rank():
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def run(job) -> None:
+    """Runs a program's main function; what a user gave wrong ends in one line per finding and exit code 2, no traceback."""
+    try:
+        job()
+    except UserError as error:
+        if on_first_rank():
+            for line in error.findings:
+                print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)

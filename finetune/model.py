@@ -1,10 +1,11 @@
 """The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
 
+import json
 import os
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
@@ -71,6 +72,27 @@ def add_lora(model, lora):
     return get_peft_model(model, config)
 
 
+def find_base(adapter: Path, name: str | None = None) -> Path:
+    """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
+    name = name or json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        folder = find_folder(name)
+    except UserError as error:
+        raise UserError(f"{adapter}: its base {name} was not found - give it with --base") from error
+    checkpoint.check_base(adapter, folder)
+    return folder
+
+
+def load_tuned(base: Path, adapter: Path, dtype: torch.dtype):
+    """Base and adapter together, for use or for merging, in `dtype`."""
+    from peft import PeftModel
+
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+    if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
+        base_model.generation_config = GenerationConfig.from_pretrained(adapter)
+    return PeftModel.from_pretrained(base_model, adapter, autocast_adapter_dtype=False).eval()
+
+
 def set_chat_settings(model, tokenizer) -> None:
     """A model tuned on ChatML conversations speaks ChatML: it says so, and where it stops, in its generation_config."""
     settings = model.generation_config
@@ -83,7 +105,7 @@ def set_chat_settings(model, tokenizer) -> None:
         settings.max_window_size = min(6144, model.config.seq_length)
 
 
-def record(name: str, folder: Path, model, args, samples) -> dict:
+def record(name: str, folder: Path, args, samples) -> dict:
     """What a saved folder says of its making: base, method, data, versions."""
     import importlib.metadata as metadata
 

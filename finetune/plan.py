@@ -7,8 +7,8 @@ step, the layout changes speed and memory and nothing else. Resuming at step k i
 """
 
 import heapq
+import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -75,10 +75,9 @@ class Plan:
             supervised_tokens=int(self.supervised[samples].sum()),
         )
 
-    @cached_property
-    def total_tokens(self) -> int:
-        """Tokens of all samples, once."""
-        return int(self.lengths.sum())
+    def total_steps(self, epochs: float, max_steps: int = -1) -> int:
+        """Optimizer steps of a run of so many epochs; max_steps, where positive, wins (transformers' rule)."""
+        return max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
 
 
 def lay_out(lengths: list[int], max_tokens: int, ranks: int) -> list[list[int]]:

@@ -6,28 +6,39 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .errors import on_first_rank
+from .errors import note, on_first_rank, warn
+from .model import compute_dtype
 
 LOG = "training_log.jsonl"
 CURVE = "loss.png"
 
 
-def summary(args, samples, eval_samples, plan, model, steps: int, precision: str) -> str:
+def summary(args, samples, eval_samples, plan, model) -> str:
     """Method, data, steps and trainable parameters, before the first step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count, every = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
-    lora = args.lora
-    method = f"LoRA r={lora.lora_r} alpha={lora.lora_alpha} on {', '.join(lora.lora_target_modules)}" if lora.use_lora else "full-parameter"
+    lora, training = args.lora, args.training
+    targets = f"LoRA r={lora.lora_r} alpha={lora.lora_alpha} on {', '.join(lora.lora_target_modules)}"
+    precision = str(compute_dtype(training)).removeprefix("torch.")
     attention = getattr(model.config, "_attn_implementation", "?")
+    steps = plan.total_steps(training.num_train_epochs, training.max_steps)
     rows = [
         ("model", f"{args.model.model_name_or_path} ({model.config.model_type}, {every:,} parameters)"),
-        ("method", f"{method}, {precision}, attention {attention}"),
+        (
+            "method",
+            f"{targets if lora.use_lora else 'full-parameter'}, {precision}, attention {attention}, on {training.device}",
+        ),
         ("trains", f"{count:,} parameters ({100 * count / every:.2f} %): {kinds(trained)}"),
         ("data", samples.describe()),
         *([("evaluation", eval_samples.describe())] if eval_samples is not None else []),
         ("steps", f"{steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.samples_per_step} samples each)"),
-        ("output", args.training.output_dir),
+        ("output", training.output_dir),
     ]
+    if steps < 10:
+        warn(
+            f"{len(samples)} samples, {plan.samples_per_step} per step (ranks x batch x accumulation): only {steps} optimizer "
+            "steps in all - lower --gradient_accumulation_steps, or train more epochs"
+        )
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 
 
@@ -126,3 +137,20 @@ def smoothed(points, weight: float = 0.9):
         average = weight * average + (1 - weight) * value
         result.append((step, average / (1 - weight**number)))
     return result
+
+
+def take_over(trainer) -> None:
+    """Puts the Report in the place of transformers' own bar and printed dictionaries."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Report(trainer.args.output_dir))
+
+
+def farewell(out: Path, is_adapter: bool) -> None:
+    """What is there now, and what to type next."""
+    note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
+    note(f'try it:    python -m finetune.ask "{out}"')
+    if is_adapter:
+        note(f'merge it:  python -m finetune.merge "{out}" "{out}_merged"')

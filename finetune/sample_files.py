@@ -256,7 +256,7 @@ def _not_utf8(path: str, encoding: str) -> str:
 
 
 def _encoding_message(path: str, error: UnicodeDecodeError, bytes_read: int) -> str:
-    """Guesses the encoding from what surrounds the first byte that is not UTF-8. bytes_read: where error's data ended."""
+    """Guesses the encoding from what surrounds the first byte that is not UTF-8. bytes_read: where its data ended."""
     data = error.object
     around = data[max(0, error.start - 2000) : error.start + 2000]
     text = around.decode("utf-8", "replace")

@@ -200,6 +200,8 @@ class ChatCall:
         criteria = StoppingCriteriaList(others.pop("stopping_criteria", None) or [])
         if stop_words:
             criteria.append(StopOnSequences(stop_words, self.prompt_length))
+        if config.stop_strings:
+            others["tokenizer"] = tokenizer  # generate asks for it
         # rows that have ended go on with padding while others are unfinished
         self.stops = [[token] for token in (*config.eos_token_id, config.pad_token_id)] + stop_words
         self.arguments = {

@@ -81,6 +81,11 @@ class Int8Layer(DynamicLayer):
         if tokens_to_remove < 0:
             self._change(lambda x: x[:, :, :tokens_to_remove])
 
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def offload(self) -> None:
         self._change(lambda x: x.to("cpu", non_blocking=True))
 

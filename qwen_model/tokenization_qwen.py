@@ -270,6 +270,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         except KeyError:
             return None
 
+    _convert_id_to_token = _token  # the name under which generate's stop_strings looks for it
+
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes that the ids stand for. An id that is no token (the model's vocabulary is padded) is U+FFFD."""
         try:

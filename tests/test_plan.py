@@ -85,6 +85,11 @@ def test_drop_last():
     assert make(count=5, drop_last=True).steps_per_epoch == 1  # a run of no steps serves nobody
 
 
+def test_total_steps():
+    assert make().total_steps(2.5) == 18  # 7 steps an epoch, rounded up
+    assert make().total_steps(2.5, max_steps=4) == 4
+
+
 def test_a_long_sample_has_a_pass_of_its_own():
     bins = lay_out([5000, 10, 20], max_tokens=100, ranks=1)
     assert bins == [[0], [2, 1]]

@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
@@ -219,9 +220,14 @@ def test_auto_tokenizer_opens_a_published_folder(folder):
     assert loaded(["Hi", "hello there"], padding=True).input_ids[0][0] == EXTRA_0
 
 
-def test_saved_folder_opens_elsewhere(tokenizer, tmp_path):
+def test_saved_folder_opens_elsewhere(tokenizer, tmp_path, monkeypatch):
     """In another Python, which does not find this toolkit: the folder carries the code."""
-    named = QWenTokenizer(find_vocabulary(), pad_token="<|extra_0|>", padding_side="left", errors="ignore")
+    # a class that nobody has registered
+    spec = importlib.util.spec_from_file_location("tokenization_qwen", tokenization_qwen.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tokenization_qwen", fresh)
+    spec.loader.exec_module(fresh)
+    named = fresh.QWenTokenizer(find_vocabulary(), pad_token="<|extra_0|>", padding_side="left", errors="ignore")
     saved = tmp_path / "saved model 1.0"
     named.save_pretrained(saved)
     assert hashlib.sha256((saved / "qwen.tiktoken").read_bytes()).hexdigest() == VOCABULARY_SHA256
