@@ -29,7 +29,7 @@ class Findings:
 
     def __exit__(self, kind, error, trace) -> bool:
         if isinstance(error, UserError):
-            self.findings += error.findings
+            self.findings += [finding for finding in error.findings if finding not in self.findings]
             return True
         return False
 

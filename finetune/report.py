@@ -84,7 +84,7 @@ class Report(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if "loss" in logs:
             self.figures.update(figures(logs))
-            self.bar.set_postfix(self.figures, refresh=False)
+            self.bar.set_postfix(self.figures)
         elif "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}")
 

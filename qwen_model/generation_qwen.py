@@ -109,7 +109,7 @@ class QWenChatMixin:
         **kwargs,
     ) -> tuple[str, list[tuple[str, str]]]:
         """The response, and a new history that ends in (query, response). The given history is left as it is."""
-        history = list(history or [])
+        history = history or []
         settings = (system, stop_words_ids, generation_config)
         (response,) = self.chat_batch(tokenizer, [query], [history], *settings, **kwargs)
         return response, [*history, (query, response)]

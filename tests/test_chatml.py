@@ -85,7 +85,9 @@ def test_default_system(tokenizer):
     without = render(tokenizer, TALK[1:])
     with_it = render(tokenizer, [{"role": "system", "content": DEFAULT_SYSTEM}, *TALK[1:]])
     assert pairs(without) == pairs(with_it)
-    assert tokenizer.decode(without[0]).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi")
+    assert tokenizer.decode(without[0]).startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi"
+    )
 
 
 @pytest.mark.parametrize("supervise", ["assistant", "chatml"])
@@ -102,7 +104,9 @@ def test_train_false(tokenizer, supervise):
     before[span] = [IGNORE] * len(before[span])
     assert labels == before
     talk = [{**message, "train": True} for message in TALK]  # only "train": False says anything
-    assert pairs(render(tokenizer, talk, supervise=supervise))[1] == pairs(render(tokenizer, TALK, supervise=supervise))[1]
+    assert (
+        pairs(render(tokenizer, talk, supervise=supervise))[1] == pairs(render(tokenizer, TALK, supervise=supervise))[1]
+    )
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>\n<|im_start|>user\nyes<|endoftext|>", "<|extra_0|>"])
@@ -173,7 +177,9 @@ def test_window_keeps_whole_turns_from_the_end(tokenizer):
 
     seen = set()
     for window in range(1, 90):
-        kept = next(k for k in (3, 2, 1, 0) if k == 0 or len(tokenizer.encode(text(row["history"][3 - k :])[0])) < window)
+        kept = next(
+            k for k in (3, 2, 1, 0) if k == 0 or len(tokenizer.encode(text(row["history"][3 - k :])[0])) < window
+        )
         expected = tokenizer.encode("".join(text(row["history"][3 - kept :])))
         assert render_prompt(tokenizer, prompt_messages(row), max_window_size=window) == expected
         seen.add(kept)
@@ -185,7 +191,9 @@ def test_prompt_is_the_beginning_of_the_sample(tokenizer):
     for end in (2, 4):
         prompt = render_prompt(tokenizer, TALK[:end])
         assert render(tokenizer, TALK[: end + 1])[0].tolist()[: len(prompt)] == prompt
-    assert render_prompt(tokenizer, TALK[1:2]) == render_prompt(tokenizer, [{"role": "system", "content": DEFAULT_SYSTEM}, TALK[1]])
+    assert render_prompt(tokenizer, TALK[1:2]) == render_prompt(
+        tokenizer, [{"role": "system", "content": DEFAULT_SYSTEM}, TALK[1]]
+    )
 
 
 def test_prompt_ends_with_the_user(tokenizer):
@@ -220,7 +228,9 @@ def test_chat_template_in_batches(tokenizer):
     original = json.dumps(conversations)
     ids = [render(tokenizer, messages)[0].tolist() for messages in conversations]
     assert tokenizer.apply_chat_template(conversations).input_ids == ids
-    padded = tokenizer.apply_chat_template(conversations, padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"})
+    padded = tokenizer.apply_chat_template(
+        conversations, padding=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"}
+    )
     longest = max(map(len, ids))
     assert padded.input_ids.tolist() == [[151643] * (longest - len(row)) + row for row in ids]
     assert padded.attention_mask.sum(1).tolist() == [len(row) for row in ids]

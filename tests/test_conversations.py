@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from talks import GOOD, TALK, findings, turns, write
@@ -56,6 +58,25 @@ def test_forms_give_the_same_conversation(tmp_path, form, indent):
     conversations = read(write(tmp_path, json.dumps(FORMS[form], indent=indent, ensure_ascii=False)))
     assert list(conversations) == [TALK]
     assert len(conversations) == 1 and conversations.notes == []
+
+
+def test_the_examples_of_the_readme_are_accepted(tmp_path):
+    text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^((?:    +[^\n]*\n)+)", text, re.MULTILINE)
+    accepted = [read(write(tmp_path, text, f"{i}")) for i, text in enumerate(examples) if text.lstrip()[0] in "[{"]
+    assert [len(conversations) for conversations in accepted] == [1, 2, 1, 1]
+    assert [conversations.notes for conversations in accepted] == [[]] * 4
+    alpaca, untrained = (next(iter(conversations)) for conversations in accepted[2:])
+    assert [m["content"] for m in alpaca[1:]] == [
+        "Translate to French: dog",
+        "chien",
+        "Translate to French.\ncat",
+        "chat",
+    ]
+    assert [m.get("train") for m in untrained] == [None, False, None, None]
+    [finding] = [text for text in examples if text.lstrip()[0] not in "[{"]
+    bad = [turns(("user", "x"), ("bot", "y"))]
+    assert finding.split(": ", 2)[2].split(" (")[0] in findings(write(tmp_path, bad))[0]
 
 
 def test_alpaca_fields(tmp_path):
@@ -194,6 +215,11 @@ CASES = [  # a sample, and what is said of it
 def test_findings_of_one_sample(tmp_path, case):
     sample, *messages = case
     assert findings(write(tmp_path, [sample])) == [f"sample 1{message}" for message in messages]
+
+
+def test_an_unknown_first_line_is_one_sample_among_others(tmp_path):
+    lines = [json.dumps({"text": "x"}), json.dumps(GOOD)]
+    assert findings(write(tmp_path, "\n".join(lines))) == [f'sample 1: no "conversations" (keys: "text"); {EXPECTED}']
 
 
 def test_half_a_character_and_keys_given_twice(tmp_path):

@@ -133,6 +133,12 @@ def test_answers_beyond_the_limit(tmp_path, cache, supervise, reach):
     ]
 
 
+def test_a_sample_of_just_the_limit_is_kept(tmp_path, cache):
+    path = write(tmp_path, [talk("a", "b" * n) for n in (1, 2, 3)])
+    limit = sizes([talk("a", "bb")])[0]
+    assert load(path, ByteTokenizer(), max_length=limit, long_samples="drop").lengths.tolist() == [limit - 1, limit]
+
+
 def test_an_answer_that_is_not_trained_does_not_count(tmp_path, cache):
     sample = talk("a", "b", "c" * 100, "d")
     sample["messages"][1]["train"] = False

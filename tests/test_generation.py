@@ -1,4 +1,4 @@
-"""Chatting, with a tiny random model: what is generated equals plain greedy decoding of the same prompt, and stops where it should.
+"""Chatting, with a tiny random model: it equals plain greedy decoding of the prompt, and stops where it should.
 
 Where a test needs certain tokens, a logits processor dictates them.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_model
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteriaList
 
 from qwen_model.chatml import render_prompt
 from qwen_model.generation_qwen import ChatCall
@@ -26,8 +26,13 @@ HISTORY = [("Hi", "Hello!"), ("And of Japan?", "Tokyo.")]
 def model():
     model = tiny_model(vocab_size=151936, hidden_size=32, seq_length=512).eval()
     model.generation_config = GenerationConfig(
-        chat_format="chatml", max_window_size=6144, max_new_tokens=8, do_sample=False, eos_token_id=EOD, pad_token_id=EOD
-    )  # fmt: skip
+        chat_format="chatml",
+        max_window_size=6144,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=EOD,
+        pad_token_id=EOD,
+    )
     return model
 
 
@@ -111,7 +116,11 @@ def test_stop_words(model, tokenizer):
     assert len(word) > 2
     thought, half = tokenizer.encode_ordinary("I should look."), word[:-1]
     dictated = Dictate([*thought, *half, *thought, *word, *thought])
-    settings = {"max_new_tokens": 40, "stop_words_ids": [word, tokenizer.encode("no such")], "logits_processor": [dictated]}
+    settings = {
+        "max_new_tokens": 40,
+        "stop_words_ids": [word, tokenizer.encode("no such")],
+        "logits_processor": [dictated],
+    }
     # the query ends in the beginning of the stop word, which does not count
     response, _ = model.chat(tokenizer, tokenizer.decode(half), **settings)
     assert response == tokenizer.decode([*thought, *half, *thought])
@@ -123,6 +132,21 @@ def test_stop_words(model, tokenizer):
     assert all(response.startswith(text) for text in shown)  # no part of a stop word that is taken back later
     settings["logits_processor"] = [Dictate([*thought, *half])]
     assert list(model.chat_stream(tokenizer, "x", **settings))[-1] == tokenizer.decode([*thought, *half])
+
+
+def test_stopping_criteria_of_the_caller(model, tokenizer):
+    def after_two(input_ids, scores):
+        return torch.full((len(input_ids),), input_ids[0, -2] == 14990)
+
+    criteria = StoppingCriteriaList([after_two])
+    for word in (None, [[1]]):
+        settings = {"stopping_criteria": criteria, "stop_words_ids": word}
+        assert model.chat(tokenizer, "x", logits_processor=[Dictate(3 * [14990])], **settings)[0] == "hellohello"
+        assert (
+            list(model.chat_stream(tokenizer, "x", logits_processor=[Dictate(3 * [14990])], **settings))[-1]
+            == "hellohello"
+        )
+    assert criteria == [after_two]
 
 
 def test_stop_strings_of_generate(model, tokenizer):
@@ -145,7 +169,9 @@ def test_padded_ids_do_not_break_the_response(model, tokenizer):
     settings = {"max_new_tokens": 4}
     response, _ = model.chat(tokenizer, "x", logits_processor=[Dictate([14990, 151900])], **settings)
     assert response == "hello\ufffd"
-    assert list(model.chat_stream(tokenizer, "x", logits_processor=[Dictate([14990, 151900])], **settings))[-1] == response
+    assert (
+        list(model.chat_stream(tokenizer, "x", logits_processor=[Dictate([14990, 151900])], **settings))[-1] == response
+    )
 
 
 # ---- streaming
@@ -239,7 +265,9 @@ def test_rows_of_a_batch_end_by_themselves(model, tokenizer):
     settings = {"stop_words_ids": [word], "max_new_tokens": 40, "logits_processor": [dictated]}
     responses = model.chat_batch(tokenizer, ["x", "a much longer query", "x"], system="Be short.", **settings)
     assert responses == ["One.", 3 * "Two, and more.", "Two, and more."]
-    prompts = [render_prompt(tokenizer, messages_of(query, system="Be short.")) for query in ("x", "a much longer query")]
+    prompts = [
+        render_prompt(tokenizer, messages_of(query, system="Be short.")) for query in ("x", "a much longer query")
+    ]
     padding = [EXTRA_0] * (len(prompts[1]) - len(prompts[0]))
     assert padding and dictated.prompts == [padding + prompts[0], prompts[1], padding + prompts[0]]
 
@@ -303,7 +331,9 @@ def test_generation_config_survives_and_generate_does_not_complain(model, tokeni
 def test_base_models_are_refused_at_once(model, tokenizer, monkeypatch, config):
     monkeypatch.setattr(model, "generation_config", GenerationConfig(**config))
     found = repr(config.get("chat_format"))
-    message = f'found {found} - use a chat model, or set model.generation_config.chat_format = "chatml" after fine-tuning'
+    message = (
+        f'found {found} - use a chat model, or set model.generation_config.chat_format = "chatml" after fine-tuning'
+    )
     for method in (model.chat, model.chat_stream, lambda tokenizer, query: model.chat_batch(tokenizer, [query])):
         with pytest.raises(ValueError, match=message):
             method(tokenizer, "x")

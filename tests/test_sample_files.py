@@ -141,6 +141,15 @@ def test_damaged_byte(tmp_path, at, front, monkeypatch):
     assert findings(path)[0].startswith(f"byte {place + len(front):,} (0xff) is not UTF-8; repair it (iconv -c ")
 
 
+def test_half_a_character_of_utf8(tmp_path):
+    """From the break on, the bytes would pass for GB18030; what stands before tells that they are not."""
+    data = CHINESE.encode()
+    place = data.rindex("。".encode())
+    data = data[: place + 2] + data[place + 3 :]
+    data[place:].decode("gb18030")
+    assert findings(write(tmp_path, data))[0].startswith(f"byte {place:,} (0xe3) is not UTF-8; repair it (iconv -c ")
+
+
 # ---- broken JSON
 
 
@@ -166,6 +175,15 @@ def test_broken_json_is_located(tmp_path, monkeypatch, chunk, broken, message):
     assert " - repair it there, here: " in found
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_columns_of_a_file_of_one_line(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(sample_files, "CHUNK_BYTES", chunk)
+    text = json.dumps([GOOD] * 5)
+    column = text.rindex(": ") + 1
+    [found] = findings(write(tmp_path, "\n" + text[: column - 1] + text[column:]))
+    assert found.startswith(f"line 2, column {column + 1}, near sample 5: Expecting ':' delimiter")
+
+
 def test_broken_line_of_json_lines_after_other_findings(tmp_path):
     lines = [json.dumps(GOOD), json.dumps(turns(("user", "x"))), json.dumps(GOOD)[:-1] + ",}", json.dumps(GOOD)]
     column = len(lines[2])
@@ -188,6 +206,10 @@ def test_broken_line_of_json_lines_after_other_findings(tmp_path):
         (json.dumps([GOOD])[:-1] + "}", 'near sample 1: expected "," or "]" after the sample, found "}"'),
         (
             json.dumps([GOOD]) + "\n[",
+            "near sample 1: more text after the end of the list; put everything into one list",
+        ),
+        (
+            json.dumps([GOOD]) + "\u2028",
             "near sample 1: more text after the end of the list; put everything into one list",
         ),
         (json.dumps(GOOD) + ",\n" + json.dumps(GOOD), 'near sample 2: one JSON object per line expected, found ","'),
@@ -232,6 +254,20 @@ def test_the_file_may_not_change_between_checking_and_reading(tmp_path):
 
 
 # ---- large files
+
+
+def test_a_large_sample_is_tried_a_few_times_only(tmp_path, monkeypatch):
+    """A sample of 2,000 windows: the window doubles, or parsing would take 2,000 tries of growing size."""
+    monkeypatch.setattr(sample_files, "CHUNK_BYTES", 1000)
+    reads, fill = [], sample_files._Window.fill
+    monkeypatch.setattr(sample_files._Window, "fill", lambda window: reads.append(window) or fill(window))
+    [messages] = read(write(tmp_path, [turns(("user", "long " * 400_000), ("assistant", "x"))]))
+    assert len(messages[0]["content"]) == 2_000_000 and len(reads) < 60  # in two readings
+
+
+def test_a_number_of_any_length_is_no_obstacle(tmp_path):
+    assert len(read(write(tmp_path, f'[{{"id": {"7" * 5000}, {json.dumps(GOOD)[1:]}]'))) == 1
+
 
 MEASURE = """
 import resource, sys

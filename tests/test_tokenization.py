@@ -98,7 +98,10 @@ def test_what_is_not_text_is_an_error(tokenizer):
 
 
 def test_pairs_and_words_go_the_same_way(tokenizer):
-    assert tokenizer("Hi", "you<|im_end|>").input_ids == [*tokenizer("Hi").input_ids, *tokenizer("you<|im_end|>").input_ids]
+    assert tokenizer("Hi", "you<|im_end|>").input_ids == [
+        *tokenizer("Hi").input_ids,
+        *tokenizer("you<|im_end|>").input_ids,
+    ]
     assert tokenizer(["Hi", " you"], is_split_into_words=True).input_ids == tokenizer("Hi you").input_ids
 
 
@@ -163,7 +166,11 @@ def test_decode(tokenizer):
             assert tokenizer.decode(row["ids"]) == row["text"] == tokenizer.decode(row["ids_plain"])
     ids = tokenizer("<|im_start|>user\nhi<|extra_9|><|im_end|>").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nhi"
-    assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(np.array(ids)) == "<|im_start|>user\nhi<|extra_9|><|im_end|>"
+    assert (
+        tokenizer.decode(torch.tensor(ids))
+        == tokenizer.decode(np.array(ids))
+        == "<|im_start|>user\nhi<|extra_9|><|im_end|>"
+    )
     assert tokenizer.batch_decode([ids[:1], ids[1:2]]) == ["<|im_start|>", "user"]
     assert tokenizer.decode(14990) == "hello"
     assert tokenizer.decode(tokenizer.encode("a . b"), clean_up_tokenization_spaces=True) == "a. b"
@@ -317,7 +324,9 @@ def test_copies(tokenizer, copied):
 
 
 def test_finding_the_vocabulary(monkeypatch, tmp_path):
-    assert "dashscope" not in sys.modules and find_vocabulary().name == "qwen.tiktoken" and "dashscope" not in sys.modules
+    assert (
+        "dashscope" not in sys.modules and find_vocabulary().name == "qwen.tiktoken" and "dashscope" not in sys.modules
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install dashscope"):
         find_vocabulary()
@@ -338,7 +347,9 @@ def test_chat_template_text(tokenizer):
     text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n <|im_end|>\n<|im_end|>\n"
     text += "<|im_start|>assistant\nb<|im_end|>\n"
     assert tokenizer.apply_chat_template(messages, tokenize=False) == text
-    prompt = tokenizer.apply_chat_template([{"role": "system", "content": ""}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "system", "content": ""}], tokenize=False, add_generation_prompt=True
+    )
     assert prompt == "<|im_start|>system\n<|im_end|>\n<|im_start|>assistant\n"
 
 

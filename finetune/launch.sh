@@ -1,0 +1,183 @@
+# Sourced by the scripts in this folder. Each sets model, output and the array hyperparameters, then calls
+#   launch_single_process "$@"
+# Options, the choice of Python and of the GPU, and quoting are here, once. Nothing changes the folder, so the paths that a
+# user gives mean what they mean in the user's own folder. Standard output carries only what was asked for (-h, DRY_RUN).
+set -eo pipefail
+script=$(readlink -f -- "$0")
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." >/dev/null && pwd)
+data=""
+extra=()        # the user's flags for finetune.py
+environment=()  # NAME=VALUE of what will run
+command=()      # its words
+
+note() { printf 'note: %s\n' "$1" >&2; }
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+# One flag a line.
+list_hyperparameters() {
+    local word
+    for word in "${hyperparameters[@]}"; do
+        if [[ $word == --* ]]; then printf '\n  %s' "$word"; else printf ' %s' "$word"; fi
+    done
+}
+
+# The head comment of the script, its options, and its hyperparameters as they stand in the script.
+usage() {
+    sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$script"
+    cat <<HELP
+
+Usage: bash $0 [-m MODEL] [-d DATA] [-o OUTPUT] [any flag of finetune.py ...]
+
+  -m, --model MODEL     a checkpoint folder, or a name on the Hugging Face hub (default: $model)
+  -d, --data DATA       the conversations to learn: .json, .jsonl or .parquet
+  -o, --output OUTPUT   the folder for the result (default: $output)
+  -h, --help            this text; the flags of finetune.py are listed by: bash $0 -- --help
+
+Every other flag goes to finetune.py as it is, and so does everything after --. The script's own hyperparameters are
+$(list_hyperparameters)
+
+A flag that you give overrides them: --learning_rate 1e-4, --num_train_epochs 3, --fp16 (instead of --bf16).
+
+Environment:
+  CUDA_VISIBLE_DEVICES=2    the GPU to use
+  DRY_RUN=1                 print the command and run nothing
+  FINETUNE_PYTHON=PYTHON    the Python to use, instead of the one in .venv
+HELP
+}
+
+# need_value OPTION [NEXT WORD]: a path that begins with a dash is written ./-path.
+need_value() {
+    [[ -n ${2:-} && $2 != -* ]] || fail "$1 needs a value"
+}
+
+parse_options() {
+    while (($#)); do
+        case $1 in
+            -h|--help) usage; exit 0 ;;
+            -m|--model|--model_name_or_path) need_value "$1" "${2:-}"; model=$2; shift 2 ;;
+            -d|--data|--data_path) need_value "$1" "${2:-}"; data=$2; shift 2 ;;
+            -o|--output|--output_dir) need_value "$1" "${2:-}"; output=$2; shift 2 ;;
+            --model=*|--model_name_or_path=*) need_value "${1%%=*}" "${1#*=}"; model=${1#*=}; shift ;;
+            --data=*|--data_path=*) need_value "${1%%=*}" "${1#*=}"; data=${1#*=}; shift ;;
+            --output=*|--output_dir=*) need_value "${1%%=*}" "${1#*=}"; output=${1#*=}; shift ;;
+            --) shift; extra+=("$@"); break ;;
+            *) extra+=("$1"); shift ;;
+        esac
+    done
+}
+
+# Whether the user switched a flag on: --flag, --flag True or --flag=True.
+switched_on() {
+    local i
+    for i in "${!extra[@]}"; do
+        [[ ${extra[i]} == "$1" && ${extra[i+1]} != [Ff]alse || ${extra[i]} == "$1"=[Tt]rue ]] && return
+    done
+    return 1
+}
+
+# The two precisions exclude each other, so asking for one takes back the script's other.
+settle_precision() {
+    if switched_on --fp16; then hyperparameters+=(--bf16 False); fi
+    if switched_on --bf16; then hyperparameters+=(--fp16 False); fi
+}
+
+# Prints how many NVIDIA GPUs this machine or container has. A container may have them without nvidia-smi: then the device
+# files count. torch would know as well, but takes seconds to import.
+count_gpus() {
+    local listing devices
+    if command -v nvidia-smi >/dev/null; then
+        if listing=$(nvidia-smi -L 2>&1); then
+            grep -c '^GPU ' <<<"$listing" || true
+        else
+            note "nvidia-smi finds no GPU: ${listing%%$'\n'*}"
+            echo 0
+        fi
+    else
+        devices=(/dev/nvidia[0-9]*)
+        if [[ -e ${devices[0]} ]]; then echo "${#devices[@]}"; else echo 0; fi
+    fi
+}
+
+# Puts exactly one GPU before the process (with several, transformers would spread each batch over all of them in threads),
+# and says which, or that the CPU is used.
+choose_gpu() {
+    local count chosen=${CUDA_VISIBLE_DEVICES%%,*}
+    count=$(count_gpus)
+    if [[ ! ${CUDA_VISIBLE_DEVICES+given} ]]; then
+        if ((count > 1)); then
+            note "$count GPUs here, and one process uses one of them: GPU 0. For another one: CUDA_VISIBLE_DEVICES=1"
+            environment+=(CUDA_VISIBLE_DEVICES=0)
+        elif ((count == 1)); then
+            note "running on the GPU"
+        else
+            note "no NVIDIA GPU here: running on the CPU"
+        fi
+        return
+    fi
+    environment+=(CUDA_VISIBLE_DEVICES="$chosen")
+    case $chosen in
+        ''|-*|NoDevFiles) note "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES hides every GPU: running on the CPU"; return ;;
+    esac
+    if ((count == 0)); then
+        note "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES is set, but there is no NVIDIA GPU here: running on the CPU"
+    elif [[ $chosen =~ ^[0-9]+$ ]] && ((10#$chosen >= count)); then
+        fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: no GPU $chosen here - the GPUs are 0 to $((count - 1)), see nvidia-smi"
+    elif [[ $chosen != "$CUDA_VISIBLE_DEVICES" ]]; then
+        note "running on GPU $chosen, the first of CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: one process uses one GPU"
+    else
+        note "running on GPU $chosen (CUDA_VISIBLE_DEVICES)"
+    fi
+}
+
+# FINETUNE_PYTHON if it is set, else .venv's (setup_env.sh makes it), else python3.
+choose_python() {
+    if [[ -n ${FINETUNE_PYTHON:-} ]]; then
+        python=$FINETUNE_PYTHON
+    elif [[ -x $root/.venv/bin/python ]]; then
+        python=$root/.venv/bin/python
+    else
+        python=python3
+    fi
+}
+
+# Fails where the chosen Python cannot do the job. Looks without importing: that would take seconds.
+check_python() {
+    local missing
+    command -v -- "$python" >/dev/null ||
+        fail "no program $python - bash $(printf %q "$root/setup_env.sh") makes an environment with all that is needed"
+    missing=$("$python" -c '
+from importlib.util import find_spec
+print(*[name for name in ("torch", "transformers", "accelerate", "peft", "tiktoken") if find_spec(name) is None], sep=", ")')
+    [[ -z $missing ]] ||
+        fail "$python has no $missing - bash $(printf %q "$root/setup_env.sh") makes an environment with all that is needed; \
+FINETUNE_PYTHON=PYTHON names another Python"
+}
+
+# Under DRY_RUN the command on standard output, quoted for pasting into bash; else the command itself, in this very process,
+# so that signals and the exit code are its own.
+run_or_show() {
+    if [[ ${DRY_RUN:-0} != 0 ]]; then
+        local words
+        words=$(printf ' %q' "${environment[@]}" "${command[@]}")
+        printf '%s\n' "${words:1}"
+        return
+    fi
+    check_python
+    ((${#environment[@]} == 0)) || export "${environment[@]}"
+    exec "${command[@]}"
+}
+
+launch_single_process() {
+    parse_options "$@"
+    settle_precision
+    choose_gpu
+    choose_python
+    command+=("$python" "$root/finetune.py" --model_name_or_path "$model")
+    if [[ -n $data ]]; then command+=(--data_path "$data"); fi  # finetune.py reports a missing one, with all other findings
+    command+=(--output_dir "$output" "${hyperparameters[@]}" "${extra[@]}")
+    run_or_show
+}

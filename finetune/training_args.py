@@ -1,0 +1,98 @@
+"""transformers' TrainingArguments with our flags and defaults, and without what this trainer cannot honour."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import transformers
+
+from .args import TrainingFlags
+from .errors import note
+
+# Flags of transformers that the step plan, the packed rows or the loss of this toolkit leave without meaning.
+NO_EFFECT = (
+    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor", "do_predict",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "fp16_full_eval",
+    "include_for_metrics", "label_names", "length_column_name",
+    "logging_nan_inf_filter", "prediction_loss_only", "remove_unused_columns", "torch_empty_cache_steps",
+    "train_sampling_strategy",
+)  # fmt: skip
+# Flags that would change the result, and would be passed over in silence.
+REFUSED = {
+    "deepspeed": "not available in this version - leave it out; full-parameter and LoRA training run without it",
+    "fsdp": "not available in this version - leave it out; full-parameter and LoRA training run without it",
+    "parallelism_config": "not available in this version - leave it out",
+    "label_smoothing_factor": "not available: the loss is plain cross-entropy - leave it out",
+    "neftune_noise_alpha": "not available: its noise follows the length of a row, and rows are packed - leave it out",
+    "use_liger_kernel": "not available: the loss is computed in pieces anyway - leave it out",
+    "auto_find_batch_size": "it would change the samples of a step - lower --max_tokens_per_pass instead",
+}
+
+
+@dataclass
+class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
+    """Everything transformers' TrainingArguments takes; the defaults of TrainingFlags win.
+
+    gradient_accumulation_steps, per_device_train_batch_size: of samples, as users know them; the step plan reads them.
+    """
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise transformers refuses --bf16 where there is no GPU
+        if hasattr(self, "activation_checkpointing"):  # its name from 5.23 on, which warns of the old one
+            for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+                if getattr(self, new) is None:
+                    setattr(self, new, getattr(self, new.replace("activation", "gradient")))
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = 0.1  # transformers would take logging_steps: with ours, at every step
+        if self.logging_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir  # where transformers looks for it today
+        self.remove_unused_columns = False  # our items are no data set's columns
+        super().__post_init__()
+        if self._n_gpu > 1:  # transformers would wrap the model in DataParallel, which cannot split a packed row
+            note(
+                f"{self._n_gpu} GPUs are visible, and one process uses the first; CUDA_VISIBLE_DEVICES=N takes another"
+            )
+            self._n_gpu = 1
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """--warmup_steps, or the share --warmup_ratio of all steps, rounded up."""
+        if self.warmup_steps == 0 and self.warmup_ratio:
+            return math.ceil(num_training_steps * self.warmup_ratio)
+        return super().get_warmup_steps(num_training_steps)
+
+
+def build(values: dict):
+    """(training arguments, findings) from the value of every flag.
+
+    Where there are findings, the first is a plain object with the flags as attributes, for the other checks to read.
+    """
+    defaults = {
+        f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.default is not dataclasses.MISSING
+    }
+    changed = {name for name, value in values.items() if value != defaults.get(name, value)}
+    findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
+    findings += precision(values)
+    if idle := changed & set(NO_EFFECT):
+        listed = ", ".join(f"--{name}" for name in sorted(idle))
+        note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
+    if not findings:
+        try:
+            return TrainingArguments(**values), []
+        except (ValueError, OSError) as error:
+            findings = [" ".join(str(error).split()) + " - change or leave out the flag"]
+    return SimpleNamespace(**values), findings
+
+
+def precision(values: dict) -> list[str]:
+    """What stands against --bf16 and --fp16."""
+    if values["bf16"] and values["fp16"]:
+        return ["--bf16 and --fp16: only one of them can be - leave out one; bf16 where the GPU has it"]
+    if not values["bf16"] or values["use_cpu"] or not torch.cuda.is_available() or torch.version.hip:
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    return [] if major >= 8 else [f"--bf16: this GPU (sm_{major}{minor}) has no bf16 - use --fp16"]

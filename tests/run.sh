@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Runs the tests that need neither a GPU nor much time, in .venv, which it makes if need be. Arguments go to pytest:
+#   bash tests/run.sh -k plan            bash tests/run.sh -m slow
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+set -e
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." >/dev/null
+python=$(bash setup_env.sh)
+
+# The tests' models are tiny: more threads cost more than they give, and one makes the numbers the same everywhere.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+export HF_HUB_OFFLINE=1 # a test that would fetch something is a mistake
+exec "$python" -m pytest -q -m "not slow and not gpu" "$@"
