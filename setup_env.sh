@@ -7,7 +7,7 @@
 # FINETUNE_PYTHON=PYTHON    an interpreter that has everything already (in a container, say): used as it is
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -eo pipefail
-root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" >/dev/null && pwd)
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
 venv=$root/.venv
 log=$venv/install.log
 without_compiler=""  # set where there is none: the packages left out

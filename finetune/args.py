@@ -115,7 +115,7 @@ class TrainingFlags:
     warmup_ratio: float = flag(0.0, "Share of all steps in which the rate rises from 0; rounded up.", metavar="X")
     weight_decay: float = flag(0.0, "Of matrices; biases and norms do not decay.", metavar="X")
     adam_beta2: float = flag(0.999, "AdamW's second beta.", metavar="X")
-    optim: str = flag("adamw_torch", "The optimizer, as transformers names it.", metavar="NAME")
+    optim: str = flag("adamw_torch_fused", "The optimizer, as transformers names it.", metavar="NAME")
     model_max_length: int = flag(8192, "Longest sample, in tokens; see --long_samples.", metavar="N")
     gradient_checkpointing: bool = flag(False, "Compute activations twice instead of keeping them: less memory.")
     logging_steps: float = flag(1, "Steps from one line of the log to the next.", metavar="N")

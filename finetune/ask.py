@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--system", default="You are a helpful assistant.", help="the system message")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     run(lambda: ask(options))
 
 

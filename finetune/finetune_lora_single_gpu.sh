@@ -23,7 +23,6 @@ hyperparameters=(
     --weight_decay 0.1
     --adam_beta2 0.95
     --model_max_length 512
-    --lazy_preprocess True
     --save_strategy steps
     --save_steps 1000
     --save_total_limit 10

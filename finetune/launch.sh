@@ -4,7 +4,7 @@
 # user gives mean what they mean in the user's own folder. Standard output carries only what was asked for (-h, DRY_RUN).
 set -eo pipefail
 script=$(readlink -f -- "$0")
-root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." >/dev/null && pwd)
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 data=""
 extra=()        # the user's flags for finetune.py
 environment=()  # NAME=VALUE of what will run

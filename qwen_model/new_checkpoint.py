@@ -15,6 +15,9 @@ from .configuration_qwen import QWenConfig
 from .modeling_qwen import QWenLMHeadModel
 from .vocabulary import find_vocabulary
 
+# Of the token embeddings. With the usual 0.02 and a small hidden size, Adam spends the first hundreds of steps on leaving the
+# neighbourhood of zero: measured on 19.5 million parameters, 190 steps end at a loss of 2.5 instead of 5.
+EMBEDDING_STD = 0.1
 AUTO_MAP = {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
 GENERATION = {
     "chat_format": "raw",
@@ -60,7 +63,10 @@ def new_checkpoint(
         **{{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]: True},
     )
     torch.manual_seed(seed)
-    model = QWenLMHeadModel(config).to(dtype)
+    model = QWenLMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(EMBEDDING_STD / config.initializer_range)
+    model.to(dtype)
     out.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(config.to_json_string())

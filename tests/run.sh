@@ -3,7 +3,7 @@
 #   bash tests/run.sh -k plan            bash tests/run.sh -m slow
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -e
-cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." >/dev/null
+cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 python=$(bash setup_env.sh)
 
 # The tests' models are tiny: more threads cost more than they give, and one makes the numbers the same everywhere.

@@ -1,0 +1,353 @@
+"""Every finding about files and folders is provoked once and read; what is right passes."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from command_lines import (
+    CONFIG,
+    POINTER,
+    SHAPES,
+    found,
+    make_world,
+    only,
+    write_adapter,
+    write_checkpoint,
+    write_config,
+    write_safetensors,
+)
+
+from finetune import args as arguments
+from finetune import checks
+from finetune.errors import UserError
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_world(tmp_path)
+
+
+# ---- data
+
+
+def test_data_path_missing(world):
+    with pytest.raises(UserError) as error:
+        arguments.check(arguments.parse(["-m", str(world.model), "-o", str(world.out), "--model_max_length", "64"]))
+    assert error.value.findings == ["--data_path: missing - give your training JSON with -d"]
+
+
+def test_data_path_leads_nowhere(world):
+    line = only(world, "--data_path", "path_to_data")
+    assert line == "--data_path path_to_data: no such file. Give your training JSON with -d."
+
+
+def test_evaluation_data_without_evaluation(world):
+    other = shutil.copy(world.data, "eval.json")
+    line = only(world, "--eval_data_path", other)
+    assert line == "--eval_data_path is set but evaluation is off - set --evaluation_strategy steps or epoch"
+    assert found(world, "--eval_data_path", other, "--evaluation_strategy", "epoch") == []
+    assert found(world, "--eval_data_path", other, "--eval_on_start") == []
+
+
+def test_evaluation_without_data(world):
+    line = only(world, "--evaluation_strategy", "steps")
+    assert line.startswith("--evaluation_strategy steps needs conversations to evaluate on - give --eval_data_path")
+
+
+def test_evaluating_on_the_training_data_is_warned_of(world, capsys):
+    assert found(world, "--eval_data_path", str(world.data), "--evaluation_strategy", "epoch") == []
+    assert "warning: --eval_data_path is the training data" in capsys.readouterr().err
+
+
+# ---- the model's folder
+
+
+def test_no_model(world):
+    with pytest.raises(UserError) as error:
+        arguments.check(arguments.parse(["-d", str(world.data), "-o", str(world.out)]))
+    assert error.value.findings[0].startswith("--model_name_or_path: missing - give a checkpoint's folder with -m")
+
+
+def test_a_folder_that_is_not_there(world):
+    assert only(world, "-m", "/no/such").startswith(
+        "--model_name_or_path /no/such: no such folder - give a checkpoint's folder"
+    )
+    assert only(world, "-m", str(world.data)).endswith("is a file - give the folder of a checkpoint")
+
+
+def test_a_name_of_the_hub_passes(world):
+    assert found(world, "-m", "Qwen/Qwen-7B") == []
+    assert found(world, "-m", "Qwen/Qwen-7B", "--use_lora") == []
+
+
+def test_no_config(world):
+    (world.model / "config.json").unlink()
+    assert only(world).endswith("no config.json there - give the folder of a whole checkpoint")
+    inside = world.model / "snapshots" / "abc"
+    inside.mkdir(parents=True)
+    write_config(inside)
+    assert only(world).endswith(f"did you mean {inside}?")
+
+
+def test_an_adapter_given_as_the_model(world, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter")
+    line = only(world, "-m", str(adapter))
+    assert "holds a LoRA adapter, not a model - give its base model" in line and f"--lora_weight_path {adapter}" in line
+
+
+def test_a_shard_is_missing(world):
+    (world.model / "model.safetensors").unlink()
+    shards = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = {"weight_map": {name: shards[i % 3] for i, name in enumerate(SHAPES)}}
+    (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
+    for i in (0, 1):
+        write_safetensors(world.model / shards[i], {name: SHAPES[name] for j, name in enumerate(SHAPES) if j % 3 == i})
+    line = only(world)
+    assert f"missing {shards[2]} (index lists 3 shards, 2 present) - " in line
+    write_safetensors(world.model / shards[2], {name: SHAPES[name] for j, name in enumerate(SHAPES) if j % 3 == 2})
+    assert found(world) == []
+    (world.model / "model.safetensors.index.json").write_text("{")
+    assert "index of shards" in only(world)
+
+
+def test_a_file_that_was_cut_short(world):
+    path = world.model / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert only(world) == f"{path}: incomplete: {len(whole) - 10:,} bytes of {len(whole):,} - download it again"
+    for broken in (b"", whole[:50], b"<html>not found</html>"):
+        path.write_bytes(broken)
+        assert only(world) == f"{path}: not a whole safetensors file ({len(broken):,} bytes) - download it again"
+
+
+def test_no_weights(world):
+    (world.model / "model.safetensors").unlink()
+    assert only(world).startswith(f"{world.model}: no weights")
+
+
+def test_old_bin_weights_pass(world):
+    (world.model / "model.safetensors").unlink()
+    (world.model / "pytorch_model.bin").write_bytes(bytes(1000))
+    assert found(world) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken", "config.json"])
+def test_lfs_pointers(world, name):
+    (world.model / name).write_text(POINTER)
+    line = only(world)
+    assert (
+        line == f"{world.model / name} is a git-lfs pointer ({len(POINTER)} bytes) - run git lfs pull in {world.model}"
+    )
+
+
+def test_broken_config(world):
+    (world.model / "config.json").write_text("{")
+    assert only(world).startswith(f"{world.model / 'config.json'}: cannot be read")
+    (world.model / "config.json").write_text("[]")
+    assert "should hold a JSON object, found a list" in only(world)
+    write_config(world.model, kv_channels=17)
+    assert "kv_channels 17 x num_attention_heads 2 must be hidden_size" in only(world)
+    write_config(world.model, model_type="qwenn")
+    assert 'model_type "qwenn", which transformers does not know' in only(world)
+
+
+def test_a_quantized_checkpoint(world, tmp_path):
+    folder = shutil.copytree(world.model, tmp_path / "Qwen-7B-Chat-Int4")
+    write_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    for flags in ([], ["--use_lora"]):
+        line = only(world, "-m", str(folder), *flags)
+        assert line.startswith(f"{folder} is quantized (gptq, 4 bit)") and line.endswith("made from (Qwen-7B-Chat)")
+
+
+def test_q_lora_is_said_to_be_missing(world):
+    expected = "--q_lora is not available in this version - use --use_lora with a 16-bit checkpoint"
+    assert only(world, "--q_lora") == expected
+    write_config(world.model, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert only(world, "--q_lora", "--use_lora") == expected
+
+
+def test_samples_longer_than_the_model_was_trained_on_are_warned_of(world, capsys):
+    assert found(world, "--model_max_length", "65") == []
+    assert "--model_max_length 65: the model was trained on 64 tokens" in capsys.readouterr().err
+    assert found(world, "--model_max_length", "64") == []
+    assert "trained on" not in capsys.readouterr().err
+
+
+def test_a_misspelt_key_of_the_config_is_warned_of(world, capsys):
+    config = dict(CONFIG)
+    del config["use_dynamic_ntk"]
+    (world.model / "config.json").write_text(json.dumps(config | {"use_dynamc_ntk": True, "made_by": "me"}))
+    assert found(world) == []
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"warning: {world.model}/config.json: unknown config key use_dynamc_ntk; did you mean use_dynamic_ntk?"
+    ]
+    write_config(world.model, use_dynamc_ntk=True)  # beside the right one: nothing is lost
+    assert found(world) == [] and capsys.readouterr().err == ""
+
+
+def test_the_vocabulary_of_weights_config_and_tokenizer(world):
+    write_config(world.model, vocab_size=320)
+    assert only(world).startswith(f"{world.model}: vocab 300 in weights, 320 in config.json - ")
+    write_config(world.model)
+    (world.model / "qwen.tiktoken").write_text("".join(f"QQ== {rank}\n" for rank in range(93)))
+    assert only(world).startswith(f"{world.model}: the tokenizer has 301 tokens, the model 300 - ")
+    (world.model / "qwen.tiktoken").unlink()
+    assert only(world).startswith(f"{world.model}: no qwen.tiktoken - ")
+
+
+def later_qwen(folder: Path) -> Path:
+    """A qwen2 folder, as far as it is looked at."""
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "vocab_size": 300, "max_position_embeddings": 64})
+    )
+    layers = {f"model.layers.0.self_attn.{name}_proj.weight": [32, 32] for name in "qkvo"}
+    write_safetensors(folder / "model.safetensors", {"model.embed_tokens.weight": [300, 32], **layers})
+    return folder
+
+
+def test_a_later_qwen(world, tmp_path):
+    folder = later_qwen(tmp_path / "Qwen2")
+    assert found(world, "-m", str(folder)) == []
+    assert found(world, "-m", str(folder), "--use_lora", "--lora_target_modules", "q_proj", "v_proj") == []
+    line = only(world, "-m", str(folder), "--use_lora")
+    assert "c_attn c_proj w1 w2: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in line
+
+
+# ---- the method
+
+
+def test_unknown_layers(world):
+    line = only(world, "--use_lora", "--lora_target_modules", "c_attn", "w3", "q_proj")
+    what, remedy = line.split(" - ")
+    assert what == "--lora_target_modules w3 q_proj: no such layer"
+    assert remedy == "this model has c_attn, c_proj, w1, w2; separate them by blanks"
+    assert found(world, "--use_lora", "--lora_target_modules", "attn.c_proj", "w2") == []
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_known_biases(world, bias):
+    assert found(world, "--use_lora", "--lora_bias", bias) == []
+
+
+def test_an_unknown_bias(world):
+    assert only(world, "--use_lora", "--lora_bias", "some") == "--lora_bias some: unknown - give none, all or lora_only"
+
+
+def test_lora_settings_without_lora(world):
+    line = only(world, "--lora_r", "8", "--lora_bias", "all")
+    assert line.startswith("--lora_r, --lora_bias: without --use_lora all parameters are trained - add --use_lora")
+
+
+def test_an_adapter_to_go_on_from(world, tmp_path, capsys):
+    adapter = write_adapter(tmp_path / "adapter", r=8)
+    assert found(world, "--use_lora", "--lora_weight_path", str(adapter)) == []
+    assert "(r=8 alpha=16 on c_attn, c_proj, w1, w2, bias none)" in capsys.readouterr().err
+    (adapter / "adapter_model.safetensors").write_text(POINTER)
+    assert "git-lfs pointer" in only(world, "--use_lora", "--lora_weight_path", str(adapter))
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "no adapter_model.safetensors there" in only(world, "--use_lora", "--lora_weight_path", str(adapter))
+    line = only(world, "--use_lora", "--lora_weight_path", str(world.model))
+    assert line.startswith(f"--lora_weight_path {world.model}: no adapter_config.json there - ")
+
+
+# ---- the output folder
+
+
+def test_output_over_an_input(world, tmp_path):
+    assert "is the folder of --model_name_or_path" in only(world, "-o", str(world.model), "--overwrite_output_dir")
+    assert "is the folder of --model_name_or_path" in only(world, "-o", str(world.model / ".." / world.model.name))
+    adapter = write_adapter(tmp_path / "adapter")
+    line = only(world, "--use_lora", "--lora_weight_path", str(adapter), "-o", str(adapter))
+    assert "is the folder of --lora_weight_path" in line
+
+
+def test_output_that_cannot_be_written(world, monkeypatch):
+    assert only(world, "-o", str(world.data)).endswith("is a file - give a folder")
+    assert "cannot be written to" in only(world, "-o", str(world.data / "below"))
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
+    assert f"{world.out.parent} cannot be written to" in only(world)
+
+
+def test_output_of_an_earlier_run(world):
+    write_checkpoint(world.out / "checkpoint-9")
+    write_checkpoint(world.out / "checkpoint-10")
+    line = only(world)
+    assert line.startswith(f"--output_dir {world.out}: has checkpoint-10 - ")
+    assert "--resume_from_checkpoint auto" in line and "--overwrite_output_dir" in line
+    assert found(world, "--overwrite_output_dir") == []
+    assert found(world, "--resume_from_checkpoint", "auto") == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_output_that_holds_a_model(world, name):
+    world.out.mkdir()
+    (world.out / "notes.txt").write_text("mine")
+    assert found(world) == []
+    (world.out / name).write_text("{}")
+    for flags in ([], ["--resume_from_checkpoint", "auto"]):
+        assert only(world, *flags).startswith(f"--output_dir {world.out}: holds a finished model - ")
+    assert found(world, "--overwrite_output_dir") == []
+
+
+def test_no_checkpoint_to_resume_from(world):
+    assert only(world, "--resume_from_checkpoint", "checkpoint-3").startswith(
+        "--resume_from_checkpoint checkpoint-3: no "
+    )
+    line = only(world, "--resume_from_checkpoint", "True")
+    assert line.startswith(f"--resume_from_checkpoint True: no checkpoint in {world.out} - ")
+    assert found(world, "--resume_from_checkpoint", "auto") == []
+    assert found(world, "--resume_from_checkpoint", "False") == []
+
+
+def test_resuming_with_another_method(world):
+    lora = write_checkpoint(world.out / "checkpoint-5", adapter={"r": 8})
+    line = only(world, "--resume_from_checkpoint", str(lora))
+    assert line.startswith(f"{lora} is LoRA r=8 alpha=16") and "this run is full-parameter - " in line
+    line = only(world, "--resume_from_checkpoint", "auto", "--use_lora")
+    assert "is LoRA r=8" in line and "this run is LoRA r=64" in line
+    assert found(world, "--resume_from_checkpoint", "auto", "--use_lora", "--lora_r", "8") == []
+    full = write_checkpoint(world.out / "checkpoint-6")
+    line = only(world, "--resume_from_checkpoint", str(full), "--use_lora")
+    assert line.startswith(f"{full} is full-parameter, this run is LoRA r=64")
+
+
+# ---- room on the disk
+
+PARAMETERS = 300 * 32 * 2 + 32 + 96 * 32 + 96 + 32 * 32 + 2 * 48 * 32 + 32 * 48
+LORA_PARAMETERS = 64 * ((96 + 32) + (32 + 32) + 2 * (48 + 32) + (32 + 48))
+
+
+def with_room(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(free))
+
+
+@pytest.mark.parametrize(
+    "flags, needed",
+    [
+        (["--bf16"], PARAMETERS * (4 + 8) + PARAMETERS * 2),  # float32 weights and two moments; the result in bfloat16
+        ([], PARAMETERS * (4 + 8) + PARAMETERS * 4),
+        (["--save_strategy", "no"], PARAMETERS * 4),
+        (["--save_only_model"], PARAMETERS * 4 * 2),
+        (["--use_lora", "--bf16"], LORA_PARAMETERS * (4 + 8) + LORA_PARAMETERS * 4),
+    ],
+)
+def test_too_little_room(world, monkeypatch, flags, needed):
+    with_room(monkeypatch, needed)
+    assert found(world, *flags) == []
+    with_room(monkeypatch, needed - 1)
+    assert only(world, *flags).startswith(f"--output_dir {world.out}: too little room (a checkpoint takes about ")
+
+
+def test_little_room_is_warned_of(world, monkeypatch, capsys):
+    checkpoint, result = PARAMETERS * 12, PARAMETERS * 4
+    with_room(monkeypatch, 6 * checkpoint + result)
+    assert found(world, "--save_total_limit", "5") == []
+    assert "may not last" not in capsys.readouterr().err
+    with_room(monkeypatch, 6 * checkpoint + result - 1)
+    assert found(world, "--save_total_limit", "5") == []
+    assert "with --save_total_limit 5 that may not last" in capsys.readouterr().err
