@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv beside this file and installs requirements.txt into it. When that is done already it does nothing; after an
-# interruption it goes on; when requirements.txt has changed it installs the changes.
+# Makes .venv beside this file and installs requirements.txt into it. When that is done already it does nothing; after
+# an interruption it goes on; when requirements.txt has changed it installs the changes.
 #
 #   bash setup_env.sh       standard output: the path of the Python to use, and nothing else
 #
@@ -27,13 +27,13 @@ find_base_python() {
     for candidate in python3 python3.13 python3.12 python3.11; do
         if is_supported "$candidate"; then
             "$candidate" -c 'import ensurepip' 2>/dev/null ||
-                fail "$candidate has no ensurepip, so it cannot make .venv - apt-get install $candidate-venv, then try again"
+                fail "$candidate has no ensurepip, so it makes no .venv - apt-get install $candidate-venv, then again"
             printf '%s\n' "$candidate"
             return
         fi
     done
-    fail "no Python 3.11, 3.12 or 3.13 here (python3 is: $(python3 --version 2>&1 || true)) - install one and its venv module, \
-for example: apt-get install python3 python3-venv"
+    fail "no Python 3.11, 3.12 or 3.13 here (python3 is: $(python3 --version 2>&1 || true)) - install one and its \
+venv module, for example: apt-get install python3 python3-venv"
 }
 
 make_venv() {
@@ -56,7 +56,7 @@ PYTHON
 
 # What can be installed on this machine.
 wanted_requirements() {
-    if [ -z "$without_compiler" ]; then cat "$root/requirements.txt"; else grep -v "^$without_compiler==" "$root/requirements.txt"; fi
+    grep -v "^${without_compiler:-leave nothing out}==" "$root/requirements.txt"
 }
 
 # pip's lines go to the log; a person at a terminal also sees which package it is at.
@@ -65,7 +65,8 @@ show_progress() {
     while IFS= read -r line; do
         printf '%s\n' "$line" >&3
         case $line in
-            Collecting*|*Downloading*|Building*|Installing*) if [ -t 2 ]; then printf '\r\033[K  %.90s' "$line" >&2; fi ;;
+            Collecting*|*Downloading*|Building*|Installing*)
+                if [ -t 2 ]; then printf '\r\033[K  %.90s' "$line" >&2; fi ;;
         esac
     done 3>"$log"
     if [ -t 2 ]; then printf '\r\033[K' >&2; fi
@@ -77,12 +78,13 @@ install_requirements() {
     wanted=$(wanted_requirements)
     [ "$wanted" = "$(cat "$venv/installed.txt" 2>/dev/null)" ] && return
     printf '%s\n' "$wanted" >"$venv/wanted.txt"
-    [ -z "$without_compiler" ] || say "no C compiler or no Python.h here: $without_compiler is left out, which only quantized \
-models need. To have it: apt-get install gcc python3-dev, then bash setup_env.sh"
+    [ -z "$without_compiler" ] || say "no C compiler or no Python.h here: $without_compiler is left out, which \
+only quantized models need. To have it: apt-get install gcc python3-dev, then bash setup_env.sh"
     say "installing requirements.txt: a few minutes and 3 GB; with CUDA several GB more"
-    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "$venv/wanted.txt" 2>&1 | show_progress; then
+    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "$venv/wanted.txt" 2>&1 |
+        show_progress; then
         tail -n 12 "$log" >&2
-        fail "the installation stopped; pip's last lines are above, all of them in $log. The same command goes on from here."
+        fail "the installation stopped; pip's last lines are above, all of them in $log. The same command goes on."
     fi
     mv "$venv/wanted.txt" "$venv/installed.txt"
     say "done"

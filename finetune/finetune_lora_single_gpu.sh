@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # LoRA fine-tuning of a 16-bit Qwen model in one process: on one GPU, or, slowly, on the CPU.
-# Trains small matrices beside the model's own, which stay as they are; on a base model also the embedding and the output
-# layer. The output folder is an adapter; `python -m finetune.merge` makes a model of it that stands alone.
+# Trains small matrices beside the model's own, which stay as they are; on a base model also the embedding and the
+# output layer. The output folder is an adapter; `python -m finetune.merge` makes a model of it that stands alone.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 . "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/launch.sh"
 
 model=Qwen/Qwen-7B
 output=output_qwen
 
-# An optimizer step takes per_device_train_batch_size x gradient_accumulation_steps conversations. --bf16 needs a GPU that has
-# it (since Ampere); elsewhere add --fp16. Give --eval_data_path to have held-out conversations evaluated, which is off else.
+# An optimizer step takes per_device_train_batch_size x gradient_accumulation_steps conversations. --bf16 needs a GPU
+# that has it (since Ampere); elsewhere add --fp16. --eval_data_path gives held-out conversations to evaluate on.
 hyperparameters=(
     --use_lora True
     --bf16 True

@@ -1,7 +1,7 @@
 # Sourced by the scripts in this folder. Each sets model, output and the array hyperparameters, then calls
 #   launch_single_process "$@"
-# Options, the choice of Python and of the GPU, and quoting are here, once. Nothing changes the folder, so the paths that a
-# user gives mean what they mean in the user's own folder. Standard output carries only what was asked for (-h, DRY_RUN).
+# Options, the choice of Python and of the GPU, and quoting are here, once. Nothing changes the folder, so a user's
+# paths mean what they mean where the user is. Standard output carries only what was asked for (-h, DRY_RUN).
 set -eo pipefail
 script=$(readlink -f -- "$0")
 root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -85,8 +85,8 @@ settle_precision() {
     if switched_on --bf16; then hyperparameters+=(--fp16 False); fi
 }
 
-# Prints how many NVIDIA GPUs this machine or container has. A container may have them without nvidia-smi: then the device
-# files count. torch would know as well, but takes seconds to import.
+# Prints how many NVIDIA GPUs this machine or container has. A container may have them without nvidia-smi: then the
+# device files count. torch would know as well, but takes seconds to import.
 count_gpus() {
     local listing devices
     if command -v nvidia-smi >/dev/null; then
@@ -102,8 +102,8 @@ count_gpus() {
     fi
 }
 
-# Puts exactly one GPU before the process (with several, transformers would spread each batch over all of them in threads),
-# and says which, or that the CPU is used.
+# Puts exactly one GPU before the process (with several, transformers would spread each batch over all of them in
+# threads), and says which, or that the CPU is used.
 choose_gpu() {
     local count chosen=${CUDA_VISIBLE_DEVICES%%,*}
     count=$(count_gpus)
@@ -120,12 +120,15 @@ choose_gpu() {
     fi
     environment+=(CUDA_VISIBLE_DEVICES="$chosen")
     case $chosen in
-        ''|-*|NoDevFiles) note "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES hides every GPU: running on the CPU"; return ;;
+        ''|-*|NoDevFiles)
+            note "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES hides every GPU: running on the CPU"
+            return ;;
     esac
     if ((count == 0)); then
         note "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES is set, but there is no NVIDIA GPU here: running on the CPU"
     elif [[ $chosen =~ ^[0-9]+$ ]] && ((10#$chosen >= count)); then
-        fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: no GPU $chosen here - the GPUs are 0 to $((count - 1)), see nvidia-smi"
+        fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: no GPU $chosen here - the GPUs are \
+0 to $((count - 1)), see nvidia-smi"
     elif [[ $chosen != "$CUDA_VISIBLE_DEVICES" ]]; then
         note "running on GPU $chosen, the first of CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: one process uses one GPU"
     else
@@ -151,14 +154,15 @@ check_python() {
         fail "no program $python - bash $(printf %q "$root/setup_env.sh") makes an environment with all that is needed"
     missing=$("$python" -c '
 from importlib.util import find_spec
-print(*[name for name in ("torch", "transformers", "accelerate", "peft", "tiktoken") if find_spec(name) is None], sep=", ")')
+needed = "torch", "transformers", "accelerate", "peft", "tiktoken"
+print(*[name for name in needed if find_spec(name) is None], sep=", ")')
     [[ -z $missing ]] ||
-        fail "$python has no $missing - bash $(printf %q "$root/setup_env.sh") makes an environment with all that is needed; \
-FINETUNE_PYTHON=PYTHON names another Python"
+        fail "$python has no $missing - bash $(printf %q "$root/setup_env.sh") makes an environment with all that is \
+needed; FINETUNE_PYTHON=PYTHON names another Python"
 }
 
-# Under DRY_RUN the command on standard output, quoted for pasting into bash; else the command itself, in this very process,
-# so that signals and the exit code are its own.
+# Under DRY_RUN the command on standard output, quoted for pasting into bash; else the command itself, in this very
+# process, so that signals and the exit code are its own.
 run_or_show() {
     if [[ ${DRY_RUN:-0} != 0 ]]; then
         local words
@@ -177,7 +181,8 @@ launch_single_process() {
     choose_gpu
     choose_python
     command+=("$python" "$root/finetune.py" --model_name_or_path "$model")
-    if [[ -n $data ]]; then command+=(--data_path "$data"); fi  # finetune.py reports a missing one, with all other findings
+    # finetune.py reports a missing --data_path, together with all its other findings
+    if [[ -n $data ]]; then command+=(--data_path "$data"); fi
     command+=(--output_dir "$output" "${hyperparameters[@]}" "${extra[@]}")
     run_or_show
 }

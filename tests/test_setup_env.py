@@ -1,4 +1,4 @@
-"""setup_env.sh in a folder of its own, with requirements that need no network: what it makes, keeps, resumes and refuses."""
+"""setup_env.sh in a folder of its own, without a network: what it makes, keeps, resumes and refuses."""
 
 import os
 import shutil
@@ -27,7 +27,8 @@ class Kit:
         inherited = {key: value for key, value in os.environ.items() if key != "FINETUNE_PYTHON"}
         environment = inherited | {"PIP_NO_INDEX": "1"} | environment
         command = ["bash", str(self.folder / "setup_env.sh")]
-        return subprocess.run(command, cwd=self.folder.parent, env=environment, capture_output=True, text=True, timeout=120)
+        folder = self.folder.parent
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def kit(tmp_path):
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """(kit, what the first run printed). A kill in the middle of `python -m venv` had left an interpreter without pip."""
+    """(kit, what the first run printed). A kill in the middle of `python -m venv` had left one without pip."""
     kit = Kit(tmp_path_factory.mktemp("setup") / "my kit")
     kit.folder.mkdir()
     shutil.copy(ROOT / "setup_env.sh", kit.folder)
@@ -63,7 +64,8 @@ def test_the_first_run(first_run):
     assert (done.returncode, done.stdout) == (0, f"{kit.venv_python}\n"), done.stderr
     assert "setup: making .venv with Python 3" in done.stderr and "setup: done" in done.stderr
     show = "import sys, pip; print(sys.prefix)"
-    assert subprocess.run([kit.venv_python, "-c", show], capture_output=True, text=True).stdout == f"{kit.folder / '.venv'}\n"
+    prefix = subprocess.run([kit.venv_python, "-c", show], capture_output=True, text=True).stdout
+    assert prefix == f"{kit.folder / '.venv'}\n"
 
 
 def test_the_second_run_does_nothing(made):
