@@ -12,10 +12,11 @@ from pathlib import Path
 def main() -> None:
     """Everything a user gave is checked before a weight is loaded, and all findings are shown together."""
     from finetune import args as arguments
+
+    args = arguments.parse()  # before the imports that take seconds: --help is there at once
     from finetune import checkpoint, model, report
     from finetune.errors import note
 
-    args = arguments.parse()
     out = Path(args.training.output_dir)
     folder, tokenizer, samples, eval_samples = check(args)
     resume_from = checkpoint.resume_point(out, args.training.resume_from_checkpoint)
@@ -24,13 +25,13 @@ def main() -> None:
 
     if resume_from is not None:
         note(f"continuing from {resume_from}")
+    elif args.training.overwrite_output_dir:
+        checkpoint.remove_all(out)
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
 
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if not args.lora.use_lora:
-        trained.to(
-            model.compute_dtype(args.training)
-        )  # checkpoints keep the float32 masters; the result needs them no more
+    if not args.lora.use_lora:  # checkpoints keep the float32 masters; the result needs them no more
+        trained.to(model.compute_dtype(args.training))
     checkpoint.save_final(trained, tokenizer, out, record=trainer.record)
     report.farewell(out, args.lora.use_lora)
 
@@ -78,7 +79,7 @@ def make_plans(args, samples, eval_samples):
     from finetune.plan import Plan
 
     training, ranks = args.training, args.training.world_size
-    limits = {"world_size": ranks, "max_tokens_per_pass": args.data.max_tokens_per_pass, "seed": training.seed}
+    limits = {"world_size": ranks, "max_tokens_per_pass": args.data.max_tokens_per_pass, "seed": training.seed if training.data_seed is None else training.data_seed}
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
     plan = Plan(
         samples.lengths,
@@ -113,5 +114,7 @@ def make_trainer(args, folder, tokenizer, samples, eval_samples, plan, eval_plan
 
 if __name__ == "__main__":
     from finetune.errors import run
+    from finetune.quiet import quiet
 
+    quiet()
     run(main)

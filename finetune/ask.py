@@ -11,6 +11,7 @@ import torch
 
 from . import checkpoint, model
 from .errors import run
+from .quiet import quiet
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,4 +95,5 @@ def converse(answerer: Answerer) -> None:
 
 
 if __name__ == "__main__":
+    quiet()
     main()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .errors import UserError
+from .errors import UserError, note
 
 RECORD = "training.json"
 MAX_SHARD_SIZE = "2GB"
@@ -185,6 +185,14 @@ def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) ->
     removable = [path for path in every[:-1] if best is None or path.resolve() != Path(best).resolve()]
     for path in removable[: max(0, len(every) - limit)]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_all(output_dir: Path) -> None:
+    """Removes an earlier run's checkpoints (--overwrite_output_dir): beside this run's they would count as the newest."""
+    for path in [*checkpoints(output_dir), output_dir / ".unfinished"]:
+        if path.is_dir():
+            note(f"removing {path}, of an earlier run")
+            shutil.rmtree(path)
 
 
 def resume_point(output_dir: Path, wish: str | None) -> Path | None:

@@ -60,6 +60,8 @@ def run(job) -> None:
     """Runs a program's main function; what a user gave wrong ends in one line per finding and exit code 2, no traceback."""
     try:
         job()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a program that Ctrl-C ended
     except UserError as error:
         if on_first_rank():
             for line in error.findings:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LoRA fine-tuning of a 16-bit Qwen model in one process: on one GPU, or, slowly, on the CPU.
-# Trains small matrices beside the model's own, which stay as they are; on a base model also the embedding and the
-# output layer. The output folder is an adapter; `python -m finetune.merge` makes a model of it that stands alone.
+# Trains small matrices beside the model's own, which stay as they are. The output folder is an adapter: try it with
+# `python -m finetune.ask OUTPUT`, make a model of it that stands alone with `python -m finetune.merge OUTPUT MERGED`.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 . "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/launch.sh"
 

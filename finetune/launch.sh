@@ -102,6 +102,13 @@ count_gpus() {
     fi
 }
 
+# on_the_cpu WHY: bf16 and fp16 are what GPUs are fast in; most CPUs take ten times as long with them as with float32.
+on_the_cpu() {
+    local precision=" in float32"
+    if switched_on --bf16 || switched_on --fp16; then precision=""; else hyperparameters+=(--bf16 False --fp16 False); fi
+    note "$1: running on the CPU$precision"
+}
+
 # Puts exactly one GPU before the process (with several, transformers would spread each batch over all of them in
 # threads), and says which, or that the CPU is used.
 choose_gpu() {
@@ -114,18 +121,18 @@ choose_gpu() {
         elif ((count == 1)); then
             note "running on the GPU"
         else
-            note "no NVIDIA GPU here: running on the CPU"
+            on_the_cpu "no NVIDIA GPU here"
         fi
         return
     fi
     environment+=(CUDA_VISIBLE_DEVICES="$chosen")
     case $chosen in
         ''|-*|NoDevFiles)
-            note "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES hides every GPU: running on the CPU"
+            on_the_cpu "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES hides every GPU"
             return ;;
     esac
     if ((count == 0)); then
-        note "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES is set, but there is no NVIDIA GPU here: running on the CPU"
+        on_the_cpu "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES is set, but there is no NVIDIA GPU here"
     elif [[ $chosen =~ ^[0-9]+$ ]] && ((10#$chosen >= count)); then
         fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: no GPU $chosen here - the GPUs are \
 0 to $((count - 1)), see nvidia-smi"

@@ -13,6 +13,7 @@ import torch
 
 from . import checkpoint, model
 from .errors import UserError, note, run
+from .quiet import quiet
 
 QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
 TOLERANCE = 1e-4  # largest difference of a logit in float32, as a share of the largest logit (and of 1 at least)
@@ -91,4 +92,5 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
+    quiet()
     main()

@@ -11,6 +11,7 @@ import qwen_model
 
 from . import checkpoint
 from .errors import UserError
+from .quiet import unquantized
 
 
 def find_folder(name: str, cache_dir: str | None = None) -> Path:
@@ -60,7 +61,8 @@ def add_lora(model, lora):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if lora.lora_weight_path:
-        return PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
+        with unquantized():
+            return PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
     config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
@@ -69,7 +71,8 @@ def add_lora(model, lora):
         bias=lora.lora_bias,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with unquantized():
+        return get_peft_model(model, config)
 
 
 def find_base(adapter: Path, name: str | None = None) -> Path:
@@ -90,7 +93,8 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype):
     base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
     if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
         base_model.generation_config = GenerationConfig.from_pretrained(adapter)
-    return PeftModel.from_pretrained(base_model, adapter, autocast_adapter_dtype=False).eval()
+    with unquantized():
+        return PeftModel.from_pretrained(base_model, adapter, autocast_adapter_dtype=False).eval()
 
 
 def set_chat_settings(model, tokenizer) -> None:

@@ -69,7 +69,7 @@ def flags(words: list[str]) -> dict[str, list[str]]:
 
 def test_the_published_hyperparameters(dry):
     """The published finetune_lora_single_gpu.sh, but for --lazy_preprocess, which is taken and has no use here."""
-    given = flags(dry("-d", "talks.json"))
+    given = flags(dry("-d", "talks.json", gpus=1))
     published = {
         "model_name_or_path": "Qwen/Qwen-7B", "data_path": "talks.json", "output_dir": "output_qwen",
         "use_lora": "True",
@@ -197,7 +197,19 @@ def test_fp16_takes_the_place_of_bf16(dry, asked):
 
 @pytest.mark.parametrize("asked", [(), ("--fp16", "False"), ("--fp16=False",), ("--run_name", "fp16")])
 def test_bf16_stays_otherwise(dry, asked):
-    assert flags(dry("-d", "D", *asked))["--bf16"] == ["True"]
+    assert flags(dry("-d", "D", *asked, gpus=1))["--bf16"] == ["True"]
+
+
+@pytest.mark.parametrize("asked, bf16, said", [
+    ((), "False", "running on the CPU in float32\n"),
+    (("--bf16",), "True", "running on the CPU\n"),
+    (("--bf16", "False"), "False", "running on the CPU in float32\n"),
+])  # fmt: skip
+def test_the_cpu_computes_in_float32_unless_asked(dry, start, asked, bf16, said):
+    """bf16 takes ten times as long on most CPUs."""
+    found = flags(dry("-d", "D", *asked, gpus=0))["--bf16"]
+    assert found in ([bf16], []) and (found or asked == ("--bf16",))
+    assert start("-d", "D", *asked, gpus=0, DRY_RUN="1").stderr.endswith(said)
 
 
 @pytest.mark.parametrize("gpus, visible, first_word, said", [

@@ -1,0 +1,37 @@
+"""Keeps other packages' noise and side effects out of a run that does not use them."""
+
+import contextlib
+import logging
+import os
+import warnings
+from pathlib import Path
+
+
+def quiet() -> None:
+    """To be called before transformers is imported: it looks at every package that is installed, and they speak up."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # what torchao could do on another machine
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # deprecations between transformers and peft, which a user of this toolkit cannot mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():  # no GPU; torch would take seconds to ask
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed guesses, and warns of its guess
+
+
+@contextlib.contextmanager
+def unquantized():
+    """While peft puts adapters on a model none of whose layers is quantized.
+
+    peft asks of every layer whether it is one of gptqmodel's, and imports that package to know: eight seconds of CPU, a banner, and
+    environment variables that change how CUDA numbers its devices. Here the answer is no, without asking.
+    """
+    from peft.tuners.lora import awq, gptq
+
+    before = {module: module.is_gptqmodel_available for module in (awq, gptq)}
+    for module in before:
+        module.is_gptqmodel_available = lambda: False
+    try:
+        yield
+    finally:
+        for module, function in before.items():
+            module.is_gptqmodel_available = function

@@ -1,0 +1,91 @@
+"""What a person sees: the summary, the bar's figures, the log, the curve, and errors of one line."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from finetune import errors, report
+from finetune.plan import Plan
+
+LINE = {"loss": 1.25, "learning_rate": 3e-4, "tokens_per_second": 1234.5, "supervised_tokens_per_second": 99.0, "memory_gb": 2.04}
+
+
+def test_summary_counts_what_trains(capsys):
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("ln_f" in name or "c_attn" in name)
+    lora = SimpleNamespace(use_lora=False, lora_r=1, lora_alpha=1, lora_target_modules=[])
+    training = SimpleNamespace(bf16=True, fp16=False, num_train_epochs=2, max_steps=-1, device="cpu", output_dir="out")
+    args = SimpleNamespace(model=SimpleNamespace(model_name_or_path="M"), lora=lora, training=training)
+
+    class Samples:
+        def __len__(self):
+            return 20
+
+        def describe(self):
+            return "20 samples"
+
+    plan = Plan(np.full(20, 5), np.full(20, 2), samples_per_step=8, max_tokens_per_pass=100)
+    text = report.summary(args, Samples(), None, plan, model)
+    trained = 32 + 2 * (96 * 32 + 96)  # the final norm, and query, key and value of both layers with their bias
+    assert f"{trained:,} parameters" in text
+    assert "h.*.attn.c_attn, h.*.attn.c_attn.bias, ln_f" in text
+    assert "6 (3 an epoch, 8 samples each)" in text and "full-parameter, bfloat16, attention sdpa, on cpu" in text
+    assert "only 6 optimizer steps" in capsys.readouterr().err
+
+
+def test_figures_behind_the_bar():
+    assert report.figures(LINE) == {
+        "loss": "1.2500", "lr": "3.00e-04", "tok/s": "1,234", "supervised/s": "99", "mem": "2.0GB"
+    }  # fmt: skip
+
+
+def test_log_and_curve(tmp_path):
+    """A resumed run keeps the lines up to its checkpoint, and only those."""
+    (tmp_path / report.LOG).write_text("".join(json.dumps({"step": i, **LINE}) + "\n" for i in range(1, 6)))
+    told, state = report.Report(str(tmp_path)), SimpleNamespace(global_step=3, max_steps=30)
+    told.on_train_begin(None, state, None)
+    for step in range(4, 31):
+        state.global_step = step
+        told.on_step_end(None, state, None)
+        told.on_log(None, state, None, logs=dict(LINE, loss=5 / step))
+    told.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_perplexity": 2.7})
+    told.on_train_end(None, state, None)
+    lines = [json.loads(line) for line in (tmp_path / report.LOG).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, 31), 30]
+    assert lines[3]["loss"] == 1.25
+    assert (tmp_path / report.CURVE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing_starts_at_the_first_value():
+    points = report.smoothed([(1, 4.0), (2, 4.0), (3, 4.0)])
+    assert [value for _, value in points] == pytest.approx([4.0, 4.0, 4.0])
+    assert report.smoothed([(1, 0.0), (2, 1.0)])[1][1] == pytest.approx(0.1 / (1 - 0.81))
+
+
+def test_all_findings_of_several_checks_come_together_once():
+    findings = errors.Findings()
+    with findings:
+        raise errors.UserError("a - b - c", "d")
+    with findings:
+        raise errors.UserError("a - b - c", "e")
+    with pytest.raises(errors.UserError) as raised:
+        findings.raise_if_any()
+    assert raised.value.findings == ["a - b - c", "d", "e"]
+    with pytest.raises(KeyError), findings:
+        raise KeyError("a defect is not a finding")
+
+
+@pytest.mark.parametrize("rank,printed", [("0", "error: a\nerror: b\n"), ("1", "")])
+def test_run_prints_findings_once_and_exits_with_2(rank, printed, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+
+    def job():
+        raise errors.UserError("a", "b")
+
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(job)
+    assert stopped.value.code == 2 and capsys.readouterr().err == printed
