@@ -22,10 +22,10 @@ if [[ -f $demo/base/config.json ]]; then
     echo "$demo/base is there from an earlier run"
 else
     rm -rf "$demo/random"
-    "$python" -m qwen_model.new_checkpoint "$demo/random" --layers 4
+    "$python" -m qwen_model.new_checkpoint "$demo/random" --layers 4 2>"$demo/errors.txt" || { cat "$demo/errors.txt"; exit 1; }
     # one process on whatever is there; full-parameter, because nothing has been learnt yet that could be kept
     "$python" finetune.py -m "$demo/random" -d data/conversations.json -o "$demo/base" --overwrite_output_dir \
-        --model_max_length 256 --per_device_train_batch_size 8 --max_steps 240 --learning_rate 5e-3 \
+        --model_max_length 256 --per_device_train_batch_size 8 --max_steps 400 --learning_rate 5e-3 \
         --lr_scheduler_type cosine --warmup_ratio 0.03 --adam_beta2 0.95 --save_strategy no
 fi
 
@@ -36,9 +36,9 @@ step "3/6  the main job: LoRA on data/example.json"
 if [[ -f $demo/adapter/adapter_config.json ]]; then
     echo "$demo/adapter is there from an earlier run"
 else
-    # higher rate and more epochs than in the script: this model is a thousandth of a Qwen-7B, and has 36 samples
+    # higher rate and more epochs than in the script: this model is a thousandth of a Qwen-7B, and has 44 samples
     bash finetune/finetune_lora_single_gpu.sh -m "$demo/base" -d data/example.json -o "$demo/adapter" --overwrite_output_dir \
-        --num_train_epochs 25 --learning_rate 2e-3 --gradient_accumulation_steps 4 --save_strategy no
+        --num_train_epochs 40 --learning_rate 2e-3 --gradient_accumulation_steps 4 --save_strategy no
 fi
 
 step "4/6  what it answers after"

@@ -7,9 +7,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
-from . import checkpoint, model
 from .errors import run
 from .quiet import quiet
 
@@ -24,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest")
     options = parser.parse_intermixed_args(argv)
+    quiet()
     run(lambda: ask(options))
 
 
@@ -47,7 +45,7 @@ class Answerer:
         self.tokenizer, self.model = load(options.folder, options.base)
         self.settings = {"system": options.system, "max_new_tokens": options.max_new_tokens}
         if not options.sample:
-            self.settings |= {"do_sample": False, "top_p": None, "top_k": None}
+            self.settings |= {"do_sample": False, "top_p": 1.0, "top_k": 50}  # at their defaults: not used, and no warning
 
     def answer(self, question: str) -> str:
         """One answer, without a history."""
@@ -60,7 +58,10 @@ class Answerer:
 
 def load(name: str, base: str | None):
     """(tokenizer, model on the GPU if there is one) of a model folder, a hub id, or an adapter folder."""
+    import torch
     from transformers import AutoModelForCausalLM
+
+    from . import checkpoint, model
 
     folder = Path(name)
     if (folder / "adapter_config.json").is_file():
@@ -95,5 +96,4 @@ def converse(answerer: Answerer) -> None:
 
 
 if __name__ == "__main__":
-    quiet()
     main()

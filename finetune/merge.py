@@ -9,15 +9,12 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
-from . import checkpoint, model
 from .errors import UserError, note, run
 from .quiet import quiet
 
 QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
 TOLERANCE = 1e-4  # largest difference of a logit in float32, as a share of the largest logit (and of 1 at least)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,11 +24,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", help="the base model, if it is no longer where it was when the adapter was trained")
     parser.add_argument("--to", choices=["auto", *DTYPES], default="auto", help="type of the weights; auto: as the base has them")
     options = parser.parse_args(argv)
+    quiet()
     run(lambda: merge(options.adapter, options.out, base=options.base, to=options.to))
 
 
 def merge(adapter: Path, out: Path, base: str | None = None, to: str = "auto") -> float:
     """Merges `adapter` into `out`; returns the largest difference of a logit between base + adapter and the merged model."""
+    import torch
+
+    from . import checkpoint, model
+
     check(adapter, out)
     base_folder = model.find_base(adapter, base)
     tokenizer = model.load_tokenizer(base_folder)
@@ -44,7 +46,7 @@ def merge(adapter: Path, out: Path, base: str | None = None, to: str = "auto") -
     difference = compare(expected, logits(merged, prompts))
     note(f"merged in float32: logits differ from the adapter's by at most {difference:.1e}")
 
-    dtype = checkpoint.stored_dtype(base_folder) if to == "auto" else DTYPES[to]
+    dtype = checkpoint.stored_dtype(base_folder) if to == "auto" else getattr(torch, to)
     merged.to(dtype)
     staging = out.with_name(out.name + ".unfinished")
     shutil.rmtree(staging, ignore_errors=True)
@@ -60,6 +62,8 @@ def merge(adapter: Path, out: Path, base: str | None = None, to: str = "auto") -
 
 def check(adapter: Path, out: Path) -> None:
     """Raises UserError if there is no whole adapter, or OUT is not free."""
+    from . import checkpoint
+
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run; a full model needs no merge")
     checkpoint.weight_files(adapter)
@@ -67,8 +71,10 @@ def check(adapter: Path, out: Path) -> None:
         raise UserError(f"{out}: exists and is not empty - give a new folder for the merged model")
 
 
-def probes(tokenizer) -> list[torch.Tensor]:
-    """A few questions as chat prompts, each (1, T)."""
+def probes(tokenizer) -> list:
+    """A few questions as chat prompts, each a tensor (1, T)."""
+    import torch
+
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
         for question in QUESTIONS
@@ -76,13 +82,15 @@ def probes(tokenizer) -> list[torch.Tensor]:
     return [torch.tensor([prompt]) for prompt in prompts]
 
 
-@torch.no_grad()
-def logits(some_model, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+def logits(some_model, prompts: list) -> list:
     """The logits of every position of every prompt."""
-    return [some_model(prompt.to(some_model.device)).logits.float() for prompt in prompts]
+    import torch
+
+    with torch.no_grad():
+        return [some_model(prompt.to(some_model.device)).logits.float() for prompt in prompts]
 
 
-def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+def compare(expected: list, found: list) -> float:
     """The largest difference; more than TOLERANCE of the largest logit is a failed merge."""
     difference = max((a - b).abs().max().item() for a, b in zip(expected, found))
     scale = max(1.0, max(a.abs().max().item() for a in expected))
@@ -92,5 +100,4 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    quiet()
     main()

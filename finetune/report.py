@@ -1,6 +1,8 @@
 """What a person sees: a summary before training, a progress bar while it runs, a loss curve and a log after it."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -151,6 +153,15 @@ def take_over(trainer) -> None:
 def farewell(out: Path, is_adapter: bool) -> None:
     """What is there now, and what to type next."""
     note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
-    note(f'try it:    python -m finetune.ask "{out}"')
+    note(f"try it:    {command('finetune.ask', out)}")
     if is_adapter:
-        note(f'merge it:  python -m finetune.merge "{out}" "{out}_merged"')
+        note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}")
+
+
+def command(module: str, *paths) -> str:
+    """The line that runs a program of this package, as it can be pasted where the user is."""
+    root, paths = Path(__file__).resolve().parent.parent, [Path(path) for path in paths]
+    here = Path.cwd() == root
+    words = [sys.executable, "-m", module, *(path if here else path.absolute() for path in paths)]
+    line = shlex.join(map(str, words))
+    return line if here else f"cd {shlex.quote(str(root))} && {line}"

@@ -7,6 +7,7 @@ cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 python=$(bash setup_env.sh)
 
 # The tests' models are tiny: more threads cost more than they give, and one makes the numbers the same everywhere.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+[[ " $* " == *" -m "* ]] || export OMP_NUM_THREADS=1
+export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 export HF_HUB_OFFLINE=1 # a test that would fetch something is a mistake
 exec "$python" -m pytest -q -m "not slow and not gpu" "$@"

@@ -78,7 +78,7 @@ def test_lora_from_data_to_merged_model(run, base, tmp_path):
     assert record["base"]["name"] == str(base) and record["method"]["use_lora"] is True
     adapter = load_file(out / "adapter_model.safetensors")
     assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in adapter) and len(adapter) == 2 * 2 * 5
-    assert max(tensor.abs().max() for name, tensor in adapter.items() if "lora_B" in name) > 0
+    assert all(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)  # they start at zero
     assert merge.merge(out, tmp_path / "merged") < 1e-4
     qwen_model.register()
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

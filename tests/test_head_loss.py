@@ -11,7 +11,7 @@ from qwen_model.head_loss import LMHead, summed_loss
 @pytest.fixture(params=[3, 1000])
 def pieces(request, monkeypatch):
     """Many small pieces, and one large one."""
-    monkeypatch.setattr(head_loss, "rows_per_piece", lambda vocab_size: request.param)
+    monkeypatch.setattr(head_loss, "rows_per_piece", lambda vocab_size, device: request.param)
 
 
 def example(dtype=torch.float32, vocab=300, hidden=24, rows=20):
@@ -100,7 +100,7 @@ def test_no_supervised_row_still_has_gradients():
 def test_logits_never_stand_in_memory_at_once(monkeypatch):
     """The largest tensor that is projected has as many rows as a piece."""
     head, x, labels = example(rows=50)
-    monkeypatch.setattr(head_loss, "rows_per_piece", lambda vocab_size: 8)
+    monkeypatch.setattr(head_loss, "rows_per_piece", lambda vocab_size, device: 8)
     seen, exponentials = [], head_loss.exponentials
     monkeypatch.setattr(head_loss, "exponentials", lambda z, y: seen.append(len(z)) or exponentials(z, y))
     summed_loss(head, x, labels)

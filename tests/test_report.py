@@ -1,6 +1,9 @@
 """What a person sees: the summary, the bar's figures, the log, the curve, and errors of one line."""
 
 import json
+import shlex
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +67,15 @@ def test_smoothing_starts_at_the_first_value():
     points = report.smoothed([(1, 4.0), (2, 4.0), (3, 4.0)])
     assert [value for _, value in points] == pytest.approx([4.0, 4.0, 4.0])
     assert report.smoothed([(1, 0.0), (2, 1.0)])[1][1] == pytest.approx(0.1 / (1 - 0.81))
+
+
+def test_the_next_command_works_where_the_user_is(monkeypatch, tmp_path):
+    root = Path(report.__file__).parent.parent
+    monkeypatch.chdir(root)
+    assert shlex.split(report.command("finetune.ask", "my out")) == [sys.executable, "-m", "finetune.ask", "my out"]
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(report.command("finetune.ask", "my out"))
+    assert words == ["cd", str(root), "&&", sys.executable, "-m", "finetune.ask", str(tmp_path / "my out")]
 
 
 def test_all_findings_of_several_checks_come_together_once():
