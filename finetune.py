@@ -79,7 +79,11 @@ def make_plans(args, samples, eval_samples):
     from finetune.plan import Plan
 
     training, ranks = args.training, args.training.world_size
-    limits = {"world_size": ranks, "max_tokens_per_pass": args.data.max_tokens_per_pass, "seed": training.seed if training.data_seed is None else training.data_seed}
+    limits = {
+        "world_size": ranks,
+        "max_tokens_per_pass": args.data.max_tokens_per_pass,
+        "seed": training.seed if training.data_seed is None else training.data_seed,
+    }
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
     plan = Plan(
         samples.lengths,

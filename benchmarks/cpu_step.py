@@ -26,7 +26,9 @@ MAX_LENGTH, BATCH = 256, 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "conversations.json", help="conversations to take 16 of")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "data" / "conversations.json", help="conversations to take 16 of"
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one to warm up")
     parser.add_argument("--rounds", type=int, default=2, help="how often the two take turns")
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -65,8 +67,20 @@ def measure(options) -> dict:
 
 def run_child(way: str, folder: str, options) -> dict:
     """One way in a process of its own, so that peak memory is its own."""
-    command = [sys.executable, __file__, "--child", way, folder, "--steps", str(options.steps), "--data", str(options.data)]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"})
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        way,
+        folder,
+        "--steps",
+        str(options.steps),
+        "--data",
+        str(options.data),
+    ]
+    out = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+    )
     return json.loads(out.stdout.splitlines()[-1])
 
 
@@ -128,7 +142,9 @@ def batch(path: Path, tokenizer) -> list:
     samples = json.loads(path.read_text(encoding="utf-8"))
     chosen = [samples[i * len(samples) // BATCH] for i in range(BATCH)]
     roles = {"from": "role", "value": "content"}
-    messages = [[{roles[key]: value for key, value in turn.items()} for turn in sample["conversations"]] for sample in chosen]
+    messages = [
+        [{roles[key]: value for key, value in turn.items()} for turn in sample["conversations"]] for sample in chosen
+    ]
     return [render(tokenizer, each, max_length=MAX_LENGTH) for each in messages]
 
 
@@ -192,7 +208,11 @@ def plain(folder, args, rows, tokenizer):
         return pad(torch.from_numpy(values.astype("int64")), (0, MAX_LENGTH - len(values)), value=fill)
 
     data = [
-        {"input_ids": padded(ids, tokenizer.eod_id), "labels": padded(labels, -100), "attention_mask": padded(ids * 0 + 1, 0)}
+        {
+            "input_ids": padded(ids, tokenizer.eod_id),
+            "labels": padded(labels, -100),
+            "attention_mask": padded(ids * 0 + 1, 0),
+        }
         for ids, labels in rows
     ]
 

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .errors import run
+from .errors import UserError, run
 from .quiet import quiet
 
 
@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", help="the adapter's base, if it has moved")
     parser.add_argument("--system", default="You are a helpful assistant.", help="the system message")
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest")
+    parser.add_argument(
+        "--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest"
+    )
     options = parser.parse_intermixed_args(argv)
     quiet()
     run(lambda: ask(options))
@@ -27,15 +29,26 @@ def main(argv: list[str] | None = None) -> None:
 
 def ask(options) -> None:
     """Answers the questions given, or holds a conversation."""
-    answerer = Answerer(options)
     questions = options.questions
     if options.questions_file:
-        questions = questions + json.loads(options.questions_file.read_text(encoding="utf-8"))
+        questions = questions + read_questions(options.questions_file)
+    answerer = Answerer(options)
     if questions:
         for question in questions:
             print(f"Q: {question}\nA: {answerer.answer(question)}\n", flush=True)
     else:
         converse(answerer)
+
+
+def read_questions(path: Path) -> list[str]:
+    """A JSON list of strings."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--questions_file {path}: {error} - give a JSON list of questions") from error
+    if not isinstance(found, list) or not all(isinstance(question, str) for question in found):
+        raise UserError(f"--questions_file {path}: not a list of strings - give a JSON list of questions")
+    return found
 
 
 class Answerer:
@@ -45,7 +58,11 @@ class Answerer:
         self.tokenizer, self.model = load(options.folder, options.base)
         self.settings = {"system": options.system, "max_new_tokens": options.max_new_tokens}
         if not options.sample:
-            self.settings |= {"do_sample": False, "top_p": 1.0, "top_k": 50}  # at their defaults: not used, and no warning
+            self.settings |= {
+                "do_sample": False,
+                "top_p": 1.0,
+                "top_k": 50,
+            }  # at their defaults: not used, and no warning
 
     def answer(self, question: str) -> str:
         """One answer, without a history."""
@@ -59,9 +76,8 @@ class Answerer:
 def load(name: str, base: str | None):
     """(tokenizer, model on the GPU if there is one) of a model folder, a hub id, or an adapter folder."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from . import checkpoint, model
+    from . import checkpoint, model, model_folder
 
     folder = Path(name)
     if (folder / "adapter_config.json").is_file():
@@ -71,7 +87,9 @@ def load(name: str, base: str | None):
     else:
         folder = model.find_folder(name)
         tokenizer = model.load_tokenizer(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        if problems := list(model_folder.problems(folder)):
+            raise UserError(*problems)
+        loaded = model.load_weights(folder, "auto", half_on_cuda=False)
         model.set_chat_settings(loaded, tokenizer)  # a base model answers too, as well as it can
     return tokenizer, loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

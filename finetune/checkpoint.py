@@ -62,7 +62,9 @@ def verify(folder: Path, model) -> None:
     for name, tensor in read_tensors(folder):
         wanted = expected.pop(name, None)
         if wanted is None or wanted.shape != tensor.shape or not torch.equal(wanted.to(tensor.dtype).cpu(), tensor):
-            raise RuntimeError(f"{folder}: {name} was not written as it stands in memory; the disk or its quota may be at fault")
+            raise RuntimeError(
+                f"{folder}: {name} was not written as it stands in memory; the disk or its quota may be at fault"
+            )
     if expected:
         raise RuntimeError(f"{folder}: {len(expected)} tensors are missing, the first is {next(iter(expected))}")
     AutoTokenizer.from_pretrained(folder)
@@ -86,7 +88,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / shard for shard in sorted(shards)]
         if (folder / name).is_file():
             return [folder / name]
-    raise UserError(f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards) - give a complete folder")
+    raise UserError(
+        f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards) - give a complete folder"
+    )
 
 
 def read_tensors(folder: Path):
@@ -141,7 +145,9 @@ def beginning(name: str, shape: list[int], tensor: torch.Tensor, values: int) ->
 
 def describe(print_: dict) -> str:
     """A fingerprint in words."""
-    sizes = f"hidden size {print_['hidden_size']}, {print_['num_hidden_layers']} layers, vocabulary {print_['vocab_size']}"
+    sizes = (
+        f"hidden size {print_['hidden_size']}, {print_['num_hidden_layers']} layers, vocabulary {print_['vocab_size']}"
+    )
     return f"{print_['model_type']}, {sizes}, fingerprint {print_['sha256'][:12]}"
 
 
@@ -204,5 +210,7 @@ def resume_point(output_dir: Path, wish: str | None) -> Path | None:
         return every[-1] if every else None
     path = Path(wish)
     if not (path / "trainer_state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto")
+        raise UserError(
+            f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto"
+        )
     return path

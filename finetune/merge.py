@@ -19,10 +19,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m finetune.merge", description=__doc__.split("\n\n")[0])
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the output folder of a LoRA run, or one of its checkpoints")
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="the output folder of a LoRA run, or one of its checkpoints"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the merged model")
     parser.add_argument("--base", help="the base model, if it is no longer where it was when the adapter was trained")
-    parser.add_argument("--to", choices=["auto", *DTYPES], default="auto", help="type of the weights; auto: as the base has them")
+    parser.add_argument(
+        "--to", choices=["auto", *DTYPES], default="auto", help="type of the weights; auto: as the base has them"
+    )
     options = parser.parse_args(argv)
     quiet()
     run(lambda: merge(options.adapter, options.out, base=options.base, to=options.to))
@@ -65,7 +69,9 @@ def check(adapter: Path, out: Path) -> None:
     from . import checkpoint
 
     if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run; a full model needs no merge")
+        raise UserError(
+            f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run; a full model needs no merge"
+        )
     checkpoint.weight_files(adapter)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty - give a new folder for the merged model")
@@ -76,7 +82,9 @@ def probes(tokenizer) -> list:
     import torch
 
     prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
         for question in QUESTIONS
     ]
     return [torch.tensor([prompt]) for prompt in prompts]
@@ -95,7 +103,9 @@ def compare(expected: list, found: list) -> float:
     difference = max((a - b).abs().max().item() for a, b in zip(expected, found))
     scale = max(1.0, max(a.abs().max().item() for a in expected))
     if not difference <= TOLERANCE * scale:
-        raise RuntimeError(f"the merged model's logits differ from the adapter's by {difference:.2e}: nothing was written")
+        raise RuntimeError(
+            f"the merged model's logits differ from the adapter's by {difference:.2e}: nothing was written"
+        )
     return difference
 
 

@@ -17,10 +17,10 @@ from .quiet import unquantized
 def find_folder(name: str, cache_dir: str | None = None) -> Path:
     """The model's folder: a path as it is, or a Hugging Face id, downloaded (weights, config and tokenizer; no code)."""
     if os.path.isdir(name):
-        return Path(name)
+        return Path(name).resolve()  # an adapter stores it: it must mean the same from every folder
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.jinja", "*.model"]
+    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.tiktoken", "*.txt", "*.jinja", "*.model"]
     try:
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
     except Exception as error:
@@ -49,11 +49,21 @@ def load_model(folder: Path, tokenizer, lora, training):
     """
     qwen_model.register()
     dtype = compute_dtype(training) if lora.use_lora else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    fast = training.device.type == "cuda" and compute_dtype(training) != torch.float32
+    model = load_weights(folder, dtype, fast)
     set_chat_settings(model, tokenizer)
     if lora.use_lora:
         model = add_lora(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # biases that LoRA trains are the base's own, in its precision
+            parameter.data = parameter.data.float()
     return model
+
+
+def load_weights(folder: Path, dtype, half_on_cuda: bool):
+    """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it."""
+    attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
 
 
 def add_lora(model, lora):
@@ -77,11 +87,14 @@ def add_lora(model, lora):
 
 def find_base(adapter: Path, name: str | None = None) -> Path:
     """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
-    name = name or json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    stored = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = name or stored
     try:
-        folder = find_folder(name)
-    except UserError as error:
-        raise UserError(f"{adapter}: its base {name} was not found - give it with --base") from error
+        folder = find_folder(name) if name else None
+    except UserError:
+        folder = None
+    if folder is None or not (folder / "config.json").is_file():
+        raise UserError(f"{adapter}: its base {name} was not found - give it with --base")
     checkpoint.check_base(adapter, folder)
     return folder
 
@@ -90,7 +103,7 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype):
     """Base and adapter together, for use or for merging, in `dtype`."""
     from peft import PeftModel
 
-    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+    base_model = load_weights(base, dtype, half_on_cuda=False)
     if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
         base_model.generation_config = GenerationConfig.from_pretrained(adapter)
     with unquantized():
@@ -109,16 +122,16 @@ def set_chat_settings(model, tokenizer) -> None:
         settings.max_window_size = min(6144, model.config.seq_length)
 
 
-def record(name: str, folder: Path, args, samples) -> dict:
+def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dict:
     """What a saved folder says of its making: base, method, data, versions."""
     import importlib.metadata as metadata
 
-    lora = {key: value for key, value in vars(args.lora).items() if key.startswith("lora_") and value is not None}
     packages = ("torch", "transformers", "peft", "accelerate", "tiktoken")
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
-        "method": {"use_lora": args.lora.use_lora, **(lora if args.lora.use_lora else {})},
-        "data": {"path": args.data.data_path, "fingerprint": samples.fingerprint, "supervise": args.data.supervise},
+        "method": {"use_lora": args.lora.use_lora},  # its settings are in adapter_config.json
+        "data": {"path": str(args.data.data_path), "fingerprint": samples.fingerprint, "supervise": args.data.supervise},
+        "samples_per_step": samples_per_step,
         "precision": str(compute_dtype(args.training)).removeprefix("torch."),
         "seed": args.training.seed,
         "versions": {package: metadata.version(package) for package in packages},

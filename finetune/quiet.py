@@ -14,7 +14,9 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # deprecations between transformers and peft, which a user of this toolkit cannot mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():  # no GPU; torch would take seconds to ask
+    if (
+        not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
+    ):  # no GPU; torch would take seconds to ask
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed guesses, and warns of its guess
 
 

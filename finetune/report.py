@@ -48,7 +48,9 @@ def kinds(trained) -> str:
     """The trained parameters by kind, layer numbers and adapter names left out: "h.*.attn.c_attn lora_A, lora_B; ..."."""
     found: dict[str, None] = {}
     for name in trained:
-        parts = [part for part in name.split(".") if part not in ("base_model", "model", "transformer", "default", "weight")]
+        parts = [
+            part for part in name.split(".") if part not in ("base_model", "model", "transformer", "default", "weight")
+        ]
         found[".".join("*" if part.isdigit() else part for part in parts)] = None
     names = list(found)
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more kinds" if len(names) > 6 else "")
@@ -69,10 +71,19 @@ class Report(TrainerCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         path, lines = self.folder / LOG, []
         if state.global_step and path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= state.global_step]
+            lines = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if json.loads(line)["step"] <= state.global_step
+            ]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, unit="step", desc="training", dynamic_ncols=True, mininterval=0.5
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            mininterval=0.5,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -88,7 +99,9 @@ class Report(TrainerCallback):
             self.figures.update(figures(logs))
             self.bar.set_postfix(self.figures)
         elif "eval_loss" in logs:
-            self.bar.write(f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}")
+            self.bar.write(
+                f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}"
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

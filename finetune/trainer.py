@@ -36,7 +36,9 @@ class PlannedTrainer(Trainer):
     that the plan knows beforehand. So the layout of a step changes none of its numbers, and no token weighs more than another.
     """
 
-    def __init__(self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None, **kwargs):
+    def __init__(
+        self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None, **kwargs
+    ):
         args.gradient_accumulation_steps = 1  # a step is one item; see above
         args.logging_nan_inf_filter = False  # a loss that is not a number must be seen
         super().__init__(model=model, args=args, train_dataset=samples, eval_dataset=eval_samples, **kwargs)
@@ -110,9 +112,13 @@ class PlannedTrainer(Trainer):
 
     # ---- evaluation
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         """The mean loss over all supervised tokens of the evaluation data, and its exponential."""
-        model = self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model = (
+            self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        )
         training = model.training
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens

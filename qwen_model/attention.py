@@ -9,6 +9,7 @@ Three ways, one call (`packed_attention`), equal results:
 Shapes: N heads, T tokens of the row, D head size.
 """
 
+import functools
 import importlib.util
 
 import torch
@@ -28,32 +29,30 @@ def choose_attention(use_flash_attn: bool | str = "auto") -> tuple[str, str]:
     return "flash_attention_2", "flash-attn is installed"
 
 
-def has_varlen(query: torch.Tensor) -> bool:
-    """Whether torch's variable-length attention takes this query: CUDA, half precision, torch 2.10 or newer."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    )
+@functools.cache
+def torch_has_varlen() -> bool:
+    """Variable-length attention came with torch 2.10."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
-def packed_attention(query, key, value, cu_seq_lens, max_length: int, scaling: float, dropout: float = 0.0):
+def is_half_on_cuda(x: torch.Tensor) -> bool:
+    """What the fast kernels, flash-attn's and torch's, take."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def packed_attention(query, key, value, cu_seq_lens, max_length: int, bounds: list[int], scaling: float, dropout=0.0):
     """Causal attention within each sample of one packed row.
 
     query, key, value (1, N, T, D); cu_seq_lens int32 (samples + 1,): where each sample begins, and the end of the last;
-    max_length: tokens of the longest. Returns (1, T, N, D).
+    bounds: the same as a list; max_length: tokens of the longest. Returns (1, T, N, D).
     """
     # torch's variable-length kernel has no dropout; the loop below has
-    if dropout == 0.0 and has_varlen(query):
+    if dropout == 0.0 and is_half_on_cuda(query) and torch_has_varlen():
         return varlen_attention(query, key, value, cu_seq_lens, max_length, scaling)
-    bounds = cu_seq_lens.tolist()
-    pieces = [
-        scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
-            dropout_p=dropout, is_causal=True, scale=scaling,
-        )
-        for start, end in zip(bounds, bounds[1:])
-    ]  # fmt: skip
+    pieces = []
+    for start, end in zip(bounds, bounds[1:]):
+        sample = (x[:, :, start:end] for x in (query, key, value))
+        pieces.append(scaled_dot_product_attention(*sample, dropout_p=dropout, is_causal=True, scale=scaling))
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
@@ -62,5 +61,7 @@ def varlen_attention(query, key, value, cu_seq_lens, max_length: int, scaling: f
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, N, D)
-    out = varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=(-1, 0))
+    out = varlen_attn(
+        query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=(-1, 0)
+    )
     return out.unsqueeze(0)

@@ -69,4 +69,6 @@ class QWenConfig(PretrainedConfig):
         if sum((self.bf16, self.fp16, self.fp32)) > 1:
             raise ValueError("at most one of bf16, fp16 and fp32 can be true in config.json")
         if self.rotary_pct != 1.0:
-            raise ValueError(f"rotary_pct {self.rotary_pct} in config.json: only 1.0 (the whole head) was ever published")
+            raise ValueError(
+                f"rotary_pct {self.rotary_pct} in config.json: only 1.0 (the whole head) was ever published"
+            )

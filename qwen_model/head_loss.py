@@ -2,13 +2,15 @@
 
 The logits of a 152k vocabulary are the largest tensor of a training step by far. Here they exist for a few rows at a
 time: each piece is projected, its loss added up, and its gradient taken at once, from the same exponentials. Only rows
-that are supervised are ever projected. The result is plain cross-entropy, to rounding.
+that are supervised are ever projected. The result is plain cross-entropy, to the rounding of the type it is computed in.
 
-With logits z = W h, m = max z, E = exp(z - m) and Z = sum E, for a row whose label is y:
+With logits z = W h, m = max z, E = exp(z - m), Z = sum E, label y, and E' = E with 0 in place of the label's entry:
 
-    loss = log Z + m - z_y        dh = W^T E / Z - W_y        dW = E (h / Z)^T, minus h in row y
+    loss = log Z + m - z_y        c = -(sum E') / Z  (that is p_y - 1)
+    dh = W^T E' / Z + c W_y       dW = E' (h / Z)^T, plus c h in row y
 
-so neither the probabilities nor their difference from the label are ever written out.
+so neither the probabilities nor their difference from the label are ever written out. The label's entry is kept apart
+because p_y - 1 would be the difference of two nearly equal numbers once a model is sure, and vanish in half precision.
 
 Shapes: R rows (supervised positions), H hidden size, V vocabulary.
 """
@@ -70,9 +72,11 @@ class HeadLoss(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_RH.dtype
         need_hidden, need_weight, _ = ctx.needs_input_grad
+        ctx.hidden_dtype = hidden_RH.dtype
         with torch.autocast(device, enabled=False):
             weight = weight_VH.to(dtype)
-            grad_hidden = torch.empty_like(hidden_RH) if need_hidden else None
+            # in float32 until backward has scaled it: fp16's loss scaling is there so that small gradients are not lost
+            grad_hidden = torch.empty_like(hidden_RH, dtype=torch.float32) if need_hidden else None
             grad_weight = torch.zeros_like(weight_VH) if need_weight else None
             loss = hidden_RH.new_zeros((), dtype=torch.float32)
             rows = min(rows_per_piece(weight.shape[0], device), hidden_RH.shape[0])
@@ -82,17 +86,13 @@ class HeadLoss(torch.autograd.Function):
                 part = slice(at, at + rows)
                 hidden, labels = hidden_RH[part].to(dtype), labels_R[part]
                 logits = torch.mm(hidden, weight.T, out=buffer[: len(labels)])
-                exp_RV, Z_R, piece_loss = exponentials(logits, labels)
+                others_RV, Z_R, c_R, piece_loss = exponentials(logits, labels)
                 loss += piece_loss
                 if need_hidden:
-                    grad_hidden[part] = (exp_RV @ weight).float().div_(Z_R[:, None]) - weight_VH[labels]
+                    of_others = (others_RV @ weight).float().div_(Z_R[:, None])
+                    grad_hidden[part] = of_others.addcmul_(c_R[:, None], weight_VH[labels].float())
                 if need_weight:
-                    scaled = (hidden / Z_R[:, None]).to(dtype)
-                    if grad_weight.dtype == dtype:
-                        grad_weight.addmm_(exp_RV.T, scaled)
-                    else:
-                        grad_weight += exp_RV.T @ scaled
-                    grad_weight.index_add_(0, labels, hidden.to(grad_weight.dtype), alpha=-1)
+                    add_weight_gradient(grad_weight, others_RV, hidden.float(), Z_R, c_R, labels)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -100,18 +100,29 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+            grad_hidden = grad_hidden.mul_(grad_loss).to(ctx.hidden_dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss.to(grad_weight.dtype))
+            grad_weight = grad_weight.mul_(grad_loss)
         return grad_hidden, grad_weight, None
 
 
+def add_weight_gradient(grad_VH, others_RV, hidden_RH, Z_R, c_R, labels_R) -> None:
+    """Adds a piece's dW to grad_VH, in its type."""
+    scaled = (hidden_RH / Z_R[:, None]).to(others_RV.dtype)
+    if grad_VH.dtype == others_RV.dtype:
+        grad_VH.addmm_(others_RV.T, scaled)
+    else:
+        grad_VH += others_RV.T @ scaled
+    grad_VH.index_add_(0, labels_R, (c_R[:, None] * hidden_RH).to(grad_VH.dtype))
+
+
 def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):
-    """(exp(z - max z) in the logits' type, its sums Z (R,) in float32, the summed loss in float32)."""
-    logits = logits_RV.float()
-    label_logits = logits.gather(1, labels_R[:, None]).squeeze(1)
+    """(E' in the logits' type; in float32: Z (R,), c (R,), the summed loss). May overwrite the logits."""
+    logits, at_label = logits_RV.float(), labels_R[:, None]
+    label_logits = logits.gather(1, at_label).squeeze(1)
     top_R = logits.amax(1)
-    exp = logits.sub_(top_R[:, None]).exp_()
-    Z_R = exp.sum(1)
+    others = logits.sub_(top_R[:, None]).exp_().scatter_(1, at_label, 0.0)
+    sum_R = others.sum(1)
+    Z_R = sum_R + (label_logits - top_R).exp()
     loss = (Z_R.log() + top_R - label_logits).sum()
-    return exp.to(logits_RV.dtype), Z_R, loss
+    return others.to(logits_RV.dtype), Z_R, -sum_R / Z_R, loss

@@ -114,9 +114,10 @@ class QWenAttention(nn.Module):
 
         name = self.config._attn_implementation
         dropout_p = self.attn_dropout_prob if self.training else 0.0
-        bounds = kwargs.get("cu_seq_lens_q")
-        if bounds is not None and name != "flash_attention_2":
-            out, weights = packed_attention(query, key, value, bounds, kwargs["max_length_q"], self.scaling, dropout_p), None
+        bounds = kwargs.pop("bounds", None)
+        if bounds is not None:
+            cu_seq_lens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+            weights, out = None, packed_attention(query, key, value, cu_seq_lens, longest, bounds, self.scaling, dropout_p)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
             out, weights = attend(
@@ -168,13 +169,18 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    attention_reason = "as asked for"
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """What the user asks for; else flash-attn 2 where it is installed and config.use_flash_attn lets it, else sdpa."""
         if requested_attention is None:
             requested_attention, reason = choose_attention(self.config.use_flash_attn)
             if self.config.use_cache_quantization and requested_attention == "flash_attention_2":
-                requested_attention, reason = "sdpa", "the int8 KV cache does not go together with flash-attn: the cache wins"
+                requested_attention = "sdpa"
+                reason = "the int8 KV cache does not go together with flash-attn: the cache wins"
+                logger.warning(f"attention: sdpa ({reason})")
             logger.info(f"attention: {requested_attention} ({reason})")
+            self.attention_reason = reason
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
@@ -231,7 +237,10 @@ class QWenModel(QWenPreTrainedModel):
         rotary = self.rotary(position_ids, alpha)
         logn = self.logn(position_ids, past + kwargs.get("max_length_q", x_BTH.shape[1]))
         mask = None
-        if kwargs.get("cu_seq_lens_q") is None:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            if self.config._attn_implementation != "flash_attention_2":  # which reads cu_seq_lens itself
+                kwargs["bounds"] = kwargs["cu_seq_lens_q"].tolist()  # once a row, not once a layer
+        else:
             mask = create_causal_mask(self.config, x_BTH, attention_mask, past_key_values=past_key_values)
 
         hidden_states, attentions = (x_BTH,), ()
@@ -370,7 +379,11 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """The int8 cache where the config asks for it and the user brings none."""
-        if self.config.use_cache_quantization and model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+        if (
+            self.config.use_cache_quantization
+            and model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache
+        ):
             model_kwargs["past_key_values"] = Int8Cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -20,7 +20,8 @@ def folders(tmp_path_factory, tokenizer):
     place = tmp_path_factory.mktemp("ask")
     base = small_checkpoint(place / "base")
     lora = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=8, target_modules=["c_proj", "w1"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=8, target_modules=["c_proj", "w1"], init_lora_weights=False),
     ).eval()
     with torch.no_grad():
         for name, parameter in lora.named_parameters():

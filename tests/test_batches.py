@@ -46,8 +46,14 @@ def test_loader_yields_the_steps_of_its_epoch():
     loader.batch_sampler.epoch = 3
     for index, batch in enumerate(loader):
         step = plan.step(3, index)
-        assert (batch.samples, batch.tokens, batch.supervised_tokens) == (step.samples, step.tokens, step.supervised_tokens)
-        assert [one["input_ids"][0, ::2].tolist() for one in batch.rows] == [list(members) for members in step.passes[0]]
+        assert (batch.samples, batch.tokens, batch.supervised_tokens) == (
+            step.samples,
+            step.tokens,
+            step.supervised_tokens,
+        )
+        assert [one["input_ids"][0, ::2].tolist() for one in batch.rows] == [
+            list(members) for members in step.passes[0]
+        ]
     assert index == 3
 
 

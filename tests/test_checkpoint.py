@@ -27,7 +27,9 @@ def base(tmp_path_factory):
 @pytest.fixture
 def adapter(base, tokenizer, tmp_path):
     """(a LoRA model with weights that do something, the folder it was saved to)"""
-    lora = get_peft_model(load(base), LoraConfig(r=4, target_modules=["c_attn", "c_proj", "w1", "w2"], init_lora_weights=False))
+    lora = get_peft_model(
+        load(base), LoraConfig(r=4, target_modules=["c_attn", "c_proj", "w1", "w2"], init_lora_weights=False)
+    )
     model.set_chat_settings(lora, tokenizer)
     record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}}
     checkpoint.save_final(lora, tokenizer, tmp_path / "adapter", record=record)
@@ -78,7 +80,13 @@ def test_full_model_is_complete(base, tokenizer, tmp_path):
     checkpoint.save_final(trained, tokenizer, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     code = {path.name for path in (tmp_path / "out").glob("*.py")}
-    assert {"config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "qwen.tiktoken",
+        "tokenizer_config.json",
+    } <= names
     assert {"configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py", "kv_cache.py", "chatml.py"} <= code
     assert not any(name.startswith(".") for name in names)
     assert AutoConfig.from_pretrained(tmp_path / "out").use_cache is True
@@ -104,7 +112,12 @@ print(model.chat(tokenizer, "hello", max_new_tokens=3, do_sample=False)[0])
 """
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(out)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, str(out)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     total, answer = done.stdout.split("\n", 1)
@@ -115,7 +128,13 @@ print(model.chat(tokenizer, "hello", max_new_tokens=3, do_sample=False)[0])
 def test_adapter_folder_is_complete_and_opens_with_plain_peft(base, adapter):
     lora, folder = adapter
     names = {path.name for path in folder.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "qwen.tiktoken", "training.json"} <= names
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+        "qwen.tiktoken",
+        "training.json",
+    } <= names
     again = PeftModel.from_pretrained(load(base), folder).eval()
     torch.testing.assert_close(again(PROMPT).logits, lora(PROMPT).logits)
     assert GenerationConfig.from_pretrained(folder).chat_format == "chatml"

@@ -48,7 +48,16 @@ def run(base, tmp_path, monkeypatch, capfd):
 
     def run_script(*flags, data=None, out="out"):
         command = ["finetune.py", "--model_name_or_path", base, "--data_path", data or write(tmp_path / "data.json")]
-        command += ["--output_dir", tmp_path / out, "--learning_rate", "1e-2", "--num_train_epochs", "2", "--save_strategy", "no"]
+        command += [
+            "--output_dir",
+            tmp_path / out,
+            "--learning_rate",
+            "1e-2",
+            "--num_train_epochs",
+            "2",
+            "--save_strategy",
+            "no",
+        ]
         command += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3", *flags]
         monkeypatch.setattr(sys, "argv", [str(part) for part in command])
         code = 0
@@ -71,7 +80,12 @@ def test_lora_from_data_to_merged_model(run, base, tmp_path):
     code, printed = run("--use_lora", "--gradient_checkpointing", "--lr_scheduler_type", "cosine")
     assert code == 0, printed
     out = tmp_path / "out"
-    for expected in ("12 samples", "4 (2 an epoch, 6 samples each)", "LoRA r=64 alpha=16 on c_attn, c_proj, w1, w2", "c_attn.lora_A"):
+    for expected in (
+        "12 samples",
+        "4 (2 an epoch, 6 samples each)",
+        "LoRA r=64 alpha=16 on c_attn, c_proj, w1, w2",
+        "c_attn.lora_A",
+    ):
         assert expected in printed, printed
     assert len(log(out)) == 4 and (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((out / "training.json").read_text())
@@ -136,7 +150,10 @@ BAD = {
     "broken JSON": ('[{"conversations": [}]', ["line 1, column 21", "sample 1"]),
     "unknown role": ([("user", "hi"), ("bot", "hello")], ["sample 1", "turn 2", '"bot"', "user, assistant"]),
     "empty conversation": ([], ["sample 1", "empty conversation"]),
-    "answer beyond the limit": ([("user", LONG), ("assistant", "yes")], ["no answer token within 512", "--model_max_length"]),
+    "answer beyond the limit": (
+        [("user", LONG), ("assistant", "yes")],
+        ["no answer token within 512", "--model_max_length"],
+    ),
 }
 
 
@@ -146,7 +163,11 @@ def test_bad_data_gives_one_line(run, tmp_path, case):
     path = tmp_path / "nowhere.json"
     if turns is not None:
         conversations = turns if isinstance(turns, str) else None
-        samples = [{"conversations": [{"from": role, "value": value} for role, value in turns]}] if conversations is None else None
+        samples = (
+            [{"conversations": [{"from": role, "value": value} for role, value in turns]}]
+            if conversations is None
+            else None
+        )
         path.write_text(conversations or json.dumps(samples))
     before = sorted(tmp_path.iterdir())
     code, printed = run("--use_lora", "--model_max_length", "512", data=path)

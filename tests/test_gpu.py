@@ -24,10 +24,10 @@ def test_variable_length_kernel_equals_the_loop():
     lengths = [5, 130, 64, 1]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
     query, key, value = heads(torch.bfloat16, lengths, requires_grad=True)
-    assert attention.has_varlen(query)
-    fast = attention.packed_attention(query, key, value, bounds, max(lengths), 0.125)
+    assert attention.is_half_on_cuda(query) and attention.torch_has_varlen()
+    fast = attention.packed_attention(query, key, value, bounds, max(lengths), bounds.tolist(), 0.125)
     exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
-    slow = attention.packed_attention(*exact, bounds, max(lengths), 0.125)
+    slow = attention.packed_attention(*exact, bounds, max(lengths), bounds.tolist(), 0.125)
     torch.testing.assert_close(fast.double(), slow, atol=2e-2, rtol=0)
     weight = torch.randn_like(fast)
     (fast * weight).sum().backward()
@@ -46,7 +46,10 @@ def test_a_packed_step_on_the_gpu_follows_float32_on_the_cpu(attn):
     fast.set_attn_implementation(attn)
     expected = exact(**packed(samples, labels)).loss
     expected.backward()
-    batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in packed(samples, labels).items()}
+    batch = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in packed(samples, labels).items()
+    }
     with torch.autocast("cuda", torch.bfloat16):
         loss = fast(**batch).loss
     loss.backward()

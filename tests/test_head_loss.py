@@ -66,6 +66,26 @@ def test_half_precision_is_within_its_rounding(pieces, dtype):
         assert (got.double() - want).norm() / want.norm() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("margin", [0.0, 3.0, 6.0])
+def test_a_sure_model_still_gets_its_gradient(dtype, margin):
+    """p(label) of about 0.9, 0.995 and 0.9995: p - 1 is below the spacing of half precision, and must not be rounded away."""
+    torch.manual_seed(0)
+    head, labels = LMHead(64, 500, bias=False), torch.arange(40)
+    with torch.no_grad():
+        head.weight.normal_(0, 0.125)
+        x = head.weight[labels] / head.weight[labels].norm(dim=1, keepdim=True) ** 2 * (9.0 + margin)
+    x = (x + 0.01 * torch.randn(40, 64)).requires_grad_()
+    expected, grad_x, grad_w = reference(head, x, labels, 1)
+    probability = torch.exp(-expected / 40).item()
+    assert probability > {0.0: 0.85, 3.0: 0.99, 6.0: 0.999}[margin]
+    with torch.autocast("cpu", dtype):
+        loss = summed_loss(head, x, labels)
+    loss.backward()
+    for got, want in ((x.grad, grad_x), (head.weight.grad, grad_w)):
+        assert (got.double() - want).norm() / want.norm() < 0.1
+
+
 def test_float32_masters_under_autocast():
     head, x, labels = example()
     expected, grad_x, grad_w = reference(head, x, labels, 1)

@@ -62,7 +62,12 @@ def test_holds_what_the_published_cache_holds():
 def test_generate_uses_it_when_the_config_says_so(how):
     model = tiny_model(use_cache_quantization=True).eval()
     out = model.generate(
-        torch.randint(0, 160, (2, 9)), max_new_tokens=6, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True, **how
+        torch.randint(0, 160, (2, 9)),
+        max_new_tokens=6,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        **how,
     )
     assert isinstance(out.past_key_values, Int8Cache)
     assert out.past_key_values.get_seq_length() == 14  # the last token was never fed

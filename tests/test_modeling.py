@@ -162,7 +162,9 @@ def one_by_one(model, samples, labels):
     total = 0.0
     for ids, row in zip(samples, labels):
         logits = model(torch.tensor([ids])).logits[0, :-1].double()
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), ignore_index=-100, reduction="sum") / count
+        loss = (
+            torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), ignore_index=-100, reduction="sum") / count
+        )
         loss.backward()
         total += loss.item()
     return total, count, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -183,7 +185,9 @@ def test_packed_equals_one_by_one(method, checkpointing):
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn", "c_proj", "w1", "w2"], init_lora_weights=False))
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["c_attn", "c_proj", "w1", "w2"], init_lora_weights=False)
+        )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     samples, labels = random_samples(6)

@@ -13,7 +13,13 @@ from tiny import tiny_model
 from finetune import errors, report
 from finetune.plan import Plan
 
-LINE = {"loss": 1.25, "learning_rate": 3e-4, "tokens_per_second": 1234.5, "supervised_tokens_per_second": 99.0, "memory_gb": 2.04}
+LINE = {
+    "loss": 1.25,
+    "learning_rate": 3e-4,
+    "tokens_per_second": 1234.5,
+    "supervised_tokens_per_second": 99.0,
+    "memory_gb": 2.04,
+}
 
 
 def test_summary_counts_what_trains(capsys):

@@ -44,7 +44,11 @@ def make_trainer(folder, model=None, max_tokens_per_pass=60, samples_per_step=8,
     } | settings  # fmt: skip
     samples = Samples()
     plan = Plan(
-        samples.lengths, samples.supervised, samples_per_step=samples_per_step, max_tokens_per_pass=max_tokens_per_pass, seed=3
+        samples.lengths,
+        samples.supervised,
+        samples_per_step=samples_per_step,
+        max_tokens_per_pass=max_tokens_per_pass,
+        seed=3,
     )
     eval_plan = eval_samples and Plan(
         eval_samples.lengths, eval_samples.supervised, samples_per_step=5, max_tokens_per_pass=60, shuffle=False
@@ -225,7 +229,14 @@ def test_checkpoints_are_whole_or_not_there(tmp_path, monkeypatch):
     trainer.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
     files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
-    assert {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= files
+    assert {
+        "config.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    } <= files
 
     def fail(*args):
         raise OSError("disk full")
