@@ -36,7 +36,7 @@ step "3/6  the main job: LoRA on data/example.json"
 if [[ -f $demo/adapter/adapter_config.json ]]; then
     echo "$demo/adapter is there from an earlier run"
 else
-    # higher rate and more epochs than in the script: this model is a thousandth of a Qwen-7B, and has 44 samples
+    # higher rate and more epochs than in the script: this model is tiny, and there are 44 samples
     bash finetune/finetune_lora_single_gpu.sh -m "$demo/base" -d data/example.json -o "$demo/adapter" --overwrite_output_dir \
         --num_train_epochs 40 --learning_rate 2e-3 --gradient_accumulation_steps 4 --save_strategy no
 fi

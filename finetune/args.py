@@ -70,6 +70,11 @@ class DataArguments:
     )
     lazy_preprocess: bool = flag(False, "Accepted for the published scripts' sake; without effect.")
 
+    def files(self) -> dict[str, str]:
+        """The files of conversations, by the flag that named them."""
+        files = {"--data_path": self.data_path, "--eval_data_path": self.eval_data_path}
+        return {flag: path for flag, path in files.items() if path}
+
 
 @dataclass
 class LoraArguments:
@@ -146,6 +151,11 @@ class Args:
     lora: LoraArguments
     training: Any
     findings: list[str] = field(default_factory=list)
+
+
+def on_folder(args: Args, folder) -> Args:
+    """The same wishes, for a model that has been downloaded to `folder`."""
+    return dataclasses.replace(args, model=ModelArguments(str(folder)))
 
 
 # ---- flags that transformers had at 4.32 or later, and dropped or renamed up to 5.23

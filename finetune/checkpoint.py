@@ -39,9 +39,17 @@ def save_final(model, tokenizer, folder: Path, **settings) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     save_model(model, tokenizer, staging, **settings)
     verify(staging, model)
+    remove_result(folder)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
         move_into_place(path, folder / path.name)
     staging.rmdir()
+
+
+def remove_result(folder: Path) -> None:
+    """Removes what an earlier save left in `folder`, the configs first: an adapter beside a full model would be put onto it."""
+    weights = [path for ending in ("safetensors", "bin", "index.json") for path in folder.glob(f"*.{ending}")]
+    for path in [folder / "adapter_config.json", folder / "config.json", *weights]:
+        path.unlink(missing_ok=True)
 
 
 def move_into_place(written: Path, place: Path) -> None:
@@ -52,11 +60,11 @@ def move_into_place(written: Path, place: Path) -> None:
 
 
 def verify(folder: Path, model) -> None:
-    """Opens a saved folder as its user will, and compares every tensor with the model's, bit by bit.
+    """Reads a saved folder again: every tensor is compared with the model's, bit by bit, and config and tokenizer are opened.
 
     Raises RuntimeError naming the first difference: a run must not end in a folder that does not load.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     expected = saved_tensors(model)
     for name, tensor in read_tensors(folder):
@@ -67,6 +75,8 @@ def verify(folder: Path, model) -> None:
             )
     if expected:
         raise RuntimeError(f"{folder}: {len(expected)} tensors are missing, the first is {next(iter(expected))}")
+    if (folder / "config.json").is_file():
+        AutoConfig.from_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
 
 
@@ -157,7 +167,7 @@ def read_record(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def check_base(adapter: Path, base: Path) -> None:
+def check_base(adapter: Path, base: Path, remedy: str = "give that one with --base") -> None:
     """Refuses an adapter on another base than the one it was trained on."""
     made_for = read_record(adapter).get("base", {}).get("fingerprint")
     if made_for is None:
@@ -166,7 +176,7 @@ def check_base(adapter: Path, base: Path) -> None:
     if found != made_for:
         raise UserError(
             f"{adapter}: the adapter was made for another base ({describe(made_for)}); {base} is {describe(found)} - "
-            "give the base that it was trained on with --base"
+            f"{remedy}"
         )
 
 
@@ -178,9 +188,31 @@ def checkpoints(output_dir: Path) -> list[Path]:
     found = [
         path
         for path in output_dir.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "trainer_state.json").is_file()
+        if re.fullmatch(r"checkpoint-\d+", path.name) and is_complete(path)
     ]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a run can go on from there to the same weights: not from an interrupted save, nor from --save_only_model."""
+    return all((path / name).is_file() for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"))
+
+
+def check_same_run(path: Path, now: dict) -> None:
+    """Refuses to go on from the checkpoint of a run with another base, other data or other steps."""
+    before = read_record(path)
+    kept = {
+        "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
+        "data as rendered": lambda record: record["data"]["fingerprint"][:12],
+        "samples per step": lambda record: record["samples_per_step"],
+        "seed": lambda record: record["seed"],
+    }
+    changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
+    if changed:
+        raise UserError(
+            f"{path}: is of another run ({'; '.join(changed)}) - give the flags and files that it was started with, or another "
+            "--output_dir"
+        )
 
 
 def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
@@ -209,7 +241,7 @@ def resume_point(output_dir: Path, wish: str | None) -> Path | None:
         every = checkpoints(output_dir)
         return every[-1] if every else None
     path = Path(wish)
-    if not (path / "trainer_state.json").is_file():
+    if not is_complete(path):
         raise UserError(
             f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto"
         )

@@ -14,8 +14,8 @@ from .errors import UserError, note, warn
 
 GB = 1e9
 INF = math.inf
-# flag: (lowest value, and the first one that is too high)
 GIVE_MODEL = "give a checkpoint's folder with -m, or its Hugging Face id (Qwen/Qwen-7B)"
+# flag: (lowest value, and the first one that is too high)
 RANGES = {
     "model_max_length": (16, INF),
     "max_tokens_per_pass": (1, INF),
@@ -39,7 +39,7 @@ RANGES = {
 def check(args) -> None:
     """Raises one UserError with all findings. args: of args.parse()."""
     findings = list(args.findings)
-    for part in (ranges, data_files, base_model, method, output_folder, resuming, disk_space):
+    for part in (ranges, data_files, base_model, method, output_folder, resuming, reporting, disk_space):
         try:
             for line in part(args):
                 findings.append(line)
@@ -63,6 +63,17 @@ def ranges(args) -> Iterator[str]:
             yield f"--{name} {value}: out of range - give a number of steps, or below 1 a share of the run"
     if not values["num_train_epochs"] > 0 and values["max_steps"] <= 0:
         yield f"--num_train_epochs {values['num_train_epochs']}: nothing to train - give a number above 0"
+
+
+def reporting(args) -> Iterator[str]:
+    """The services of --report_to are known and installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    asked = args.training.report_to or []
+    there = [*get_available_reporting_integrations(), "none", "all"]
+    for name in [asked] if isinstance(asked, str) else asked:
+        if name not in there:
+            yield f"--report_to {name}: unknown or not installed - pip install {name}; here are {', '.join(there)}"
 
 
 def data_files(args) -> Iterator[str]:
@@ -97,7 +108,16 @@ def base_model(args) -> Iterator[str]:
         return
     folder = Path(name)
     if folder.is_dir():
-        yield from model_folder.problems(folder, may_be_quantized=args.lora.q_lora)  # of --q_lora, method() speaks
+        problems = model_folder.problems(folder, may_be_quantized=args.lora.q_lora)  # of --q_lora, method() speaks
+        yield from problems
+        if problems:
+            return
+        kind = model_folder.config_of(folder).get("model_type", "qwen")
+        if kind != "qwen":
+            yield (
+                f"--model_name_or_path {folder}: is of model type {kind}, and this version trains first-generation Qwen "
+                "(model_type qwen) - give such a checkpoint, for example Qwen/Qwen-7B-Chat"
+            )
         length = model_folder.trained_length(model_folder.config_of(folder))
         if length and args.training.model_max_length > length:
             warn(

@@ -1,4 +1,4 @@
-"""What a user gave that cannot work: one line per finding, all findings of a run together, exit code 2, no traceback."""
+"""What a user gave that cannot work: a line per finding, all findings of a run together, exit code 2, no traceback."""
 
 import os
 import sys
@@ -57,13 +57,26 @@ def warn(line: str) -> None:
 
 
 def run(job) -> None:
-    """Runs a program's main function; what a user gave wrong ends in one line per finding and exit code 2, no traceback."""
+    """Runs a program's main function. What a user gave wrong ends in a line per finding and exit code 2, no traceback."""
     try:
         job()
     except KeyboardInterrupt:
         sys.exit(130)  # as a program that Ctrl-C ended
     except UserError as error:
-        if on_first_rank():
-            for line in error.findings:
-                print(f"error: {line}", file=sys.stderr, flush=True)
+        tell(*error.findings)
         sys.exit(2)
+    except FloatingPointError as error:
+        tell(str(error))
+        sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        tell(f"out of GPU memory ({error}) - lower --max_tokens_per_pass, or add --gradient_checkpointing True")
+        sys.exit(1)
+
+
+def tell(*findings: str) -> None:
+    """Prints errors, a line each."""
+    if on_first_rank():
+        for line in findings:
+            print("error:", " ".join(line.split()), file=sys.stderr, flush=True)

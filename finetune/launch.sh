@@ -98,7 +98,8 @@ count_gpus() {
         fi
     else
         devices=(/dev/nvidia[0-9]*)
-        if [[ -e ${devices[0]} ]]; then echo "${#devices[@]}"; else echo 0; fi
+        # /dev/kfd is AMD's, /dev/dxg that of Windows' subsystem: how many GPUs are behind them, torch will see
+        if [[ -e ${devices[0]} ]]; then echo "${#devices[@]}"; elif [[ -e /dev/kfd || -e /dev/dxg ]]; then echo 1; else echo 0; fi
     fi
 }
 
@@ -109,11 +110,23 @@ on_the_cpu() {
     note "$1: running on the CPU$precision"
 }
 
+# GPUs before Ampere (compute capability 8) have no bf16: there the script's own choice becomes fp16.
+fp16_on_older_gpus() {
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i "${1:-0}" 2>/dev/null) || return 0
+    [[ $capability =~ ^[1-7]\.[0-9]+$ ]] || return 0
+    if switched_on --bf16 || switched_on --fp16; then return 0; fi
+    hyperparameters+=(--bf16 False --fp16 True)
+    note "this GPU (compute capability $capability) has no bf16: training in fp16"
+}
+
 # Puts exactly one GPU before the process (with several, transformers would spread each batch over all of them in
 # threads), and says which, or that the CPU is used.
 choose_gpu() {
-    local count chosen=${CUDA_VISIBLE_DEVICES%%,*}
+    local count
+    chosen=${CUDA_VISIBLE_DEVICES%%,*}
     count=$(count_gpus)
+    gpus=$count
     if [[ ! ${CUDA_VISIBLE_DEVICES+given} ]]; then
         if ((count > 1)); then
             note "$count GPUs here, and one process uses one of them: GPU 0. For another one: CUDA_VISIBLE_DEVICES=1"
@@ -186,6 +199,7 @@ launch_single_process() {
     parse_options "$@"
     settle_precision
     choose_gpu
+    if ((gpus)); then fp16_on_older_gpus "$chosen"; fi
     choose_python
     command+=("$python" "$root/finetune.py" --model_name_or_path "$model")
     # finetune.py reports a missing --data_path, together with all its other findings

@@ -106,8 +106,13 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype):
     base_model = load_weights(base, dtype, half_on_cuda=False)
     if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
         base_model.generation_config = GenerationConfig.from_pretrained(adapter)
-    with unquantized():
-        return PeftModel.from_pretrained(base_model, adapter, autocast_adapter_dtype=False).eval()
+    try:
+        with unquantized():
+            return PeftModel.from_pretrained(base_model, adapter, autocast_adapter_dtype=False).eval()
+    except RuntimeError as error:  # peft's list of tensors whose sizes differ
+        raise UserError(
+            f"{adapter}: does not fit {base} ({str(error).splitlines()[0]}) - give the base that it was trained on with --base"
+        ) from error
 
 
 def set_chat_settings(model, tokenizer) -> None:
@@ -130,7 +135,11 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
         "method": {"use_lora": args.lora.use_lora},  # its settings are in adapter_config.json
-        "data": {"path": str(args.data.data_path), "fingerprint": samples.fingerprint, "supervise": args.data.supervise},
+        "data": {
+            "path": str(args.data.data_path),
+            "fingerprint": samples.fingerprint,
+            "supervise": args.data.supervise,
+        },
         "samples_per_step": samples_per_step,
         "precision": str(compute_dtype(args.training)).removeprefix("torch."),
         "seed": args.training.seed,

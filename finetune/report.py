@@ -1,12 +1,17 @@
 """What a person sees: a summary before training, a progress bar while it runs, a loss curve and a log after it."""
 
+import contextlib
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
+
+from qwen_model.attention import torch_has_varlen
 
 from .errors import note, on_first_rank, warn
 from .model import compute_dtype
@@ -19,18 +24,14 @@ def summary(args, samples, eval_samples, plan, model) -> str:
     """Method, data, steps and trainable parameters, before the first step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count, every = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
-    lora, training = args.lora, args.training
-    targets = f"LoRA r={lora.lora_r} alpha={lora.lora_alpha} on {', '.join(lora.lora_target_modules)}"
+    training = args.training
     precision = str(compute_dtype(training)).removeprefix("torch.")
-    attention = getattr(model.config, "_attn_implementation", "?")
     steps = plan.total_steps(training.num_train_epochs, training.max_steps)
     rows = [
         ("model", f"{args.model.model_name_or_path} ({model.config.model_type}, {every:,} parameters)"),
-        (
-            "method",
-            f"{targets if lora.use_lora else 'full-parameter'}, {precision}, attention {attention}, on {training.device}",
-        ),
+        ("method", f"{method(model)}, {precision} on {training.device}"),
         ("trains", f"{count:,} parameters ({100 * count / every:.2f} %): {kinds(trained)}"),
+        ("attention", attention(model, training)),
         ("data", samples.describe()),
         *([("evaluation", eval_samples.describe())] if eval_samples is not None else []),
         ("steps", f"{steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.samples_per_step} samples each)"),
@@ -38,14 +39,35 @@ def summary(args, samples, eval_samples, plan, model) -> str:
     ]
     if steps < 10:
         warn(
-            f"{len(samples)} samples, {plan.samples_per_step} per step (ranks x batch x accumulation): only {steps} optimizer "
-            "steps in all - lower --gradient_accumulation_steps, or train more epochs"
+            f"{len(samples)} samples, {plan.samples_per_step} per step (ranks x batch x accumulation): only {steps} "
+            "optimizer steps in all - lower --gradient_accumulation_steps, or train more epochs"
         )
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 
 
+def method(model) -> str:
+    """What trains, as the model says it: an adapter that is gone on with brings its own settings."""
+    if not hasattr(model, "peft_config"):
+        return "full-parameter"
+    config = model.peft_config["default"]
+    return (
+        f"LoRA r={config.r} alpha={config.lora_alpha} on {', '.join(sorted(config.target_modules))}, bias {config.bias}"
+    )
+
+
+def attention(model, training) -> str:
+    """Which attention the passes use, and why."""
+    name, base = model.config._attn_implementation, model.get_base_model() if hasattr(model, "peft_config") else model
+    if name == "flash_attention_2":
+        return f"flash-attn 2 over packed samples ({base.attention_reason})"
+    if training.device.type == "cuda" and compute_dtype(training) != torch.float32 and torch_has_varlen():
+        return f"torch's variable-length attention over packed samples ({base.attention_reason})"
+    why = "float32, or no CUDA device" if base.attention_reason == "as asked for" else base.attention_reason
+    return f"{name}, sample by sample ({why})"
+
+
 def kinds(trained) -> str:
-    """The trained parameters by kind, layer numbers and adapter names left out: "h.*.attn.c_attn lora_A, lora_B; ..."."""
+    """The trained parameters by kind, without layer numbers and adapter names: "h.*.attn.c_attn.lora_A, ..."."""
     found: dict[str, None] = {}
     for name in trained:
         parts = [
@@ -69,14 +91,12 @@ class Report(TrainerCallback):
         if not on_first_rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, lines = self.folder / LOG, []
-        if state.global_step and path.is_file():
-            lines = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if json.loads(line)["step"] <= state.global_step
-            ]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        kept = (
+            [line for line in read_log(self.folder) if line["step"] <= state.global_step] if state.global_step else []
+        )
+        written = self.folder / f"{LOG}.new"
+        written.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(written, self.folder / LOG)
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -99,15 +119,22 @@ class Report(TrainerCallback):
             self.figures.update(figures(logs))
             self.bar.set_postfix(self.figures)
         elif "eval_loss" in logs:
-            self.bar.write(
-                f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}"
-            )
+            loss, perplexity = logs["eval_loss"], logs["eval_perplexity"]
+            self.bar.write(f"step {state.global_step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-            draw(self.folder)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of the log, but for one that a kill left unfinished."""
+    path, lines = folder / LOG, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def figures(logs: dict) -> dict[str, str]:
@@ -126,7 +153,7 @@ def draw(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    lines = read_log(folder)
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     if not train:
@@ -165,7 +192,12 @@ def take_over(trainer) -> None:
 
 def farewell(out: Path, is_adapter: bool) -> None:
     """What is there now, and what to type next."""
-    note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
+    try:
+        draw(out)
+        note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
+    except Exception as error:  # the model is saved: a picture must not make a failure of it
+        warn(f"the loss curve could not be drawn ({type(error).__name__}: {error}); its numbers are in {out / LOG}")
+        note(f"done: {out}")
     note(f"try it:    {command('finetune.ask', out)}")
     if is_adapter:
         note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}")

@@ -58,6 +58,7 @@ class PlannedTrainer(Trainer):
 
     def get_train_dataloader(self):
         loader = self.loader(self.samples, self.plan)
+        self.throughput.drain()  # from here on it is training
         self.remove_callback(FollowEpoch)
         self.add_callback(FollowEpoch(loader.batch_sampler))
         return loader
@@ -112,6 +113,10 @@ class PlannedTrainer(Trainer):
 
     # ---- evaluation
 
+    def evaluate(self, *args, **kwargs):
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -148,7 +153,7 @@ class PlannedTrainer(Trainer):
         if not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
                 f"the loss became {logs['loss']} at step {self.state.global_step}: lower --learning_rate, lengthen --warmup_ratio, "
-                "or train with --bf16 instead of --fp16; the last checkpoint is from before"
+                "or train with --bf16 instead of --fp16"
             )
 
     # ---- saving
@@ -166,7 +171,7 @@ class PlannedTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        with self.redirected(staging):
+        with self.redirected(staging), self.throughput.paused():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -190,10 +195,17 @@ class PlannedTrainer(Trainer):
 
 
 class Throughput:
-    """Tokens, all ranks together, since the last line of the log."""
+    """Tokens a second, all ranks together, since the last line of the log; evaluating and saving do not count."""
 
     def __init__(self):
         self.drain()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Takes out the time of what is not training."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
 
     def add(self, step: StepBatch) -> None:
         self.tokens += step.tokens

@@ -76,7 +76,7 @@ def build(values: dict):
     }
     changed = {name for name, value in values.items() if value != defaults.get(name, value)}
     findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
-    findings += precision(values)
+    findings += precision(values) + processes()
     if idle := changed & set(NO_EFFECT):
         listed = ", ".join(f"--{name}" for name in sorted(idle))
         note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
@@ -86,6 +86,13 @@ def build(values: dict):
         except (ValueError, OSError) as error:
             findings = [" ".join(str(error).split()) + " - change or leave out the flag"]
     return SimpleNamespace(**values), findings
+
+
+def processes() -> list[str]:
+    """One process trains in this version. To be asked before TrainingArguments, which would wait for the others."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    what = f"started as {count} processes (torchrun): this version trains in one"
+    return [] if count == "1" else [f"{what} - start finetune.py with python"]
 
 
 def precision(values: dict) -> list[str]:

@@ -12,7 +12,8 @@ class QWenConfig(PretrainedConfig):
     - `seq_length` is the trained length. Beyond it, outside training, dynamic NTK (`use_dynamic_ntk`) stretches the
       rotary base and LogN (`use_logn_attn`) sharpens the queries.
     - `use_flash_attn` is "auto", True or False: whether flash-attn 2 is taken where it is installed.
-    - `use_cache_quantization` keeps the KV cache as int8; `use_cache_kernel` lets a GPU kernel read it.
+    - `use_cache_quantization` keeps the KV cache as int8. `use_cache_kernel`, of the published GPU kernel, is kept as it
+      is and has no effect: the cache is read in plain torch.
     - `bf16`, `fp16`, `fp32` say how the published weights were stored; what is loaded is asked for with `dtype=`.
     """
 

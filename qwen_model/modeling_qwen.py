@@ -117,7 +117,10 @@ class QWenAttention(nn.Module):
         bounds = kwargs.pop("bounds", None)
         if bounds is not None:
             cu_seq_lens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-            weights, out = None, packed_attention(query, key, value, cu_seq_lens, longest, bounds, self.scaling, dropout_p)
+            weights, out = (
+                None,
+                packed_attention(query, key, value, cu_seq_lens, longest, bounds, self.scaling, dropout_p),
+            )
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
             out, weights = attend(

@@ -57,7 +57,8 @@ def write_adapter(folder: Path, **changes) -> Path:
 def write_checkpoint(folder: Path, adapter: dict | None = None) -> Path:
     """What is looked at of a checkpoint: that it is whole, and its method."""
     folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        (folder / name).write_text("{}")
     if adapter is not None:
         write_adapter(folder, **adapter)
     return folder

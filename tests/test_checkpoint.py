@@ -166,6 +166,30 @@ def test_a_save_that_fails_leaves_no_model(base, tokenizer, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == [".unfinished"]
 
 
+def test_a_new_result_takes_the_place_of_an_old_one(base, tokenizer, adapter):
+    """A full model saved over an adapter: transformers would put the old adapter onto the new model."""
+    _, folder = adapter
+    checkpoint.save_final(load(base), tokenizer, folder)
+    assert not list(folder.glob("adapter_*"))
+    assert not hasattr(load(folder), "peft_config")
+
+
+def test_going_on_from_another_run_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+    }
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    checkpoint.check_same_run(tmp_path, record)
+    changed = record | {"data": {"fingerprint": "c" * 64}, "samples_per_step": 8}
+    with pytest.raises(
+        UserError, match="data as rendered: bbbbbbbbbbbb, now cccccccccccc; samples per step: 16, now 8"
+    ):
+        checkpoint.check_same_run(tmp_path, changed)
+
+
 def test_fingerprint_tells_models_apart(base, tmp_path):
     other = small_checkpoint(tmp_path / "other", seed=1)
     assert checkpoint.fingerprint(other) != checkpoint.fingerprint(base)
@@ -186,8 +210,9 @@ def test_missing_weights_are_named(tmp_path):
 def test_checkpoints_in_order_and_complete_only(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
         (tmp_path / name).mkdir()
-        if name != "checkpoint-11":  # was interrupted
-            (tmp_path / name / "trainer_state.json").write_text("{}")
+        for file in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+            if (name, file) != ("checkpoint-11", "optimizer.pt"):  # as --save_only_model leaves it
+                (tmp_path / name / file).write_text("{}")
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert checkpoint.resume_point(tmp_path, "auto").name == "checkpoint-10"
     assert checkpoint.resume_point(tmp_path, "True").name == "checkpoint-10"
@@ -201,7 +226,8 @@ def test_checkpoints_in_order_and_complete_only(tmp_path):
 def test_keep_newest_spares_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        for file in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+            (tmp_path / f"checkpoint-{step}" / file).write_text("{}")
     checkpoint.keep_newest(tmp_path, None)
     assert len(checkpoint.checkpoints(tmp_path)) == 4
     checkpoint.keep_newest(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))

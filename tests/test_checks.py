@@ -210,12 +210,23 @@ def later_qwen(folder: Path) -> Path:
     return folder
 
 
-def test_a_later_qwen(world, tmp_path):
+def test_a_later_qwen_is_refused_by_name(world, tmp_path):
     folder = later_qwen(tmp_path / "Qwen2")
-    assert found(world, "-m", str(folder)) == []
-    assert found(world, "-m", str(folder), "--use_lora", "--lora_target_modules", "q_proj", "v_proj") == []
-    line = only(world, "-m", str(folder), "--use_lora")
-    assert "c_attn c_proj w1 w2: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in line
+    assert f"{folder}: is of model type qwen2, and this version trains first-generation Qwen" in only(
+        world, "-m", str(folder)
+    )
+    lines = found(world, "-m", str(folder), "--use_lora")
+    assert "c_attn c_proj w1 w2: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in lines[1]
+
+
+def test_several_processes_are_refused(world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert only(world).startswith("started as 2 processes (torchrun): this version trains in one - ")
+
+
+def test_an_unknown_reporter(world):
+    assert only(world, "--report_to", "tensorboart").startswith("--report_to tensorboart: unknown or not installed - ")
+    assert found(world, "--report_to", "tensorboard") == []
 
 
 # ---- the method

@@ -109,6 +109,40 @@ def test_full_parameter(run, base, tmp_path, precision, dtype):
     assert all(not torch.equal(before[name].to(dtype), after[name]) for name in before if "ln_" not in name)
 
 
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_train_in_float32_beside_adapters(run, base, tmp_path, precision, bias):
+    code, printed = run("--use_lora", "--lora_bias", bias, precision, "--lora_r", "4")
+    assert code == 0, printed
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    before = load_file(base / "model.safetensors")
+    biases = {
+        name: tensor for name, tensor in saved.items() if name.endswith("c_attn.bias") or "base_layer.bias" in name
+    }
+    assert len(biases) == 2 and {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert (
+        all(tensor.abs().max() > 0 for tensor in biases.values())
+        and not before["transformer.h.0.attn.c_attn.bias"].any()
+    )
+
+
+def test_an_adapter_is_gone_on_with_only_on_its_own_base(run, base, tmp_path):
+    assert run("--use_lora", "--lora_r", "4")[0] == 0
+    code, printed = run("--use_lora", "--lora_weight_path", tmp_path / "out", out="more")
+    assert code == 0 and "LoRA r=4" in printed, printed
+    other = small_checkpoint(tmp_path / "other", seed=3)
+    code, printed = run("--use_lora", "--lora_weight_path", tmp_path / "out", "-m", other, out="third")
+    assert code == 2 and "made for another base" in printed and not (tmp_path / "third").exists()
+
+
+def test_a_relative_model_path_is_found_again_from_elsewhere(run, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    code, printed = run("--use_lora", "--model_name_or_path", base.name)
+    assert code == 0, printed
+    monkeypatch.chdir(tmp_path)
+    assert merge.merge(tmp_path / "out", tmp_path / "merged") < 1e-4
+
+
 def test_learning_rate_and_evaluation_are_as_asked(run, tmp_path):
     held_out = write(tmp_path / "eval.json", count=5, offset=50)
     code, printed = run(

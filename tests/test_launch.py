@@ -212,6 +212,23 @@ def test_the_cpu_computes_in_float32_unless_asked(dry, start, asked, bf16, said)
     assert start("-d", "D", *asked, gpus=0, DRY_RUN="1").stderr.endswith(said)
 
 
+@pytest.mark.parametrize("capability, asked, expected", [
+    ("7.5", (), ("False", "True")),
+    ("8.0", (), ("True", None)),
+    ("7.5", ("--bf16",), (None, "False")),
+    ("No devices", (), ("True", None)),
+])  # fmt: skip
+def test_an_older_gpu_gets_fp16(start, tmp_path, capability, asked, expected):
+    """T4 and V100 have no bf16; a user's own word goes before."""
+    listing = "echo 'GPU 0: Tesla T4 (UUID: GPU-0)'"
+    text = f'#!/bin/sh\ncase $1 in -L) {listing};; *) echo "{capability}";; esac\n'
+    program(tmp_path / "own" / "nvidia-smi", text)
+    done = start("-d", "D", *asked, gpus=1, DRY_RUN="1", PATH=f"{tmp_path / 'own'}:{os.environ['PATH']}")
+    given = flags(shlex.split(done.stdout))
+    assert tuple(given.get(name, [None])[0] if given.get(name) else None for name in ("--bf16", "--fp16")) == expected
+    assert ("training in fp16" in done.stderr) == (expected == ("False", "True"))
+
+
 @pytest.mark.parametrize("gpus, visible, first_word, said", [
     (0, None, "python", "note: no NVIDIA GPU here: running on the CPU"),
     (1, None, "python", "note: running on the GPU"),

@@ -170,6 +170,14 @@ def one_by_one(model, samples, labels):
     return total, count, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def with_lora(model):
+    """Adapters on the published target modules, with weights that do something."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["c_attn", "c_proj", "w1", "w2"]
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+
+
 def assert_gradients(model, expected):
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == expected.keys()
@@ -183,11 +191,7 @@ def assert_gradients(model, expected):
 def test_packed_equals_one_by_one(method, checkpointing):
     model = tiny_model().train()
     if method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model, LoraConfig(r=4, target_modules=["c_attn", "c_proj", "w1", "w2"], init_lora_weights=False)
-        )
+        model = with_lora(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     samples, labels = random_samples(6)
@@ -199,8 +203,9 @@ def test_packed_equals_one_by_one(method, checkpointing):
     assert_gradients(model, gradients)
 
 
-def test_regrouping_a_step_changes_nothing():
-    model = tiny_model().train()
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_regrouping_a_step_changes_nothing(method):
+    model = with_lora(tiny_model().train()) if method == "lora" else tiny_model().train()
     samples, labels = random_samples(6)
     loss, count, gradients = one_by_one(model, samples, labels)
     for groups in ([[0, 1, 2, 3, 4, 5]], [[5, 0], [3], [1, 4, 2]], [[i] for i in range(6)]):

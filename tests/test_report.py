@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_model
 
 from finetune import errors, report
@@ -27,7 +28,9 @@ def test_summary_counts_what_trains(capsys):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("ln_f" in name or "c_attn" in name)
     lora = SimpleNamespace(use_lora=False, lora_r=1, lora_alpha=1, lora_target_modules=[])
-    training = SimpleNamespace(bf16=True, fp16=False, num_train_epochs=2, max_steps=-1, device="cpu", output_dir="out")
+    training = SimpleNamespace(
+        bf16=True, fp16=False, num_train_epochs=2, max_steps=-1, device=torch.device("cpu"), output_dir="out"
+    )
     args = SimpleNamespace(model=SimpleNamespace(model_name_or_path="M"), lora=lora, training=training)
 
     class Samples:
@@ -42,8 +45,15 @@ def test_summary_counts_what_trains(capsys):
     trained = 32 + 2 * (96 * 32 + 96)  # the final norm, and query, key and value of both layers with their bias
     assert f"{trained:,} parameters" in text
     assert "h.*.attn.c_attn, h.*.attn.c_attn.bias, ln_f" in text
-    assert "6 (3 an epoch, 8 samples each)" in text and "full-parameter, bfloat16, attention sdpa, on cpu" in text
+    assert "6 (3 an epoch, 8 samples each)" in text and "full-parameter, bfloat16 on cpu" in text
     assert "only 6 optimizer steps" in capsys.readouterr().err
+
+
+def test_a_curve_that_cannot_be_drawn_is_no_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "draw", lambda folder: (_ for _ in ()).throw(ImportError("no matplotlib")))
+    report.farewell(tmp_path, is_adapter=True)
+    told = capsys.readouterr().err
+    assert "could not be drawn (ImportError: no matplotlib)" in told and "merge it:" in told
 
 
 def test_figures_behind_the_bar():
@@ -63,7 +73,10 @@ def test_log_and_curve(tmp_path):
         told.on_log(None, state, None, logs=dict(LINE, loss=5 / step))
     told.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_perplexity": 2.7})
     told.on_train_end(None, state, None)
-    lines = [json.loads(line) for line in (tmp_path / report.LOG).read_text().splitlines()]
+    with (tmp_path / report.LOG).open("a") as file:
+        file.write('{"step": 31, "lo')  # as a kill leaves it
+    report.farewell(tmp_path, is_adapter=False)
+    lines = report.read_log(tmp_path)
     assert [line["step"] for line in lines] == [*range(1, 31), 30]
     assert lines[3]["loss"] == 1.25
     assert (tmp_path / report.CURVE).read_bytes().startswith(b"\x89PNG")
