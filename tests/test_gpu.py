@@ -56,3 +56,20 @@ def test_a_packed_step_on_the_gpu_follows_float32_on_the_cpu(attn):
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
     for (name, a), b in zip(fast.named_parameters(), exact.parameters()):
         assert (a.grad.cpu() - b.grad).norm() / b.grad.norm() < 0.05, name
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "flash_attention_2"])
+def test_a_later_token_moves_no_earlier_logit_on_the_gpu(attn):
+    if attn == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    model = tiny_model(hidden_size=128, num_attention_heads=2, kv_channels=64).eval().cuda().bfloat16()
+    model.set_attn_implementation(attn)
+    ids = torch.randint(1, 159, (1, 30), device="cuda")
+    changed = ids.clone()
+    changed[0, 20] += 1
+    bounds = torch.tensor([0, 12, 30], dtype=torch.int32, device="cuda")
+    packing = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 18, "max_length_k": 18}
+    for settings in ({}, packing, {"attention_mask": (torch.arange(30, device="cuda") >= 4).long()[None]}):
+        before, after = (model(x, use_cache=False, **settings).logits[:, 4:] for x in (ids, changed))
+        assert torch.equal(before[:, :16], after[:, :16])
+        assert not torch.equal(before[:, 16], after[:, 16])
