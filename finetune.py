@@ -116,4 +116,7 @@ if __name__ == "__main__":
     from finetune.quiet import quiet
 
     quiet()
-    run(main)
+    run(
+        main,
+        when_stopped="stopped; the same command with --resume_from_checkpoint auto goes on from the newest checkpoint",
+    )

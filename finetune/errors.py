@@ -56,11 +56,12 @@ def warn(line: str) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def run(job) -> None:
+def run(job, when_stopped: str = "stopped") -> None:
     """Runs a program's main function. What a user gave wrong ends in a line per finding and exit code 2, no traceback."""
     try:
         job()
     except KeyboardInterrupt:
+        note(when_stopped)
         sys.exit(130)  # as a program that Ctrl-C ended
     except UserError as error:
         tell(*error.findings)

@@ -110,6 +110,30 @@ def test_all_findings_of_several_checks_come_together_once():
         raise KeyError("a defect is not a finding")
 
 
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def job():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(job, when_stopped="stopped; go on so")
+    assert stopped.value.code == 130 and capsys.readouterr().err == "note: stopped; go on so\n"
+
+
+def test_other_ends_of_a_run_are_told_in_a_line(capsys):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    for error, expected in [
+        (FloatingPointError("the loss became nan"), "error: the loss became nan\n"),
+        (OutOfMemoryError("tried 2 GB"), "error: out of GPU memory (tried 2 GB) - lower --max_tokens_per_pass, "),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            errors.run(lambda error=error: (_ for _ in ()).throw(error))
+        assert stopped.value.code == 1 and capsys.readouterr().err.startswith(expected)
+    with pytest.raises(RuntimeError, match="a defect"):
+        errors.run(lambda: (_ for _ in ()).throw(RuntimeError("a defect")))
+
+
 @pytest.mark.parametrize("rank,printed", [("0", "error: a\nerror: b\n"), ("1", "")])
 def test_run_prints_findings_once_and_exits_with_2(rank, printed, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
