@@ -116,7 +116,4 @@ if __name__ == "__main__":
     from finetune.quiet import quiet
 
     quiet()
-    run(
-        main,
-        when_stopped="stopped; the same command with --resume_from_checkpoint auto goes on from the newest checkpoint",
-    )
+    run(main, when_stopped="stopped; --resume_from_checkpoint auto goes on from the newest checkpoint")
