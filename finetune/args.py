@@ -36,6 +36,9 @@ class ModelArguments:
     model_name_or_path: str | None = flag(
         None, "Folder of a checkpoint, or its Hugging Face id (Qwen/Qwen-7B).", metavar="MODEL", aliases=["-m"]
     )
+    model_kind: Literal["auto", "base", "chat"] = flag(
+        "auto", "Whether the model is a base or a chat model. auto: what its generation_config and tokenizer say."
+    )
 
 
 @dataclass
@@ -81,16 +84,40 @@ class LoraArguments:
     _argument_group_name = "LoRA"
 
     use_lora: bool = flag(False, "Train LoRA adapters. Without it, all parameters are trained.")
-    q_lora: bool = flag(False, "LoRA over a quantized model. Not available in this version.")
+    q_lora: bool = flag(False, "LoRA over quantized weights: a GPTQ checkpoint, or --quant nf4. Implies --use_lora.")
+    quant: Literal["none", "nf4"] = flag(
+        "none", "With --q_lora, how a 16-bit checkpoint is quantized while it is loaded: nf4 (4 bits, bitsandbytes)."
+    )
     lora_r: int = flag(64, "Rank of the adapters.", metavar="N")
     lora_alpha: int = flag(16, "Scale of the adapters: their output counts alpha / r fold.", metavar="N")
     lora_dropout: float = flag(0.05, "Dropout on the input of the adapters.", metavar="P")
     lora_target_modules: list[str] = flag(
-        ["c_attn", "c_proj", "w1", "w2"], "Layers that get an adapter, separated by blanks.", metavar="NAME"
+        ["auto"],
+        "Layers that get an adapter, separated by blanks. auto: every linear layer of the blocks (c_attn c_proj w1 w2 "
+        "in first-generation Qwen).",
+        metavar="NAME",
     )
     lora_bias: str = flag("none", "Biases to train: none, all, or lora_only (of the adapted layers).", metavar="WHICH")
     lora_weight_path: str | None = flag(
         None, "Folder of an adapter to go on from; its own settings then win over --lora_*.", metavar="FOLDER"
+    )
+    train_embeddings: Literal["auto", "none", "chat_rows", "all"] = flag(
+        "auto",
+        "What trains of embedding and head beside the adapters. chat_rows: the rows of the chat format's tokens; all: "
+        "both matrices; auto: chat_rows for a base model, which does not know these tokens yet, none for a chat model.",
+    )
+    train_tokens: list[str] = flag(
+        [], "Special tokens (<|extra_0|> ...) whose rows of embedding and head train, too.", metavar="TOKEN"
+    )
+    use_dora: bool = flag(False, "DoRA: the adapters' direction and magnitude are trained apart.")
+    use_rslora: bool = flag(False, "rsLoRA: adapters count alpha / sqrt(r) fold.")
+    init_lora_weights: str = flag(
+        "default",
+        "How adapters start: default, gaussian, pissa, or pissa_niter_N (a faster decomposition).",
+        metavar="HOW",
+    )
+    loraplus_lr_ratio: float | None = flag(
+        None, "LoRA+: the learning rate of the B matrices is so many times that of the others.", metavar="X"
     )
 
 
@@ -111,6 +138,11 @@ class TrainingFlags:
     )
     bf16: bool = flag(False, "Compute in bfloat16 (GPUs from Ampere on, and CPUs). Trained weights stay in float32.")
     fp16: bool = flag(False, "Compute in float16, with loss scaling. Trained weights stay in float32.")
+    bf16_weights: bool = flag(
+        False,
+        "Full-parameter: hold the trained weights themselves in bfloat16 and round each update stochastically, so that "
+        "small ones count on average: 6 bytes a parameter instead of 16. Needs --bf16 and --optim adamw_torch_8bit.",
+    )
     num_train_epochs: float = flag(3.0, "How often the data is gone through.", metavar="N")
     max_steps: int = flag(-1, "Optimizer steps; wins over --num_train_epochs where positive.", metavar="N")
     per_device_train_batch_size: int = flag(8, "Samples of a step, per device.", metavar="N")

@@ -211,7 +211,7 @@ def resuming(args) -> Iterator[str]:
     config = point / "adapter_config.json"
     was = f"LoRA {describe(model_folder.read_json(config))}" if config.is_file() else "full-parameter"
     own = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "bias": lora.lora_bias}
-    own["target_modules"] = lora.lora_target_modules
+    own["target_modules"] = lora_layers(args, Path(args.model.model_name_or_path or ""))
     now = f"LoRA {describe(own)}" if lora.use_lora else "full-parameter"
     if was.split()[0] != now.split()[0] or (was != now and lora.lora_weight_path is None):
         yield f"{point} is {was}, this run is {now} - give the flags that it was started with, or another --output_dir"
@@ -239,7 +239,7 @@ def bytes_to_write(args, folder: Path) -> tuple[float, float]:
     """(bytes of a checkpoint, bytes of the result), from the shapes of the base model's tensors."""
     found = model_folder.shapes(folder)
     if args.lora.use_lora:
-        targets = tuple(f".{name}.weight" for name in args.lora.lora_target_modules)
+        targets = tuple(f".{name}.weight" for name in lora_layers(args, folder))
         adapted = [shape for name, shape in found.items() if len(shape) == 2 and name.endswith(targets)]
         trained = sum(args.lora.lora_r * sum(shape) for shape in adapted)
     else:
@@ -252,6 +252,12 @@ def bytes_to_write(args, folder: Path) -> tuple[float, float]:
         state = 0
     half = not args.lora.use_lora and (args.training.bf16 or args.training.fp16)
     return trained * (4 + state), trained * (2 if half else 4)
+
+
+def lora_layers(args, folder: Path) -> list[str]:
+    """--lora_target_modules, with auto spelt out."""
+    asked = list(args.lora.lora_target_modules)
+    return asked if asked != ["auto"] else model_folder.block_layers(model_folder.config_of(folder).get("model_type"))
 
 
 # ---- small things

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from . import checkpoint
+from . import adapters, checkpoint
 from .errors import UserError
 from .quiet import unquantized
 
@@ -53,7 +53,7 @@ def load_model(folder: Path, tokenizer, lora, training):
     model = load_weights(folder, dtype, fast)
     set_chat_settings(model, tokenizer)
     if lora.use_lora:
-        model = add_lora(model, lora)
+        model = adapters.add(model, lora)
     for parameter in model.parameters():
         if parameter.requires_grad:  # biases that LoRA trains are the base's own, in its precision
             parameter.data = parameter.data.float()
@@ -64,25 +64,6 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool):
     """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it."""
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
-
-
-def add_lora(model, lora):
-    """Adapters on the target modules; or those of --lora_weight_path, trained on."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if lora.lora_weight_path:
-        with unquantized():
-            return PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
-    config = LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=list(lora.lora_target_modules),
-        bias=lora.lora_bias,
-        task_type="CAUSAL_LM",
-    )
-    with unquantized():
-        return get_peft_model(model, config)
 
 
 def find_base(adapter: Path, name: str | None = None) -> Path:

@@ -9,7 +9,9 @@ from .errors import UserError, warn
 
 LFS = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-QWEN_LAYERS = ("c_attn", "c_proj", "w1", "w2")  # what LoRA adapts; c_proj stands for attention's and the MLP's
+# The linear layers of a block, which LoRA adapts. First-generation Qwen's c_proj is attention's and the MLP's.
+BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")}
+LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 SPECIAL_TOKENS = 208  # of first-generation Qwen, above the ranks of qwen.tiktoken
 # What a config.json may say beyond QWenConfig's own fields.
@@ -207,10 +209,15 @@ def vocabulary_problems(folder: Path, config: dict) -> list[str]:
 # ---- LoRA's layers
 
 
+def block_layers(model_type: str) -> list[str]:
+    """The names of the linear layers in a block of this kind of model."""
+    return list(BLOCK_LAYERS.get(model_type, LATER_LAYERS))
+
+
 def adaptable_layers(folder: Path) -> list[str]:
     """The names of the layers that LoRA can adapt; [] where that is not known."""
     if config_of(folder).get("model_type") == "qwen":
-        return list(QWEN_LAYERS)
+        return block_layers("qwen")
     found = shapes(folder).items()
     matrices = [name.split(".") for name, shape in found if len(shape) == 2 and name.endswith(".weight")]
     return sorted({parts[-2] for parts in matrices if any(part.isdigit() for part in parts)})
@@ -218,6 +225,8 @@ def adaptable_layers(folder: Path) -> list[str]:
 
 def unknown_layers(folder: Path, targets: list[str]) -> list[str]:
     """Those of `targets` that name no layer. A name may be qualified: attn.c_proj."""
+    if list(targets) == ["auto"]:
+        return []
     layers = adaptable_layers(folder)
     allowed = {*layers, *(f"{block}.{name}" for name in layers for block in ("attn", "mlp", "self_attn"))}
     return [name for name in targets if layers and name not in allowed]

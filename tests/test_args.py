@@ -44,7 +44,7 @@ def test_defaults():
     )
     assert (args.data.supervise, args.data.long_samples, args.data.max_tokens_per_pass) == ("assistant", "cut", 8192)
     assert (args.lora.lora_r, args.lora.lora_alpha, args.lora.lora_dropout) == (64, 16, 0.05)
-    assert args.lora.lora_target_modules == ["c_attn", "c_proj", "w1", "w2"]
+    assert (args.lora.lora_target_modules, args.lora.train_embeddings) == (["auto"], "auto")
     assert (args.lora.use_lora, args.lora.lora_bias, args.training.logging_steps) == (False, "none", 1)
     assert args.training.remove_unused_columns is False and not args.training.bf16 and not args.training.fp16
 
