@@ -185,6 +185,21 @@ class Args:
     findings: list[str] = field(default_factory=list)
 
 
+# flags that name places or devices of one machine
+LOCAL_FLAGS = {"model_name_or_path", "data_path", "eval_data_path", "lora_weight_path", "output_dir", "logging_dir",
+               "cache_dir", "deepspeed", "resume_from_checkpoint", "run_name", "local_rank"}  # fmt: skip
+
+
+def shared_flags(args: Args) -> dict[str, str]:
+    """{--flag: value} of all flags that must be alike on all machines."""
+    found = {}
+    for part in (args.model, args.data, args.lora, args.training):
+        for known in dataclasses.fields(part):
+            if known.init and known.name not in LOCAL_FLAGS and known.metadata:
+                found[f"--{known.name}"] = str(getattr(part, known.name))
+    return found
+
+
 def on_folder(args: Args, folder) -> Args:
     """The same wishes, for a model that has been downloaded to `folder`."""
     return dataclasses.replace(args, model=ModelArguments(str(folder)))

@@ -30,15 +30,15 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_final(model, tokenizer, folder: Path, **settings) -> None:
+def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:
     """The result of a run: written beside its place, opened again and compared, then moved into `folder` file by file.
 
     The file without which nothing loads (the config) comes last, so a run that is killed here leaves no half model.
     """
     staging = folder / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)
-    save_model(model, tokenizer, staging, **settings)
-    verify(staging, model)
+    save_model(model, tokenizer, staging, state_dict=state_dict, record=record)
+    verify(staging, model, state_dict)
     remove_result(folder)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
         move_into_place(path, folder / path.name)
@@ -59,14 +59,14 @@ def move_into_place(written: Path, place: Path) -> None:
     os.replace(written, place)
 
 
-def verify(folder: Path, model) -> None:
+def verify(folder: Path, model, state_dict=None) -> None:
     """Reads a saved folder again: every tensor is compared with the model's, bit by bit, and config and tokenizer are opened.
 
     Raises RuntimeError naming the first difference: a run must not end in a folder that does not load.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    expected = saved_tensors(model)
+    expected = saved_tensors(model, state_dict)
     for name, tensor in read_tensors(folder):
         wanted = expected.pop(name, None)
         if wanted is None or wanted.shape != tensor.shape or not torch.equal(wanted.to(tensor.dtype).cpu(), tensor):
@@ -80,13 +80,13 @@ def verify(folder: Path, model) -> None:
     AutoTokenizer.from_pretrained(folder)
 
 
-def saved_tensors(model) -> dict[str, torch.Tensor]:
-    """The tensors that save_pretrained writes, under the names that it writes."""
+def saved_tensors(model, state_dict=None) -> dict[str, torch.Tensor]:
+    """The tensors that save_pretrained writes, under the names that it writes. state_dict: of a model in shards."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(model)
-    return model.state_dict()
+        return get_peft_model_state_dict(model, state_dict=state_dict)
+    return model.state_dict() if state_dict is None else dict(state_dict)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -194,8 +194,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a run can go on from there to the same weights: not from an interrupted save, nor from --save_only_model."""
-    return all((path / name).is_file() for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"))
+    """Whether a run can go on from there to the same weights: not from an interrupted save, nor from --save_only_model.
+
+    The optimizer's state lies in one file, or as shards in a folder that DeepSpeed (file `latest`) or FSDP (optimizer_0) made.
+    """
+    optimizer = any((path / name).exists() for name in ("optimizer.pt", "latest", "optimizer_0", "optimizer.bin"))
+    return optimizer and all((path / name).is_file() for name in ("trainer_state.json", "scheduler.pt"))
 
 
 def check_same_run(path: Path, now: dict) -> None:
@@ -206,6 +210,7 @@ def check_same_run(path: Path, now: dict) -> None:
         "data as rendered": lambda record: record["data"]["fingerprint"][:12],
         "samples per step": lambda record: record["samples_per_step"],
         "seed": lambda record: record["seed"],
+        "engine": engine_of,
     }
     changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
     if changed:
@@ -213,6 +218,12 @@ def check_same_run(path: Path, now: dict) -> None:
             f"{path}: is of another run ({'; '.join(changed)}) - give the flags and files that it was started with, or another "
             "--output_dir"
         )
+
+
+def engine_of(record: dict) -> str:
+    """What a checkpoint's optimizer state is laid out for: one file serves any number of processes, shards only as many."""
+    engine = record.get("engine", "one process")
+    return "one process or DDP" if engine in ("one process", "DDP") else f"{engine} on {record['ranks']} ranks"
 
 
 def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:

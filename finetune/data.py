@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .conversations import Conversations, read
 from .data_notes import too_long
 from .errors import UserError, note, on_first_rank
+from .ranks import one_at_a_time
 from .sample_files import SampleFile
 
 __all__ = ["Conversations", "Samples", "load", "read"]
@@ -80,7 +81,7 @@ def load(
     max_length: tokens per sample; what is longer is cut on the right (long_samples "cut") or left out ("drop").
     supervise, allow_special: see qwen_model.chatml.render_batch. cache_dir: default FINETUNE_CACHE or the user's cache
     folder. flag: the option that named the file.
-    With several processes, call it on one of them first: the others then find its result.
+    Of several processes that call it together, one renders and the others wait for its result.
     Raises UserError with everything that is wrong with the file, and where samples have no answer left to learn from.
     """
     assert long_samples in ("cut", "drop"), long_samples
@@ -91,17 +92,24 @@ def load(
     folder = root / _key(file.path, tokenizer, settings)
     if stored := _open(folder):
         return Samples(file.path, max_length, *stored)
-    conversations = read(path, allow_special=allow_special, flag=flag)
+    conversations = None
     try:
-        with _temporary_folder(root) as temporary:
-            _render(conversations, tokenizer, temporary, **settings)
-            file.check_unchanged()  # since it was hashed
-            samples = Samples(file.path, max_length, *_open(temporary))  # what is mapped may be renamed
-            _publish(temporary, folder)
-            return samples
+        root.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(root / ".lock"):
+            if stored := _open(folder):  # another process of this machine has just done it
+                return Samples(file.path, max_length, *stored)
+            conversations = read(path, allow_special=allow_special, flag=flag)
+            with _temporary_folder(root) as temporary:
+                _render(conversations, tokenizer, temporary, **settings)
+                file.check_unchanged()  # since it was hashed
+                samples = Samples(file.path, max_length, *_open(temporary))  # what is mapped may be renamed
+                _publish(temporary, folder)
+                return samples
     except OSError as error:
         reason = error.strerror or error
         note(f"the cache folder {root} cannot be written ({reason}): the data will be rendered again next time")
+    if conversations is None:
+        conversations = read(path, allow_special=allow_special, flag=flag)
     try:
         with tempfile.TemporaryDirectory() as temporary:  # its files live on as long as they are mapped
             _render(conversations, tokenizer, Path(temporary), **settings)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 
 class UserError(ValueError):
@@ -56,28 +57,35 @@ def warn(line: str) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def run(job, when_stopped: str = "stopped") -> None:
-    """Runs a program's main function. What a user gave wrong ends in a line per finding and exit code 2, no traceback."""
+def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> None:
+    """Runs a program's main function. What a user gave wrong ends in a line per finding and exit code 2, no traceback.
+
+    speak(line, say): calls say(), which prints the error that `line` sums up - in one of several processes that fail together.
+    """
     try:
         job()
     except KeyboardInterrupt:
         note(when_stopped)
         sys.exit(130)  # as a program that Ctrl-C ended
     except UserError as error:
-        tell(*error.findings)
+        speak(error.findings[0], lambda: tell(*error.findings))
         sys.exit(2)
-    except FloatingPointError as error:
-        tell(str(error))
+    except Exception as error:
+        line, shown = explained(error), f"{type(error).__name__}: {error}"
+        speak(line or shown, lambda: tell(line) if line else traceback.print_exception(error))
         sys.exit(1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        tell(f"out of GPU memory ({error}) - lower --max_tokens_per_pass, or add --gradient_checkpointing True")
-        sys.exit(1)
+
+
+def explained(error: Exception) -> str | None:
+    """A line for what can go wrong in training without being a fault of the program; None for anything else."""
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return f"out of GPU memory ({error}) - lower --max_tokens_per_pass, or add --gradient_checkpointing True"
+    return None
 
 
 def tell(*findings: str) -> None:
     """Prints errors, a line each."""
-    if on_first_rank():
-        for line in findings:
-            print("error:", " ".join(line.split()), file=sys.stderr, flush=True)
+    for line in findings:
+        print("error:", " ".join(line.split()), file=sys.stderr, flush=True)

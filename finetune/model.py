@@ -48,7 +48,8 @@ def load_model(folder: Path, tokenizer, lora, training):
     lost. What LoRA freezes is held in the precision of the passes.
     """
     qwen_model.register()
-    dtype = compute_dtype(training) if lora.use_lora else torch.float32
+    masters_elsewhere = bool(training.deepspeed)  # DeepSpeed keeps the float32 values of half precision itself
+    dtype = compute_dtype(training) if lora.use_lora or masters_elsewhere else torch.float32
     fast = training.device.type == "cuda" and compute_dtype(training) != torch.float32
     model = load_weights(folder, dtype, fast)
     set_chat_settings(model, tokenizer)
@@ -122,6 +123,8 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
             "supervise": args.data.supervise,
         },
         "samples_per_step": samples_per_step,
+        "engine": args.training.engine,
+        "ranks": args.training.world_size,
         "precision": str(compute_dtype(args.training)).removeprefix("torch."),
         "seed": args.training.seed,
         "versions": {package: metadata.version(package) for package in packages},

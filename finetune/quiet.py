@@ -6,6 +6,8 @@ import os
 import warnings
 from pathlib import Path
 
+from .errors import on_first_rank
+
 
 def quiet() -> None:
     """To be called before transformers is imported: it looks at every package that is installed, and they speak up."""
@@ -13,11 +15,19 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)  # what torchao could do on another machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # deprecations between transformers and peft, which a user of this toolkit cannot mend
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch|deepspeed)\.")
     if (
         not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
     ):  # no GPU; torch would take seconds to ask
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed guesses, and warns of its guess
+
+
+def first_rank_only() -> None:
+    """transformers' bars (loading weights, writing shards) on one of several processes."""
+    if not on_first_rank():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

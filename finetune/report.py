@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 
 from qwen_model.attention import torch_has_varlen
 
+from . import ranks
+from .engines import size_of
 from .errors import note, on_first_rank, warn
 from .model import compute_dtype
 
@@ -23,13 +25,14 @@ CURVE = "loss.png"
 def summary(args, samples, eval_samples, plan, model) -> str:
     """Method, data, steps and trainable parameters, before the first step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    count, every = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    count, every = sum(map(size_of, trained.values())), sum(map(size_of, model.parameters()))
     training = args.training
     precision = str(compute_dtype(training)).removeprefix("torch.")
     steps = plan.total_steps(training.num_train_epochs, training.max_steps)
     rows = [
         ("model", f"{args.model.model_name_or_path} ({model.config.model_type}, {every:,} parameters)"),
-        ("method", f"{method(model)}, {precision} on {training.device}"),
+        ("method", f"{method(model)}, {precision} on {training.device.type}"),
+        ("engine", engine(training)),
         ("trains", f"{count:,} parameters ({100 * count / every:.2f} %): {kinds(trained)}"),
         ("attention", attention(model, training)),
         ("data", samples.describe()),
@@ -43,6 +46,20 @@ def summary(args, samples, eval_samples, plan, model) -> str:
             "optimizer steps in all - lower --gradient_accumulation_steps, or train more epochs"
         )
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+
+
+def show(text: str) -> None:
+    """Prints on the first rank."""
+    if on_first_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+def engine(training) -> str:
+    """Which engine, over how many ranks and machines."""
+    if training.world_size == 1:
+        return training.engine
+    machines = f" on {ranks.machines()} machines" if ranks.machines() > 1 else ""
+    return f"{training.engine}, {training.world_size} ranks{machines}"
 
 
 def method(model) -> str:

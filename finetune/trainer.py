@@ -14,8 +14,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checkpoint
+from . import checkpoint, engines
 from .batches import StepBatch, step_loader
+from .engines import size_of
+from .model import compute_dtype
 from .plan import Plan
 
 
@@ -41,11 +43,13 @@ class PlannedTrainer(Trainer):
     ):
         args.gradient_accumulation_steps = 1  # a step is one item; see above
         args.logging_nan_inf_filter = False  # a loss that is not a number must be seen
+        self.engine = engines.name_of(vars(args))
         super().__init__(model=model, args=args, train_dataset=samples, eval_dataset=eval_samples, **kwargs)
         # kept from transformers, which would "align" the model's stop tokens with the tokenizer's
         self.chat_tokenizer, self.record = tokenizer, record
         self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
         self.throughput = Throughput()
+        self.weights = None  # how many there are, and train; see floating_point_ops
 
     def create_accelerator_and_postprocess(self):
         """fp16 on the CPU too: accelerate scales gradients on GPUs only, and would train in float32 without a word."""
@@ -90,6 +94,8 @@ class PlannedTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for number, row in enumerate(step.rows, start=1):
             last = number == len(step.rows)
+            # DDP and FSDP keep their gradients to themselves until the last pass; DeepSpeed's engine asks gradient_state
+            self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = model(**self._prepare_inputs(row), num_items_in_batch=denominator).loss
                 self.accelerator.backward(loss)
@@ -104,8 +110,11 @@ class PlannedTrainer(Trainer):
 
     def floating_point_ops(self, step: StepBatch) -> float:
         """Of this rank's share: 2 a weight and token forward, 2 for the input's gradient, 2 for a weight's where it trains."""
-        every = self.model.num_parameters(exclude_embeddings=True)
-        trained = self.model.num_parameters(only_trainable=True, exclude_embeddings=True)
+        if self.weights is None:
+            embedding = self.accelerator.unwrap_model(self.model).get_input_embeddings()
+            inner = [p for p in self.model.parameters() if not any(p is other for other in embedding.parameters())]
+            self.weights = [sum(map(size_of, inner)), sum(size_of(p) for p in inner if p.requires_grad)]
+        every, trained = self.weights
         return (4 * every + 2 * trained) * step.tokens / self.accelerator.num_processes
 
     def _track_num_input_tokens(self, step: StepBatch) -> None:
@@ -158,11 +167,25 @@ class PlannedTrainer(Trainer):
 
     # ---- saving
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """The model of a checkpoint. All ranks take part: where they hold shards, these are put together."""
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = engines.gather(model, self.engine)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            whole = self.accelerator.unwrap_model(self.model)
-            checkpoint.save_model(whole, self.chat_tokenizer, folder, state_dict=state_dict, record=self.record)
+            checkpoint.save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
+
+    def save_result(self) -> None:
+        """What the run was for, in --output_dir. A full model in the precision of the passes: its float32 masters have done."""
+        model = self.accelerator.unwrap_model(self.model)
+        dtype = None if hasattr(model, "peft_config") else compute_dtype(self.args)
+        tensors = engines.gather(model, self.engine, dtype)
+        if self.args.process_index == 0:
+            if tensors is None and dtype is not None:
+                model.to(dtype)
+            out = Path(self.args.output_dir)
+            checkpoint.save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""

@@ -1,6 +1,7 @@
 """transformers' TrainingArguments with our flags and defaults, and without what this trainer cannot honour."""
 
 import dataclasses
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 
+from . import engines, ranks
 from .args import TrainingFlags
 from .errors import note
 
@@ -23,8 +25,6 @@ NO_EFFECT = (
 )  # fmt: skip
 # Flags that would change the result, and would be passed over in silence.
 REFUSED = {
-    "deepspeed": "not available in this version - leave it out; full-parameter and LoRA training run without it",
-    "fsdp": "not available in this version - leave it out; full-parameter and LoRA training run without it",
     "parallelism_config": "not available in this version - leave it out",
     "label_smoothing_factor": "not available: the loss is plain cross-entropy - leave it out",
     "neftune_noise_alpha": "not available: its noise follows the length of a row, and rows are packed - leave it out",
@@ -52,12 +52,44 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         if self.logging_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir  # where transformers looks for it today
         self.remove_unused_columns = False  # our items are no data set's columns
+        # all that trains takes part in every pass, and no buffer changes: DDP need not look for either
+        self.ddp_find_unused_parameters = bool(self.ddp_find_unused_parameters)
+        self.ddp_broadcast_buffers = bool(self.ddp_broadcast_buffers)
+        self.distributed_state = None  # of accelerate, from engines.connect() on
         super().__post_init__()
-        if self._n_gpu > 1:  # transformers would wrap the model in DataParallel, which cannot split a packed row
+        if self.deepspeed:  # what it finds to differ is the batch, which the step plan has taken over
+            self.hf_deepspeed_config.mismatches.clear()
+        if self.engine == engines.ONE and not self.use_cpu and torch.cuda.device_count() > 1:
             note(
-                f"{self._n_gpu} GPUs are visible, and one process uses the first; CUDA_VISIBLE_DEVICES=N takes another"
+                f"{torch.cuda.device_count()} GPUs are visible, and one process uses the first; CUDA_VISIBLE_DEVICES=N takes "
+                "another, and the scripts *_ds.sh take all"
             )
-            self._n_gpu = 1
+
+    @property
+    def engine(self) -> str:
+        """Of engines.py."""
+        return engines.name_of(vars(self))
+
+    @functools.cached_property
+    def _setup_devices(self) -> torch.device:
+        """This rank's device. transformers would join the process group here, before the data is read: connect() does."""
+        self.accelerator_config.pop("use_configured_state", None)  # consumed here, as transformers does
+        self._n_gpu = 0 if self.use_cpu else 1  # never several: DataParallel cannot split a packed row
+        if self.use_cpu:
+            return torch.device("cpu")
+        return torch.device(torch.accelerator.current_accelerator().type, ranks.local_rank())
+
+    @property
+    def world_size(self) -> int:
+        return ranks.count()
+
+    @property
+    def process_index(self) -> int:
+        return ranks.rank()
+
+    @property
+    def local_process_index(self) -> int:
+        return ranks.local_rank()
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """--warmup_steps, or the share --warmup_ratio of all steps, rounded up."""
@@ -76,7 +108,9 @@ def build(values: dict):
     }
     changed = {name for name, value in values.items() if value != defaults.get(name, value)}
     findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
-    findings += precision(values) + processes()
+    findings += precision(values)
+    values, more = with_engine(values)
+    findings += more
     if idle := changed & set(NO_EFFECT):
         listed = ", ".join(f"--{name}" for name in sorted(idle))
         note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
@@ -88,11 +122,16 @@ def build(values: dict):
     return SimpleNamespace(**values), findings
 
 
-def processes() -> list[str]:
-    """One process trains in this version. To be asked before TrainingArguments, which would wait for the others."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    what = f"started as {count} processes (torchrun): this version trains in one"
-    return [] if count == "1" else [f"{what} - start finetune.py with python"]
+def with_engine(values: dict) -> tuple[dict, list[str]]:
+    """(the flags with --deepspeed read and --fsdp in transformers' form, findings)."""
+    if values.get("deepspeed") and values.get("fsdp"):
+        return values, ["--deepspeed and --fsdp: two engines for one run - leave out one"]
+    if values.get("deepspeed"):
+        config, findings = engines.deepspeed_config(values["deepspeed"], values)
+        return values | {"deepspeed": config}, findings
+    if values.get("fsdp"):
+        return values | engines.fsdp_settings(values), []
+    return values, []
 
 
 def precision(values: dict) -> list[str]:

@@ -1,0 +1,95 @@
+"""What every rank does by itself before training: the checks, the data, the step plan, where to go on from."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from . import args as arguments
+from . import checkpoint, data, model
+from .data import Samples
+from .errors import Findings, note, warn
+from .plan import Plan
+
+
+class Job(NamedTuple):
+    """A run that can begin. folder: the base model's; record: what its output folders will say of it."""
+
+    folder: Path
+    tokenizer: object
+    samples: Samples
+    eval_samples: Samples | None
+    plan: Plan
+    eval_plan: Plan | None
+    record: dict
+    resume_from: Path | None
+
+
+def prepare(args, out: Path, restarted: bool = False) -> Job:
+    """The checks, the data, the plan of the steps, and where to go on from. restarted: by torchrun, after a failure.
+
+    Raises UserError with everything that is wrong. Writes nothing but the cache of rendered data.
+    """
+    training = args.training
+    if restarted and training.resume_from_checkpoint is None:
+        training.resume_from_checkpoint = "auto"
+    folder = check(args)
+    tokenizer = model.load_tokenizer(folder)
+    samples, eval_samples = load_data(args, tokenizer)
+    plan, eval_plan = make_plans(args, samples, eval_samples)
+    record = model.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
+    resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
+    if resume_from is not None:
+        checkpoint.check_same_run(resume_from, record)
+        note(f"continuing from {resume_from}")
+    return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from)
+
+
+def check(args) -> Path:
+    """The model's folder, or one UserError with all findings. What has to be downloaded comes last."""
+    findings, name = Findings(), args.model.model_name_or_path
+    with findings:
+        arguments.check(args)
+    if findings.findings or not os.path.isdir(name):  # else the data is read once, when it is rendered
+        for flag, path in args.data.files().items():
+            with findings:
+                data.read(path, flag=flag)
+    findings.raise_if_any()
+    folder = model.find_folder(name, args.training.cache_dir)
+    if not os.path.isdir(name):
+        arguments.check(arguments.on_folder(args, folder))
+    if args.lora.lora_weight_path:
+        checkpoint.check_base(Path(args.lora.lora_weight_path), folder, remedy="give that one with -m")
+    return folder
+
+
+def load_data(args, tokenizer) -> list:
+    """[samples, evaluation samples or None], rendered; prints what is worth knowing about them."""
+    wish, findings, loaded = args.data, Findings(), []
+    settings = {"supervise": wish.supervise, "allow_special": wish.allow_special, "long_samples": wish.long_samples}
+    for flag, path in args.data.files().items():
+        with findings:
+            loaded.append(data.load(path, tokenizer, max_length=args.training.model_max_length, flag=flag, **settings))
+    findings.raise_if_any()
+    for line in [line for samples in loaded for line in samples.notes]:
+        warn(line)
+    return [*loaded, None][:2]
+
+
+def make_plans(args, samples, eval_samples):
+    """The step plan of training, and the layout of evaluation."""
+    training, ranks = args.training, args.training.world_size
+    seed = training.seed if training.data_seed is None else training.data_seed
+    limits = {"world_size": ranks, "max_tokens_per_pass": args.data.max_tokens_per_pass, "seed": seed}
+    count = training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
+    drop = training.dataloader_drop_last
+    plan = Plan(samples.lengths, samples.supervised, samples_per_step=count, drop_last=drop, **limits)
+    if eval_samples is None:
+        return plan, None
+    count = training.per_device_eval_batch_size * ranks
+    return plan, Plan(eval_samples.lengths, eval_samples.supervised, samples_per_step=count, shuffle=False, **limits)
+
+
+def card(args, job) -> dict:
+    """What all ranks must have alike, for ranks.agree()."""
+    same = {"base model": job.record["base"]["fingerprint"], "data as rendered": job.samples.fingerprint}
+    return same | {"versions": job.record["versions"]} | arguments.shared_flags(args)

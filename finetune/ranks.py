@@ -1,0 +1,177 @@
+"""The processes of one run, before and beside torch's process group: who they are, that they agree, whose error is shown.
+
+torchrun starts every process (a rank) with its place in the environment, and keeps a key-value store that all of them
+reach. Everything that takes long or may fail before training (checking, rendering) happens with this store alone: nobody
+waits inside a collective operation, so nothing times out, however large the data, and an error of one ends all.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from .errors import UserError, note
+
+PATIENCE_SECONDS = 20  # after which a rank says what it is waiting for
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def count() -> int:
+    """Of all processes, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def machines() -> int:
+    return -(-count() // int(os.environ.get("LOCAL_WORLD_SIZE", count())))
+
+
+def name() -> str:
+    """Of this process, for people."""
+    return f"rank {rank()} on {socket.gethostname()}"
+
+
+class Meeting:
+    """What the ranks tell each other through the store; of one process alone, nothing happens.
+
+    restarted: torchrun has started one of the ranks again, so the run goes on from its newest checkpoint.
+    """
+
+    def __init__(self):
+        self.store, self.topics, self.restarted = None, 0, False
+
+    def begin(self) -> None:
+        """Every rank comes here first. Waits for the others, for as long as it takes."""
+        if count() > 1 and self.store is None:
+            from torch.distributed import rendezvous
+
+            self.store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(days=7)))
+            told = self.exchange("restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+            self.restarted = any(told)
+
+    def exchange(self, what: str, value) -> list:
+        """The values (anything JSON can write) of all ranks, in their order. All ranks must call it in the same order."""
+        if self.store is None:
+            return [value]
+        self.topics += 1
+        topic = f"finetune/{self.topics}/{what}"
+        self.store.set(f"{topic}/{rank()}", json.dumps(value))
+        return [json.loads(self.get(f"{topic}/{other}", what, other)) for other in range(count())]
+
+    def get(self, key: str, what: str, other: int) -> bytes:
+        """Waits for a value of another rank; says so when that takes long."""
+        from torch.distributed import DistStoreError
+
+        seconds = PATIENCE_SECONDS
+        while True:
+            try:
+                self.store.wait([key], datetime.timedelta(seconds=seconds))
+                return self.store.get(key)
+            except DistStoreError:
+                note(f"waiting for rank {other} ({what})")
+                seconds = 600
+
+    @contextlib.contextmanager
+    def as_one(self, what: str):
+        """Around work that every rank does for itself: what one of them finds wrong, all of them raise.
+
+        A finding that not all ranks share says where it was made.
+        """
+        findings, error = [], None
+        try:
+            yield
+        except UserError as found:
+            findings = found.findings
+        except Exception as other:  # a fault of ours: the others must not wait for this rank
+            findings, error = [f"{type(other).__name__}: {other}"], other
+        told = self.exchange(what, [name(), findings])
+        if error is not None:
+            raise error
+        if found := merged(told):
+            raise UserError(*found)
+
+    def speak(self, line: str, say) -> None:
+        """Lets the first rank that fails say() why; the others, which fail in its wake, wait until it has.
+
+        Else torchrun, which ends all ranks with the first that ends, might cut it short.
+        """
+        if self.store is None:
+            return say() if rank() == 0 else None
+        with contextlib.suppress(Exception):  # the store may be gone with the machine that kept it
+            speaker = self.store.compare_set("finetune/failure", "", f"{name()}: {line}").decode()
+            if not speaker.startswith(f"{name()}: "):
+                self.store.wait(["finetune/said"], datetime.timedelta(seconds=10))
+                return None
+        say()
+        with contextlib.suppress(Exception):
+            self.store.set("finetune/said", "")
+        return None
+
+
+def merged(told: list[tuple[str, list[str]]]) -> list[str]:
+    """Every finding once; those that not all ranks made, with the name of the first that did."""
+    result = []
+    for who, findings in told:
+        for finding in findings:
+            shared = all(finding in others for _, others in told)
+            line = finding if shared else f"{who}: {finding}"
+            if not any(line == before or before.endswith(f": {finding}") for before in result):
+                result.append(line)
+    return result
+
+
+meeting = Meeting()
+
+
+def agree(card: dict) -> None:
+    """All ranks hold equal cards (what: value), or a UserError says which differ, and where."""
+    cards = meeting.exchange("what they have", [name(), card])
+    (first, expected), findings = cards[0], []
+    for who, other in cards[1:]:
+        for what, value in other.items():
+            if value != expected[what]:
+                findings.append(
+                    f"{what}: {expected[what]} for {first}, but {value} for {who} - start all machines alike"
+                )
+    if findings:
+        raise UserError(*dict.fromkeys(findings))
+
+
+def sees_the_same(folder: Path) -> bool:
+    """Do all machines see what the first writes into `folder`?"""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".seen-by-all-{meeting.exchange('marking a folder', os.getpid())[0]}"
+    if rank() == 0:
+        mark.touch()
+    meeting.exchange("marked a folder", True)
+    seen = meeting.exchange("looked for the mark", mark.exists())
+    if rank() == 0:
+        mark.unlink()
+    return all(seen)
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path):
+    """No other process that locks the same file is in its block meanwhile. The operating system unlocks for the dead."""
+    with open(lock, "w") as file:
+        begin = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - begin > PATIENCE_SECONDS:
+                    note("waiting for another process that renders the same data")
+                    begin = float("inf")
+                time.sleep(0.2)
+        yield
