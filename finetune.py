@@ -23,6 +23,7 @@ def main() -> None:
     with meeting.as_one("checks and data"):
         job = preparation.prepare(args, out, restarted=meeting.restarted)
     ranks.agree(preparation.card(args, job))
+    preparation.check_storage(args, out)
 
     engines.connect(args.training)
     trainer = make_trainer(args, job)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import args as arguments
-from . import checkpoint, data, model
+from . import checkpoint, data, engines, model, ranks
 from .data import Samples
-from .errors import Findings, note, warn
+from .errors import Findings, UserError, note, warn
 from .plan import Plan
 
 
@@ -77,19 +77,33 @@ def load_data(args, tokenizer) -> list:
 
 def make_plans(args, samples, eval_samples):
     """The step plan of training, and the layout of evaluation."""
-    training, ranks = args.training, args.training.world_size
+    training, count = args.training, args.training.world_size
     seed = training.seed if training.data_seed is None else training.data_seed
-    limits = {"world_size": ranks, "max_tokens_per_pass": args.data.max_tokens_per_pass, "seed": seed}
-    count = training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks
+    limits = {"world_size": count, "max_tokens_per_pass": args.data.max_tokens_per_pass, "seed": seed}
+    together = training.per_device_train_batch_size * training.gradient_accumulation_steps * count
     drop = training.dataloader_drop_last
-    plan = Plan(samples.lengths, samples.supervised, samples_per_step=count, drop_last=drop, **limits)
+    plan = Plan(samples.lengths, samples.supervised, samples_per_step=together, drop_last=drop, **limits)
     if eval_samples is None:
         return plan, None
-    count = training.per_device_eval_batch_size * ranks
-    return plan, Plan(eval_samples.lengths, eval_samples.supervised, samples_per_step=count, shuffle=False, **limits)
+    together = training.per_device_eval_batch_size * count
+    lengths, supervised = eval_samples.lengths, eval_samples.supervised
+    return plan, Plan(lengths, supervised, samples_per_step=together, shuffle=False, **limits)
 
 
 def card(args, job) -> dict:
     """What all ranks must have alike, for ranks.agree()."""
-    same = {"base model": job.record["base"]["fingerprint"], "data as rendered": job.samples.fingerprint}
-    return same | {"versions": job.record["versions"]} | arguments.shared_flags(args)
+    base, point = job.record["base"]["fingerprint"]["sha256"], job.resume_from
+    same = {"base model": base[:12], "data as rendered": job.samples.fingerprint[:12]}
+    same |= {"checkpoint to go on from": point and point.name, "versions": job.record["versions"]}
+    return same | arguments.shared_flags(args)
+
+
+def check_storage(args, out: Path) -> None:
+    """On several machines, checkpoints that all ranks write or read need a folder that all of them see."""
+    if ranks.machines() == 1 or args.training.save_strategy == "no" or ranks.sees_the_same(out):
+        return
+    what = f"--output_dir {out}: is not the same folder on all machines"
+    if args.training.engine != engines.DDP:
+        remedy = "give a folder on storage that they share, or --save_strategy no"
+        raise UserError(f"{what}, and each rank writes its part of a checkpoint - {remedy}")
+    warn(f"{what}: checkpoints will only be on that of rank 0, so a run that is interrupted cannot go on by itself")
