@@ -185,6 +185,8 @@ def connect(training) -> None:
         if training.deepspeed:
             import deepspeed
 
+            # on the CPU it would compile an operator for inference, a minute long
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there
     training.distributed_state = PartialState(cpu=training.use_cpu)
     if engine == FSDP and training.use_cpu:  # accelerate knows FSDP on GPUs only; torch's runs on CPUs, too

@@ -14,6 +14,7 @@ def quiet() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)  # what torchao could do on another machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # connections that end with the process at their other end
     # deprecations between transformers and peft, which a user of this toolkit cannot mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch|deepspeed)\.")
     if (

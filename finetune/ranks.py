@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -52,17 +53,18 @@ class Meeting:
 
     def begin(self) -> None:
         """Every rank comes here first. Waits for the others, for as long as it takes."""
-        if count() > 1 and self.store is None:
-            from torch.distributed import rendezvous
+        from torch.distributed import rendezvous
 
-            self.store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(days=7)))
-            told = self.exchange("restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-            self.restarted = any(told)
+        self.store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(days=7)))
+        told = self.exchange("restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+        self.restarted = any(told)
 
     def exchange(self, what: str, value) -> list:
         """The values (anything JSON can write) of all ranks, in their order. All ranks must call it in the same order."""
-        if self.store is None:
+        if count() == 1:
             return [value]
+        if self.store is None:
+            self.begin()
         self.topics += 1
         topic = f"finetune/{self.topics}/{what}"
         self.store.set(f"{topic}/{rank()}", json.dumps(value))
@@ -70,16 +72,20 @@ class Meeting:
 
     def get(self, key: str, what: str, other: int) -> bytes:
         """Waits for a value of another rank; says so when that takes long."""
-        from torch.distributed import DistStoreError
+        if not self.appears(key, PATIENCE_SECONDS):
+            note(f"waiting for rank {other} ({what})")
+            self.appears(key, math.inf)
+        return self.store.get(key)
 
-        seconds = PATIENCE_SECONDS
-        while True:
-            try:
-                self.store.wait([key], datetime.timedelta(seconds=seconds))
-                return self.store.get(key)
-            except DistStoreError:
-                note(f"waiting for rank {other} ({what})")
-                seconds = 600
+    def appears(self, key: str, seconds: float) -> bool:
+        """Whether a key is there within so many seconds. Asks again and again: torch's own waiting prints when it gives up."""
+        begin, pause = time.monotonic(), 0.01
+        while not self.store.check([key]):
+            if time.monotonic() - begin > seconds:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        return True
 
     @contextlib.contextmanager
     def as_one(self, what: str):
@@ -110,7 +116,7 @@ class Meeting:
         with contextlib.suppress(Exception):  # the store may be gone with the machine that kept it
             speaker = self.store.compare_set("finetune/failure", "", f"{name()}: {line}").decode()
             if not speaker.startswith(f"{name()}: "):
-                self.store.wait(["finetune/said"], datetime.timedelta(seconds=10))
+                self.appears("finetune/said", 10)
                 return None
         say()
         with contextlib.suppress(Exception):

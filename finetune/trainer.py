@@ -5,6 +5,7 @@ here. Everything else (optimizers, schedules, checkpoints, callbacks, engines) s
 """
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -52,8 +53,14 @@ class PlannedTrainer(Trainer):
         self.weights = None  # how many there are, and train; see floating_point_ops
 
     def create_accelerator_and_postprocess(self):
-        """fp16 on the CPU too: accelerate scales gradients on GPUs only, and would train in float32 without a word."""
+        """fp16 on the CPU too: accelerate scales gradients on GPUs only, and would train in float32 without a word.
+
+        FSDP2 in half precision adds gradients up in float32, and leaves the loss as it is: accelerate would round both.
+        """
         super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+            exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = exact
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")

@@ -1,0 +1,149 @@
+"""What the processes of a run tell each other before the process group: agreement, errors, one at a time."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from finetune import ranks
+from finetune.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_findings_of_all_ranks_are_said_once():
+    told = [("rank 0 on a", ["x"]), ("rank 1 on a", ["x", "y"]), ("rank 2 on b", ["x", "y"])]
+    assert ranks.merged(told) == ["x", "rank 1 on a: y"]
+    assert ranks.merged([("rank 0 on a", []), ("rank 1 on b", [])]) == []
+
+
+def test_a_run_of_one_process_needs_no_store():
+    meeting = ranks.Meeting()
+    assert meeting.exchange("anything", 3) == [3]
+    with pytest.raises(UserError, match="wrong"), meeting.as_one("checks"):
+        raise UserError("wrong")
+    with pytest.raises(KeyError), meeting.as_one("checks"):
+        raise KeyError("ours")
+    said = []
+    meeting.speak("line", lambda: said.append("line"))
+    assert said == ["line"] and not meeting.restarted
+
+
+def together(script: str, count: int = 2, timeout: float = 60, **environment):
+    """Runs `script` as several ranks, whose store rank 0 keeps; -> [(exit code, what it printed)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    begin = "import json, os, sys, time\nfrom finetune import ranks, errors\nfrom finetune.ranks import meeting\n"
+    own = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", begin + textwrap.dedent(script)],
+            env=os.environ | own | {"RANK": str(i), "LOCAL_RANK": str(i)} | environment, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    return [(process.wait(timeout), process.stdout.read()) for process in processes]
+
+
+def test_ranks_exchange_values_and_agree():
+    done = together("""
+        found = meeting.exchange("a", {"me": ranks.rank()})
+        ranks.agree({"data": "same"})
+        print(json.dumps([found, meeting.exchange("b", ranks.rank() * 10)]))
+        meeting.exchange("end", 0)
+    """, count=3)
+    expected = [[{"me": 0}, {"me": 1}, {"me": 2}], [0, 10, 20]]
+    assert [(code, json.loads(printed)) for code, printed in done] == [(0, expected)] * 3
+
+
+def test_a_difference_is_named_once():
+    done = together("""
+        def main():
+            ranks.agree({"data as rendered": "ab12" if ranks.rank() < 2 else "cd34", "--learning_rate": 1e-4})
+        errors.run(main, speak=meeting.speak)
+    """, count=3)
+    assert [code for code, _ in done] == [2, 2, 2]
+    printed = "".join(text for _, text in done)
+    assert printed.count("error:") == 1 and "learning_rate" not in printed
+    host = socket.gethostname()
+    assert f"data as rendered: ab12 for rank 0 on {host}, but cd34 for rank 2 on {host} - start all mach" in printed
+
+
+@pytest.mark.parametrize("error,code", [("errors.UserError('no such file')", 2), ("RuntimeError('no such file')", 1)])
+def test_an_error_of_one_ends_all_and_is_shown_once(error, code):
+    done = together(f"""
+        def main():
+            with meeting.as_one("checks"):
+                if ranks.rank() == 1:
+                    raise {error}
+            time.sleep(100)
+        errors.run(main, speak=meeting.speak)
+    """)
+    printed = "".join(text for _, text in done)
+    assert {code for code, _ in done} <= {1, 2} and done[1][0] in (code, 2)
+    assert printed.count("no such file") <= 2 and "rank 1 on" in printed or "RuntimeError: no such file" in printed
+    assert printed.count("error:") + printed.count("Traceback") == 1
+
+
+def test_an_error_in_training_is_shown_by_the_first_that_fails():
+    done = together("""
+        def main():
+            meeting.begin()
+            time.sleep(1.0 * (1 - ranks.rank()))
+            raise FloatingPointError("the loss became nan at step 3")
+        errors.run(main, speak=meeting.speak)
+    """)
+    assert done == [(1, ""), (1, "error: the loss became nan at step 3\n")]
+
+
+def test_a_restart_of_any_rank_is_known_to_all():
+    done = together("""
+        if ranks.rank() == 1:
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+        meeting.begin()
+        print(meeting.restarted)
+        meeting.exchange("end", 0)
+    """)
+    assert [text for _, text in done] == ["True\n"] * 2
+
+
+def test_shared_and_own_folders(tmp_path):
+    script = """
+        from pathlib import Path
+        print(ranks.sees_the_same(Path(os.environ["FOLDER"].replace("RANK", os.environ["RANK"]))))
+        meeting.exchange("end", 0)
+    """
+    assert [text for _, text in together(script, FOLDER=str(tmp_path / "one"))] == ["True\n"] * 2
+    assert [text for _, text in together(script, FOLDER=str(tmp_path / "RANK"))] == ["False\n"] * 2
+    assert list(tmp_path.glob("*/.seen*")) == []
+
+
+def test_one_at_a_time(tmp_path):
+    """Three processes add their line at a pause's end; none begins before the one before it has ended."""
+    script = """
+        from pathlib import Path
+        with ranks.one_at_a_time(Path(os.environ["FOLDER"]) / "lock"):
+            begin = time.time()
+            time.sleep(0.4)
+            print(begin, time.time())
+    """
+    spans = sorted(tuple(map(float, text.split())) for _, text in together(script, FOLDER=str(tmp_path)))
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+
+
+def test_a_waiting_rank_says_for_whom():
+    done = together("""
+        meeting.begin()
+        ranks.PATIENCE_SECONDS = 0.5
+        time.sleep(2 * (ranks.rank() == 1))
+        meeting.exchange("data", 0)
+        meeting.exchange("end", 0)
+    """)
+    assert done[0] == (0, "note: waiting for rank 1 (data)\n") and done[1] == (0, "")
