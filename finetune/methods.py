@@ -1,0 +1,89 @@
+"""The table: which method trains over which weights under which engine, and why not where it does not.
+
+Everything not listed in RULES works; tests/test_engines.py runs it. A rule names sets of methods, weights and engines; where
+all three meet, the run is refused with the rule's reason and way out, before weights are loaded.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .engines import DDP, FSDP, ONE, ZERO1, ZERO2, ZERO3
+
+FULL, FULL_BF16 = "full-parameter", "full-parameter in bf16"
+LORA, ROWS, EMBEDDINGS, DORA, PISSA = "LoRA", "LoRA + chat rows", "LoRA + embeddings", "DoRA", "PiSSA"
+METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, DORA, PISSA)
+PLAIN, GPTQ, NF4 = "16 or 32 bit", "GPTQ", "NF4"
+WEIGHTS = (PLAIN, GPTQ, NF4)
+ENGINES = (ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP)
+SEVERAL, ZERO = (DDP, ZERO1, ZERO2, ZERO3, FSDP), (ZERO1, ZERO2, ZERO3)
+QUANTIZED, CUT = (GPTQ, NF4), (ZERO3, FSDP)
+
+
+class Rule(NamedTuple):
+    """What does not go together: the flags that meet, why, and the way out."""
+
+    methods: tuple[str, ...]
+    weights: tuple[str, ...]
+    engines: tuple[str, ...]
+    line: str
+
+    def forbids(self, methods, weights: str, engine: str) -> bool:
+        return any(method in self.methods for method in methods) and weights in self.weights and engine in self.engines
+
+
+RULES = (
+    Rule(
+        (FULL, FULL_BF16), QUANTIZED, ENGINES,
+        "quantized weights cannot be trained themselves - add --q_lora, or give the 16-bit checkpoint",
+    ),
+    Rule(
+        METHODS, (GPTQ,), (ZERO3,),
+        "ZeRO-3 cannot shard GPTQ weights - use --deepspeed ds_config_zero2.json",
+    ),
+    Rule(
+        METHODS, (GPTQ,), (FSDP,),
+        "FSDP2 cannot shard GPTQ weights - leave out --fsdp, or use --deepspeed ds_config_zero2.json",
+    ),
+    Rule(
+        METHODS, (NF4,), CUT,
+        "NF4 weights cannot be sharded - use --deepspeed ds_config_zero2.json, or plain DDP without --deepspeed and --fsdp",
+    ),
+    Rule(
+        (FULL_BF16,), (PLAIN,), SEVERAL,
+        "--bf16_weights rounds at random, and the copies of several processes would drift apart - train in one process, or "
+        "without it under --deepspeed ds_config_zero3.json, which shares the float32 weights out",
+    ),
+    Rule(
+        (PISSA,), (PLAIN,), (ZERO3,),
+        "PiSSA decomposes whole matrices, and under ZeRO-3 no process has one - use --deepspeed ds_config_zero2.json, or "
+        "leave out --init_lora_weights",
+    ),
+    Rule(
+        (PISSA,), QUANTIZED, ENGINES,
+        "PiSSA decomposes the weights, and over quantized ones there are none to decompose - leave out --init_lora_weights",
+    ),
+    Rule(
+        (DORA,), (GPTQ,), ENGINES,
+        "DoRA needs the weights' norms, which GPTQ layers do not tell - leave out --use_dora, or use --quant nf4 on the 16-bit "
+        "checkpoint",
+    ),
+)  # fmt: skip
+
+
+def refused(methods, weights: str, engine: str) -> Iterator[str]:
+    """The lines of the rules that a run breaks. methods: all that it combines, LoRA with rows and DoRA, say."""
+    return (rule.line for rule in RULES if rule.forbids(methods, weights, engine))
+
+
+def of_run(args) -> list[str]:
+    """The methods that the flags combine. args: of args.parse()."""
+    lora = args.lora
+    if not (lora.use_lora or lora.q_lora):
+        return [FULL_BF16 if args.training.bf16_weights else FULL]
+    found = {
+        ROWS: lora.train_embeddings in ("auto", "chat_rows") or bool(lora.train_tokens),
+        EMBEDDINGS: lora.train_embeddings == "all",
+        DORA: lora.use_dora,
+        PISSA: str(lora.init_lora_weights).startswith("pissa"),
+    }
+    return [LORA, *(method for method, asked in found.items() if asked)]
