@@ -12,12 +12,15 @@ import json
 import math
 import os
 import socket
+import sys
+import threading
 import time
 from pathlib import Path
 
 from .errors import UserError, note
 
 PATIENCE_SECONDS = 20  # after which a rank says what it is waiting for
+WATCH_SECONDS = 5  # from one look for a failure of others to the next
 
 
 def rank() -> int:
@@ -58,6 +61,18 @@ class Meeting:
         self.store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(days=7)))
         told = self.exchange("restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
         self.restarted = any(told)
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Ends this rank when another has failed: in a collective operation it would wait for that one until a time-out."""
+        with contextlib.suppress(Exception):  # the store is gone: its machine is, or the run is over
+            while not self.store.check(["finetune/failure"]):
+                time.sleep(WATCH_SECONDS)
+            time.sleep(2 * WATCH_SECONDS)  # time to fail by itself, and to say so
+            who, _, line = self.store.get("finetune/failure").decode().partition(": ")
+            if not who.endswith(f" on {socket.gethostname()}") and local_rank() == 0:
+                print(f"error: {who} failed: {line}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def exchange(self, what: str, value) -> list:
         """The values (anything JSON can write) of all ranks, in their order. All ranks must call it in the same order."""

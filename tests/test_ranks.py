@@ -103,6 +103,22 @@ def test_an_error_in_training_is_shown_by_the_first_that_fails():
     assert done == [(1, ""), (1, "error: the loss became nan at step 3\n")]
 
 
+def test_a_rank_that_waits_for_a_failed_one_ends():
+    done = together("""
+        ranks.WATCH_SECONDS = 0.2
+        if ranks.rank() == 0:  # as if it were on another machine
+            ranks.socket.gethostname = lambda: "elsewhere"
+        def main():
+            meeting.begin()
+            if ranks.rank() == 1:
+                raise FloatingPointError("no number")
+            time.sleep(60)
+        errors.run(main, speak=meeting.speak)
+    """)
+    host = socket.gethostname()
+    assert done == [(1, f"error: rank 1 on {host} failed: no number\n"), (1, "error: no number\n")]
+
+
 def test_a_restart_of_any_rank_is_known_to_all():
     done = together("""
         if ranks.rank() == 1:
