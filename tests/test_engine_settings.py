@@ -1,0 +1,162 @@
+"""--deepspeed and --fsdp before anything starts: the file, what a flag sets too, and how transformers gets it."""
+
+import json
+
+import pytest
+from command_lines import found, make_world, only, read
+
+from finetune import engines
+from finetune.errors import UserError
+
+ZERO2 = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
+PUBLISHED = {  # the shape of the published files: everything that a flag sets is "auto"
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1e9},
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "steps_per_print": 100,
+}  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path):
+    return make_world(tmp_path)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config({...}) -> the path of such a file."""
+
+    def write(content, text=None):
+        path = tmp_path / "my config.json"
+        path.write_text(json.dumps(content) if text is None else text)
+        return str(path)
+
+    return write
+
+
+def deepspeed(world, *flags) -> dict:
+    """What DeepSpeed would read."""
+    return read(world, *flags).training.deepspeed
+
+
+def test_the_flags_complete_the_file(world, config):
+    made = deepspeed(world, "--deepspeed", config(ZERO2), "--bf16", "--max_grad_norm", "0.5")
+    assert made["zero_optimization"]["stage"] == 2 and made["zero_optimization"]["overlap_comm"] is True
+    assert (made["bf16"]["enabled"], made["fp16"]["enabled"], made["gradient_clipping"]) == (True, False, 0.5)
+    assert made["data_types"] == {"grad_accum_dtype": "fp32"}  # the passes of a step add up in float32
+    batch = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    assert [made[key] for key in batch] == [1, 1, 1]  # a step is one item, whatever passes the plan makes of it
+
+
+def test_a_file_of_autos_works_as_published(world, config):
+    args = read(world, "--deepspeed", config(PUBLISHED), "--learning_rate", "3e-4")
+    assert args.training.engine == engines.ZERO3
+    made = args.training.deepspeed
+    assert "optimizer" not in made and made["fp16"] == {"loss_scale": 0, "initial_scale_power": 16, "enabled": False}
+    assert made["steps_per_print"] > 1e9  # it would print between our lines
+
+
+@pytest.mark.parametrize(
+    "content,key,theirs,flag,ours",
+    [
+        ({"gradient_clipping": 0.3}, "gradient_clipping", "0.3", "--max_grad_norm", "1.0"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled", "true", "--bf16", "false"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", "true", "--fp16", "false"),
+        ({"train_batch_size": 64}, "train_batch_size", "64", "batch x accumulation x ranks", "8"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps",
+            "4",
+            "--gradient_accumulation_steps",
+            "1",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            "optimizer.params.lr",
+            "0.001",
+            "--learning_rate",
+            "5e-05",
+        ),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type", '"Lamb"', "--optim", '"adamw_torch_fused"'),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {}}},
+            "scheduler.type",
+            '"constant_with_warmup"',
+            "--lr_scheduler_type",
+            '"linear"',
+        ),
+    ],
+)
+def test_what_file_and_flag_say_differently(world, config, content, key, theirs, flag, ours):
+    path = config(ZERO2 | content)
+    line = only(world, "--deepspeed", path)
+    assert line == (
+        f"--deepspeed {path}: {key} is {theirs} there, and {flag} is {ours} - leave the key out of the file, the flag sets it"
+    )
+
+
+def test_what_both_say_alike_is_no_error(world, config):
+    same = {"gradient_clipping": 1, "optimizer": {"type": "AdamW", "params": {"lr": "5e-5", "betas": [0.9, 0.999]}}}
+    same["scheduler"] = {"type": "WarmupDecayLR"}
+    made = deepspeed(world, "--deepspeed", config(ZERO2 | same))
+    assert "scheduler" not in made and "optimizer" not in made  # the flags' own make the curve
+
+
+@pytest.mark.parametrize(
+    "text,expected", [("{", "is not JSON"), ("[1]", "holds a list, not an object"), (None, "no such file in")]
+)
+def test_files_that_cannot_be(world, config, tmp_path, text, expected):
+    path = config(None, text) if text else str(tmp_path / "none.json")
+    line = only(world, "--deepspeed", path)
+    assert line.startswith(f"--deepspeed {path}: {expected}") and "ds_config_zero2.json" in line.replace("*", "zero2")
+
+
+def test_two_engines(world, config):
+    line = only(world, "--deepspeed", config(ZERO2), "--fsdp", "True")
+    assert line == "--deepspeed and --fsdp: two engines for one run - leave out one"
+
+
+def test_a_missing_package(world, config, monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    assert only(world, "--deepspeed", config(ZERO2)) == "--deepspeed: the package is missing - pip install deepspeed"
+
+
+@pytest.mark.parametrize("spelling,offload", [(["True"], False), (["full_shard auto_wrap offload"], True), ([], False)])
+def test_fsdp_in_its_spellings(world, monkeypatch, spelling, offload):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = read(world, "--fsdp", *spelling)
+    assert args.training.engine == engines.FSDP and args.training.fsdp_plugin_args["fsdp_version"] == 2
+    assert args.training.fsdp_plugin_args.get("cpu_offload", False) is offload
+
+
+def test_engine_names(monkeypatch):
+    assert engines.name_of({}) == engines.ONE
+    assert [engines.zero_stage({"zero_optimization": {"stage": stage}}) for stage in (1, 2, 3)] == [
+        engines.ZERO1,
+        engines.ZERO2,
+        engines.ZERO3,
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert engines.name_of({"fsdp": None, "deepspeed": None}) == engines.DDP
+
+
+def test_nothing_joins_a_process_group_before_it_is_connected(world, monkeypatch):
+    """Else ranks would wait inside it for the one that renders the data, until a time-out."""
+    import torch
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    args = read(world)
+    assert found(world) == [] and not torch.distributed.is_initialized()
+    assert (args.training.world_size, args.training.process_index, args.training.engine) == (2, 1, engines.DDP)
+
+
+def test_both_errors_are_listed_together(world, config):
+    with pytest.raises(UserError) as caught:
+        from finetune import args as arguments
+
+        arguments.check(read(world, "--deepspeed", config(ZERO2 | {"gradient_clipping": 3}), "--lora_r", "0", "--use_lora"))
+    assert len(caught.value.findings) == 2
