@@ -94,8 +94,7 @@ def load(
         return Samples(file.path, max_length, *stored)
     conversations = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(root / ".lock"):
+        with one_at_a_time(f"rendering-{folder.name[:16]}"):
             if stored := _open(folder):  # another process of this machine has just done it
                 return Samples(file.path, max_length, *stored)
             conversations = read(path, allow_special=allow_special, flag=flag)

@@ -16,7 +16,9 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # connections that end with the process at their other end
     # deprecations between transformers and peft, which a user of this toolkit cannot mend
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch|deepspeed)\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch|deepspeed)\."
+    )
     if (
         not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
     ):  # no GPU; torch would take seconds to ask

@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -182,9 +183,13 @@ def sees_the_same(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def one_at_a_time(lock: Path):
-    """No other process that locks the same file is in its block meanwhile. The operating system unlocks for the dead."""
-    with open(lock, "w") as file:
+def one_at_a_time(what: str):
+    """No other process of this machine is in a block of the same name meanwhile.
+
+    The lock is a file in the system's temporary folder; for a process that dies, the operating system unlocks it.
+    """
+    path = Path(tempfile.gettempdir(), f"finetune-{os.getuid()}-{what}.lock")
+    with open(path, "w") as file:
         begin = time.monotonic()
         while True:
             try:
@@ -192,7 +197,10 @@ def one_at_a_time(lock: Path):
                 break
             except BlockingIOError:
                 if time.monotonic() - begin > PATIENCE_SECONDS:
-                    note("waiting for another process that renders the same data")
+                    note(f"waiting for another process of this machine ({what})")
                     begin = float("inf")
                 time.sleep(0.2)
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

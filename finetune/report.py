@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from qwen_model.attention import torch_has_varlen
 
-from . import ranks
+from . import engines, ranks
 from .engines import size_of
 from .errors import note, on_first_rank, warn
 from .model import compute_dtype
@@ -56,10 +56,9 @@ def show(text: str) -> None:
 
 def engine(training) -> str:
     """Which engine, over how many ranks and machines."""
-    if training.world_size == 1:
-        return training.engine
-    machines = f" on {ranks.machines()} machines" if ranks.machines() > 1 else ""
-    return f"{training.engine}, {training.world_size} ranks{machines}"
+    name, machines = engines.name_of(vars(training)), ranks.machines()
+    over = f", {ranks.count()} ranks" if ranks.count() > 1 else ""
+    return f"{name}{over}" + (f" on {machines} machines" if machines > 1 else "")
 
 
 def method(model) -> str:

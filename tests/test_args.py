@@ -171,6 +171,7 @@ def test_bf16_without_a_gpu_uses_the_cpu(monkeypatch):
 
 def test_one_process_uses_one_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert arguments.parse([]).training.n_gpu == 1
@@ -308,8 +309,8 @@ def test_bf16_on_a_gpu_without_it(world, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--deepspeed x.json", "--fsdp full_shard", "--label_smoothing_factor 0.1", "--neftune_noise_alpha 5.5",
-        "--use_liger_kernel True", "--auto_find_batch_size True",
+        "--label_smoothing_factor 0.1", "--neftune_noise_alpha 5.5", "--use_liger_kernel True",
+        "--auto_find_batch_size True",
     ],
 )  # fmt: skip
 def test_what_would_be_passed_over_in_silence_is_refused(world, flags):

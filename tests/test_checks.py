@@ -219,11 +219,6 @@ def test_a_later_qwen_is_refused_by_name(world, tmp_path):
     assert "w1: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in lines[1]
 
 
-def test_several_processes_are_refused(world, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert only(world).startswith("started as 2 processes (torchrun): this version trains in one - ")
-
-
 def test_an_unknown_reporter(world):
     assert only(world, "--report_to", "tensorboart").startswith("--report_to tensorboart: unknown or not installed - ")
     assert found(world, "--report_to", "tensorboard") == []

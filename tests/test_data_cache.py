@@ -162,8 +162,24 @@ def test_a_run_killed_outright_does_no_harm(tmp_path, cache, monkeypatch):
     assert len(load(path, ByteTokenizer(), max_length=200)) == 3
 
 
-def test_several_at_once(tmp_path, cache, monkeypatch):
-    """Four loads that all render, none having found a result: one of them publishes, all give the same samples."""
+def test_of_several_processes_one_renders(tmp_path, cache, renderings):
+    """As the ranks of a machine do: all load the same file at the same time."""
+    path, results = write(tmp_path, SAMPLES), []
+
+    def one():
+        results.append(load(path, ByteTokenizer(), max_length=200))
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(renderings) == 1 and len({samples.fingerprint for samples in results}) == 1 and len(results) == 4
+
+
+def test_several_machines_at_once(tmp_path, cache, monkeypatch):
+    """Four loads that all render, as on machines that share the cache: one of them publishes, all give the same samples."""
+    monkeypatch.setattr(finetune.data, "one_at_a_time", lambda name: contextlib.nullcontext())
     path, together = write(tmp_path, SAMPLES), threading.Barrier(4, timeout=60)
     publish = finetune.data._publish
 

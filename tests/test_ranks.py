@@ -53,22 +53,28 @@ def together(script: str, count: int = 2, timeout: float = 60, **environment):
 
 
 def test_ranks_exchange_values_and_agree():
-    done = together("""
+    done = together(
+        """
         found = meeting.exchange("a", {"me": ranks.rank()})
         ranks.agree({"data": "same"})
         print(json.dumps([found, meeting.exchange("b", ranks.rank() * 10)]))
         meeting.exchange("end", 0)
-    """, count=3)
+    """,
+        count=3,
+    )
     expected = [[{"me": 0}, {"me": 1}, {"me": 2}], [0, 10, 20]]
     assert [(code, json.loads(printed)) for code, printed in done] == [(0, expected)] * 3
 
 
 def test_a_difference_is_named_once():
-    done = together("""
+    done = together(
+        """
         def main():
             ranks.agree({"data as rendered": "ab12" if ranks.rank() < 2 else "cd34", "--learning_rate": 1e-4})
         errors.run(main, speak=meeting.speak)
-    """, count=3)
+    """,
+        count=3,
+    )
     assert [code for code, _ in done] == [2, 2, 2]
     printed = "".join(text for _, text in done)
     assert printed.count("error:") == 1 and "learning_rate" not in printed
@@ -144,13 +150,12 @@ def test_shared_and_own_folders(tmp_path):
 def test_one_at_a_time(tmp_path):
     """Three processes add their line at a pause's end; none begins before the one before it has ended."""
     script = """
-        from pathlib import Path
-        with ranks.one_at_a_time(Path(os.environ["FOLDER"]) / "lock"):
+        with ranks.one_at_a_time(os.environ["NAME"]):
             begin = time.time()
             time.sleep(0.4)
             print(begin, time.time())
     """
-    spans = sorted(tuple(map(float, text.split())) for _, text in together(script, FOLDER=str(tmp_path)))
+    spans = sorted(tuple(map(float, text.split())) for _, text in together(script, NAME=tmp_path.name))
     assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 
 
