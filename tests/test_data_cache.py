@@ -1,5 +1,6 @@
 """Rendered once, opened from then on: what the cache depends on, and that nothing that happens to it does harm."""
 
+import contextlib
 import os
 import signal
 import threading
