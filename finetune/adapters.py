@@ -71,7 +71,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     if pissa.stored(folder):
         pissa.take_out_of_base(adapted, pissa.read_start(folder))
         own.init_lora_weights = init
-    return adapted
+    return adapted if is_trainable else adapted.requires_grad_(False)  # biases too, which peft would leave
 
 
 def made(make):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from . import adapters, checkpoint
+from . import adapter_folder, adapters, checkpoint
 from .errors import UserError
 
 
@@ -84,6 +84,7 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     if folder is None or not (folder / "config.json").is_file():
         raise UserError(f"{adapter}: its base {name} was not found - give it with --base")
     checkpoint.check_base(adapter, folder)
+    adapter_folder.check(adapter, folder)
     return folder
 
 
@@ -119,7 +120,7 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
     packages = ("torch", "transformers", "peft", "accelerate", "tiktoken")
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
-        "method": {"use_lora": args.lora.use_lora},  # its settings are in adapter_config.json
+        "method": vars(args.lora) | {"lora_weight_path": None},  # a place, which may move
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,
