@@ -46,12 +46,12 @@ def make_trainer(args, job):
     training = args.training
     quiet.first_rank_only()
     set_seed(training.seed)  # adapters start from random numbers, the same on all ranks
-    loaded = model.load_model(job.folder, job.tokenizer, args.lora, training)
+    loaded = model.load_model(job.folder, job.tokenizer, args.lora, training, job.resume_from)
     report.show(report.summary(args, job.samples, job.eval_samples, job.plan, loaded))
     kept = {
         name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record")
     }
-    trainer = PlannedTrainer(loaded, training, **kept)
+    trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **kept)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
     report.take_over(trainer)
     return trainer

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from . import pissa
 from .errors import UserError, note
 
 RECORD = "training.json"
@@ -24,6 +25,7 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # switched off in training; a saved model generates
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+    pissa.save_start(model, folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if record:
@@ -38,6 +40,7 @@ def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     staging = folder / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)
     save_model(model, tokenizer, staging, state_dict=state_dict, record=record)
+    pissa.make_plain(model, staging)
     verify(staging, model, state_dict)
     remove_result(folder)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
@@ -66,7 +69,7 @@ def verify(folder: Path, model, state_dict=None) -> None:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    expected = saved_tensors(model, state_dict)
+    expected = pissa.as_plain(model, saved_tensors(model, state_dict))
     for name, tensor in read_tensors(folder):
         wanted = expected.pop(name, None)
         if wanted is None or wanted.shape != tensor.shape or not torch.equal(wanted.to(tensor.dtype).cpu(), tensor):

@@ -5,6 +5,7 @@ Each part yields findings, one line each: what, where, what to do. Nothing is wr
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,7 @@ def base_model(args) -> Iterator[str]:
 def method(args) -> Iterator[str]:
     """Full-parameter or LoRA, and its settings."""
     lora = args.lora
+    yield from half_weights(args)
     if lora.q_lora:
         yield "--q_lora is not available in this version - use --use_lora with a 16-bit checkpoint"
     elif not lora.use_lora:
@@ -141,10 +143,9 @@ def method(args) -> Iterator[str]:
             what = f"{', '.join(idle)}: without --use_lora all parameters are trained"
             yield f"{what} - add --use_lora, or leave this out"
         return
-    if lora.lora_bias not in ("none", "all", "lora_only"):
-        yield f"--lora_bias {lora.lora_bias}: unknown - give none, all or lora_only"
+    yield from variants(lora)
     if lora.lora_weight_path is not None:
-        yield from adapter(Path(lora.lora_weight_path))
+        yield from adapter(args)
         return
     folder = Path(args.model.model_name_or_path or "")
     if args.model.model_name_or_path and (wrong := model_folder.unknown_layers(folder, lora.lora_target_modules)):
@@ -153,8 +154,49 @@ def method(args) -> Iterator[str]:
         yield f"{what} - this model has {there}; separate them by blanks"
 
 
-def adapter(folder: Path) -> Iterator[str]:
-    """An adapter to go on from."""
+def variants(lora) -> Iterator[str]:
+    """Biases, how adapters begin, LoRA+."""
+    if lora.lora_bias not in ("none", "all", "lora_only"):
+        yield f"--lora_bias {lora.lora_bias}: unknown - give none, all or lora_only"
+    init, ratio = lora.init_lora_weights, lora.loraplus_lr_ratio
+    if not re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d*", init):
+        ways = "default, gaussian, pissa, or pissa_niter_N with a number of iterations (pissa_niter_16)"
+        yield f"--init_lora_weights {init}: unknown - give {ways}"
+    elif init.startswith("pissa") and lora.lora_dropout and lora.lora_weight_path is None:
+        what = f"--lora_dropout {lora.lora_dropout} with --init_lora_weights {init}"
+        warn(f"{what}: what is dropped is part of the model itself, until training begins - give --lora_dropout 0")
+    if ratio is not None and not 1 <= ratio < INF:
+        yield f"--loraplus_lr_ratio {ratio}: out of range - give at least 1; 16 is usual"
+    if lora.train_embeddings == "all" and lora.train_tokens:
+        note("--train_tokens adds nothing to --train_embeddings all, with which all rows train")
+
+
+def half_weights(args) -> Iterator[str]:
+    """--bf16_weights: what it needs."""
+    from . import optimizers
+
+    training = args.training
+    if not training.bf16_weights:
+        return
+    if args.lora.use_lora or args.lora.q_lora:
+        yield "--bf16_weights is for full-parameter training - leave it out; what LoRA freezes is in --bf16 anyway"
+    if not training.bf16:
+        yield "--bf16_weights needs --bf16 - add it"
+    if word(training.optim) not in optimizers.ROUNDING:
+        wanted = " or ".join(f"--optim {name}" for name in optimizers.ROUNDING)
+        yield f"--bf16_weights with --optim {word(training.optim)}: small updates would be lost - give {wanted}"
+    elif missing := optimizers.missing():
+        yield f"--optim {word(training.optim)}: {missing}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or training.deepspeed or training.fsdp:
+        what = "--bf16_weights: rounding is random, and the copies of several processes would drift apart"
+        yield f"{what} - train in one process, or without it under --deepspeed, which shares the float32 weights out"
+
+
+def adapter(args) -> Iterator[str]:
+    """An adapter to go on from: whole, with every tensor that it lists."""
+    from . import adapter_folder
+
+    folder = Path(args.lora.lora_weight_path)
     if not (folder / "adapter_config.json").is_file():
         yield f"--lora_weight_path {folder}: no adapter_config.json there - give the output folder of a LoRA run"
     elif pointers := model_folder.lfs_pointers(folder):
@@ -164,6 +206,8 @@ def adapter(folder: Path) -> Iterator[str]:
         yield f"{what} - give the whole output folder of a LoRA run"
     else:
         config = model_folder.read_json(folder / "adapter_config.json")
+        base = Path(args.model.model_name_or_path or "")
+        adapter_folder.check(folder, base if (base / "config.json").is_file() else None, "--lora_weight_path")
         note(f"going on from {folder}: its own settings hold ({describe(config)}), not --lora_r and the like")
 
 

@@ -1,5 +1,6 @@
 """The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,9 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from . import adapters, checkpoint
+from . import adapter_folder, adapters, checkpoint
 from .errors import UserError
-from .quiet import unquantized
 
 
 def find_folder(name: str, cache_dir: str | None = None) -> Path:
@@ -41,22 +41,28 @@ def compute_dtype(training) -> torch.dtype:
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
 
 
-def load_model(folder: Path, tokenizer, lora, training):
-    """The model, ready to train.
+def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None = None):
+    """The model, ready to train. resume_from: the checkpoint that the run goes on from, if any.
 
     Trainable weights are float32, with bf16 or fp16 too: an update smaller than half precision's spacing must not be
-    lost. What LoRA freezes is held in the precision of the passes.
+    lost (with --bf16_weights the optimizer sees to that). What LoRA freezes is held in the precision of the passes.
+    Raises UserError for --train_tokens that the tokenizer does not know, before weights are loaded.
     """
     qwen_model.register()
+    if lora.train_embeddings == "auto":
+        lora = dataclasses.replace(lora, train_embeddings="none")
+    rows = adapters.trained_rows(tokenizer, lora.train_embeddings, lora.train_tokens)
     masters_elsewhere = bool(training.deepspeed)  # DeepSpeed keeps the float32 values of half precision itself
-    dtype = compute_dtype(training) if lora.use_lora or masters_elsewhere else torch.float32
+    half = lora.use_lora or masters_elsewhere or training.bf16_weights
+    dtype = compute_dtype(training) if half else torch.float32
     fast = training.device.type == "cuda" and compute_dtype(training) != torch.float32
     model = load_weights(folder, dtype, fast)
     set_chat_settings(model, tokenizer)
     if lora.use_lora:
-        model = adapters.add(model, lora)
+        model = adapters.add(model, lora, rows, resume_from)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # biases that LoRA trains are the base's own, in its precision
+        # biases that LoRA trains are the base's own, in its precision
+        if parameter.requires_grad and not training.bf16_weights:
             parameter.data = parameter.data.float()
     return model
 
@@ -78,19 +84,17 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     if folder is None or not (folder / "config.json").is_file():
         raise UserError(f"{adapter}: its base {name} was not found - give it with --base")
     checkpoint.check_base(adapter, folder)
+    adapter_folder.check(adapter, folder)
     return folder
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype):
     """Base and adapter together, for use or for merging, in `dtype`."""
-    from peft import PeftModel
-
     base_model = load_weights(base, dtype, half_on_cuda=False)
     if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
         base_model.generation_config = GenerationConfig.from_pretrained(adapter)
     try:
-        with unquantized():
-            return PeftModel.from_pretrained(base_model, adapter, autocast_adapter_dtype=False).eval()
+        return adapters.load(base_model, adapter, autocast_adapter_dtype=False).eval()
     except RuntimeError as error:  # peft's list of tensors whose sizes differ
         raise UserError(
             f"{adapter}: does not fit {base} ({str(error).splitlines()[0]}) - give the base that it was trained on with --base"
@@ -116,7 +120,7 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
     packages = ("torch", "transformers", "peft", "accelerate", "tiktoken")
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
-        "method": {"use_lora": args.lora.use_lora},  # its settings are in adapter_config.json
+        "method": vars(args.lora) | {"lora_weight_path": None},  # a place, which may move
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,

@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checkpoint, engines
+from . import checkpoint, engines, optimizers
 from .batches import StepBatch, step_loader
 from .engines import size_of
 from .model import compute_dtype
@@ -40,14 +40,16 @@ class PlannedTrainer(Trainer):
     """
 
     def __init__(
-        self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None, **kwargs
-    ):
+        self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None,
+        loraplus_lr_ratio=None, **kwargs
+    ):  # fmt: skip
         args.gradient_accumulation_steps = 1  # a step is one item; see above
         args.logging_nan_inf_filter = False  # a loss that is not a number must be seen
         self.engine = engines.name_of(vars(args))
         super().__init__(model=model, args=args, train_dataset=samples, eval_dataset=eval_samples, **kwargs)
         # kept from transformers, which would "align" the model's stop tokens with the tokenizer's
         self.chat_tokenizer, self.record = tokenizer, record
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
         self.throughput = Throughput()
         self.weights = None  # how many there are, and train; see floating_point_ops
@@ -109,6 +111,12 @@ class PlannedTrainer(Trainer):
             total += loss.detach()
         self.throughput.add(step)
         return total
+
+    def create_optimizer(self, model=None):
+        """transformers' choice; with --bf16_weights rounding stochastically, with LoRA+ in more groups."""
+        optimizers.prepare(self.args)
+        optimizer = super().create_optimizer(model)
+        return optimizers.add_lora_plus(optimizer, model or self.model, self.loraplus_lr_ratio)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Matrices decay; biases and norms, vectors all of them, do not, whatever a model calls them."""

@@ -12,12 +12,20 @@ With logits z = W h, m = max z, E = exp(z - m), Z = sum E, label y, and E' = E w
 so neither the probabilities nor their difference from the label are ever written out. The label's entry is kept apart
 because p_y - 1 would be the difference of two nearly equal numbers once a model is sure, and vanish in half precision.
 
-Shapes: R rows (supervised positions), H hidden size, V vocabulary.
+A head may have a few trained rows (of the chat format's tokens, say) over a frozen matrix. They stand in W in their tokens'
+places, but W is never copied: their logits are projected apart and put into their columns. With T = E' / Z + c at the label,
+of those columns only,
+
+    dh = W^T E'' / Z + c W_y + rows^T T      d rows = T h^T
+
+where E'' is E' with 0 in those columns, and c is 0 where the label is one of those tokens.
+
+Shapes: R rows (supervised positions), H hidden size, V vocabulary, K trained rows.
 """
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 # Logits of one piece, in elements (times 4 bytes). On a CPU more brings nothing (measured); a GPU reads the whole head once
@@ -36,23 +44,32 @@ class LMHead(nn.Linear):
     The loss is taken inside forward, so that whatever gathers the weight around a module's forward (ZeRO-3, FSDP) has it.
     """
 
-    def forward(self, hidden, labels=None):
-        """hidden (..., H) -> logits (..., V); with labels (R,) and hidden (R, H) -> the summed cross-entropy, float32."""
-        if labels is None:
-            return super().forward(hidden)
-        return HeadLoss.apply(hidden, self.weight, labels)
+    takes_labels = True  # a module around the head that hands labels on says the same
+
+    def forward(self, hidden, labels=None, rows=None, row_ids=None):
+        """hidden (..., H) -> logits (..., V); with labels (R,) and hidden (R, H) -> the summed cross-entropy, float32.
+
+        rows (K, H), which may train, stand in the places of the weight's rows row_ids (K,), each token once.
+        """
+        if labels is not None:
+            return HeadLoss.apply(hidden, self.weight, labels, rows, row_ids)
+        logits = super().forward(hidden)
+        return logits if rows is None else put_row_logits(logits, hidden, rows, row_ids)
+
+
+def put_row_logits(logits, hidden, rows_KH, row_ids_K):
+    """Overwrites the columns row_ids of logits (..., V) with hidden (..., H) times the trained rows."""
+    return logits.index_copy_(-1, row_ids_K, linear(hidden, rows_KH.to(hidden.dtype)))
 
 
 def summed_loss(head: nn.Module, hidden_RH: torch.Tensor, labels_R: torch.Tensor) -> torch.Tensor:
     """Sum over rows of the cross-entropy of head(hidden) against labels; float32 scalar.
 
-    Any module serves as head. An LMHead, also inside peft's wrapper for modules trained whole, takes the fused way; another
-    (a LoRA on the head, say) is called piece by piece, and again in the backward pass.
+    Any module serves as head. An LMHead, also inside a wrapper that hands labels on to it, takes the fused way; another
+    (a LoRA on the head, say) is called piece by piece, and again in the backward pass. Without a supervised token the head is
+    called all the same: what trains of it gets a gradient of zeros, and ranks that gather its weights meet.
     """
-    if hidden_RH.shape[0] == 0:
-        return (hidden_RH * 0).sum().float()  # keeps the graph: a pass without supervised tokens still has gradients
-    wrapped = getattr(head, "original_module", head) if hasattr(head, "modules_to_save") else head
-    if isinstance(wrapped, LMHead):
+    if getattr(head, "takes_labels", False):
         return head(hidden_RH, labels=labels_R)
 
     def piece_loss(hidden, labels):
@@ -67,43 +84,62 @@ class HeadLoss(torch.autograd.Function):
     """Forward: the summed loss, and both gradients while the exponentials are at hand. Backward: scales them."""
 
     @staticmethod
-    def forward(ctx, hidden_RH, weight_VH, labels_R):
+    def forward(ctx, hidden_RH, weight_VH, labels_R, rows_KH=None, row_ids_K=None):
         device = hidden_RH.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_RH.dtype
-        need_hidden, need_weight, _ = ctx.needs_input_grad
-        ctx.hidden_dtype = hidden_RH.dtype
+        need_hidden, need_weight, _, need_rows, _ = ctx.needs_input_grad
+        ctx.hidden_dtype, ctx.rows_dtype = hidden_RH.dtype, None if rows_KH is None else rows_KH.dtype
         with torch.autocast(device, enabled=False):
             weight = weight_VH.to(dtype)
             # in float32 until backward has scaled it: fp16's loss scaling is there so that small gradients are not lost
             grad_hidden = torch.empty_like(hidden_RH, dtype=torch.float32) if need_hidden else None
             grad_weight = torch.zeros_like(weight_VH) if need_weight else None
+            grad_rows = torch.zeros_like(rows_KH, dtype=torch.float32) if need_rows else None
             loss = hidden_RH.new_zeros((), dtype=torch.float32)
-            rows = min(rows_per_piece(weight.shape[0], device), hidden_RH.shape[0])
+            piece = max(1, min(rows_per_piece(weight.shape[0], device), hidden_RH.shape[0]))
             # one buffer for all pieces: fresh memory for each would cost a page fault every 4 kB
-            buffer = hidden_RH.new_empty((rows, weight.shape[0]), dtype=dtype)
-            for at in range(0, hidden_RH.shape[0], rows):
-                part = slice(at, at + rows)
+            buffer = hidden_RH.new_empty((piece, weight.shape[0]), dtype=dtype)
+            for at in range(0, hidden_RH.shape[0], piece):
+                part = slice(at, at + piece)
                 hidden, labels = hidden_RH[part].to(dtype), labels_R[part]
                 logits = torch.mm(hidden, weight.T, out=buffer[: len(labels)])
+                if rows_KH is not None:
+                    put_row_logits(logits, hidden, rows_KH, row_ids_K)
                 others_RV, Z_R, c_R, piece_loss = exponentials(logits, labels)
                 loss += piece_loss
+                if rows_KH is not None:
+                    of_rows_RK, c_R = take_columns(others_RV, Z_R, c_R, labels, row_ids_K)
                 if need_hidden:
                     of_others = (others_RV @ weight).float().div_(Z_R[:, None])
                     grad_hidden[part] = of_others.addcmul_(c_R[:, None], weight_VH[labels].float())
+                    if rows_KH is not None:
+                        grad_hidden[part].addmm_(of_rows_RK, rows_KH.float())
                 if need_weight:
                     add_weight_gradient(grad_weight, others_RV, hidden.float(), Z_R, c_R, labels)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                if need_rows:
+                    grad_rows.addmm_(of_rows_RK.T, hidden.float())
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_rows = (
+            None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors
+        )
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(grad_loss).to(ctx.hidden_dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss)
-        return grad_hidden, grad_weight, None
+            grad_hidden = grad_hidden.to(ctx.hidden_dtype)
+        if grad_rows is not None:
+            grad_rows = grad_rows.to(ctx.rows_dtype)
+        return grad_hidden, grad_weight, None, grad_rows, None
+
+
+def take_columns(others_RV, Z_R, c_R, labels_R, row_ids_K):
+    """(T (R, K) in float32, c (R,)): the trained rows' share of the gradient, taken out of others_RV and c; see above."""
+    is_label_RK = labels_R[:, None] == row_ids_K
+    of_rows_RK = others_RV[:, row_ids_K].float().div_(Z_R[:, None]) + is_label_RK * c_R[:, None]
+    others_RV.index_fill_(1, row_ids_K, 0.0)
+    return of_rows_RK, c_R.masked_fill(is_label_RK.any(1), 0.0)
 
 
 def add_weight_gradient(grad_VH, others_RV, hidden_RH, Z_R, c_R, labels_R) -> None:

@@ -50,7 +50,9 @@ def write_adapter(folder: Path, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"r": 64, "lora_alpha": 16, "target_modules": ["w2", "w1", "c_proj", "c_attn"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+    layers = [name for name in SHAPES if name.endswith(("c_attn.weight", "c_proj.weight", "w1.weight", "w2.weight"))]
+    names = [f"base_model.model.{name[:-7]}.lora_{side}.weight" for name in layers for side in "AB"]
+    write_safetensors(folder / "adapter_model.safetensors", {name: [1, 1] for name in names})
     return folder
 
 

@@ -13,6 +13,7 @@ from command_lines import (
     found,
     make_world,
     only,
+    read,
     write_adapter,
     write_checkpoint,
     write_config,
@@ -259,6 +260,63 @@ def test_an_adapter_to_go_on_from(world, tmp_path, capsys):
     assert "no adapter_model.safetensors there" in only(world, "--use_lora", "--lora_weight_path", str(adapter))
     line = only(world, "--use_lora", "--lora_weight_path", str(world.model))
     assert line.startswith(f"--lora_weight_path {world.model}: no adapter_config.json there - ")
+
+
+def test_an_adapter_that_lacks_what_it_lists(world, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", modules_to_save=["wte", "lm_head"])
+    line = only(world, "--use_lora", "--lora_weight_path", str(adapter))
+    assert line.startswith(f"--lora_weight_path {adapter}: adapter misses wte, lm_head, which adapter_config.json lists")
+    assert "give a checkpoint-N of that run" in line
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "pissa", "pissa_niter_16"])
+def test_how_adapters_may_begin(world, init, capsys):
+    assert found(world, "--use_lora", "--init_lora_weights", init, "--lora_dropout", "0") == []
+    assert "warning: --lora_dropout" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("init", ["pisa", "pissa_niter_", "pissa_niter_0", "True", "olora", ""])
+def test_how_adapters_may_not_begin(world, init):
+    line = only(world, "--use_lora", "--init_lora_weights", init)
+    assert line.startswith(f"--init_lora_weights {init}: unknown - give default, gaussian, pissa, or pissa_niter_N")
+
+
+def test_pissa_with_dropout_is_warned_of(world, capsys):
+    assert found(world, "--use_lora", "--init_lora_weights", "pissa") == []
+    assert "warning: --lora_dropout 0.05 with --init_lora_weights pissa: what is dropped" in capsys.readouterr().err
+
+
+def test_lora_plus(world):
+    assert found(world, "--use_lora", "--loraplus_lr_ratio", "16") == []
+    for ratio in ("0.5", "-1", "inf", "nan"):
+        assert only(world, "--use_lora", "--loraplus_lr_ratio", ratio).startswith(f"--loraplus_lr_ratio {float(ratio)}: ")
+
+
+def test_weights_in_bf16(world):
+    right = ["--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit"]
+    assert found(world, *right) == []
+    assert found(world, *right[:3], "adamw_torch_4bit") == []
+    assert only(world, "--bf16_weights", "--optim", "adamw_torch_8bit") == "--bf16_weights needs --bf16 - add it"
+    line = only(world, "--bf16_weights", "--bf16")
+    assert line.startswith("--bf16_weights with --optim adamw_torch_fused: small updates would be lost - give --optim ")
+    assert only(world, *right, "--use_lora").startswith("--bf16_weights is for full-parameter training - leave it out")
+
+
+def test_weights_in_bf16_where_they_cannot_be(world, monkeypatch):
+    right = ["--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit"]
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("finetune.optimizers.shutil.which", lambda name: None)
+    assert "there is no C compiler - install gcc" in only(world, *right)
+    monkeypatch.setattr("finetune.optimizers.importlib.util.find_spec", lambda name: None)
+    assert "the package is missing - pip install torchao" in only(world, *right)
+
+
+def test_weights_in_bf16_on_several_processes(world, monkeypatch):
+    read(world)  # before torchrun's variables: transformers would look for the others
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines = list(checks.half_weights(read(world, "--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit")))
+    assert len(lines) == 1 and "would drift apart - train in one process" in lines[0]
 
 
 # ---- the output folder

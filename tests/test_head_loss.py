@@ -110,11 +110,131 @@ def test_any_other_head_goes_piece_by_piece(pieces):
     torch.testing.assert_close(plain.weight.grad.double(), grad_w, rtol=1e-5, atol=1e-6)
 
 
-def test_no_supervised_row_still_has_gradients():
+class Adapted(nn.Module):
+    """A head with something trained beside it, which summed_loss knows nothing of."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.down, self.up = head, nn.Linear(24, 2, bias=False), nn.Linear(2, 300, bias=False)
+
+    def forward(self, hidden):
+        return self.head(hidden) + self.up(self.down(hidden))
+
+
+@pytest.mark.parametrize("wrap", [lambda head: head, Adapted], ids=["head", "adapted"])
+def test_a_pass_without_supervised_tokens_gives_everything_a_gradient(wrap):
+    """Of zeros: ranks that wait for each other's gradients (DDP) must all have one."""
     head, x, labels = example()
+    head = wrap(head)
     loss = summed_loss(head, x[:0], labels[:0])
     loss.backward()
-    assert loss.item() == 0 and x.grad is not None
+    assert loss.item() == 0 and loss.dtype == torch.float32
+    for parameter in [x, *head.parameters()]:
+        assert parameter.grad is not None and not parameter.grad.any()
+
+
+# ---- trained rows over a frozen matrix
+
+
+class WithRows(nn.Module):
+    """What an adapter of rows does: hands its rows to the head."""
+
+    takes_labels = True
+
+    def __init__(self, head, ids, dtype=torch.float32):
+        super().__init__()
+        self.head, self.ids = head, torch.tensor(ids)
+        self.rows = nn.Parameter(torch.randn(len(ids), head.in_features).to(dtype) * 0.5)
+
+    def forward(self, hidden, labels=None):
+        return self.head(hidden, labels=labels, rows=self.rows, row_ids=self.ids)
+
+
+IDS = [250, 7, 0]  # one that is a label several times, one that may be none
+
+
+def rows_example(dtype=torch.float32, rows_dtype=torch.float32):
+    head, x, labels = example(dtype)
+    labels[:2] = 0
+    return WithRows(head, IDS, rows_dtype), x, labels
+
+
+def rows_reference(head, x, labels, factor):
+    """(loss, gradients of x, of the rows, of the weight) in float64, with the rows written into a copy of the matrix."""
+    x64, rows64, w64 = (t.detach().double().requires_grad_() for t in (x, head.rows, head.head.weight))
+    whole = w64.index_put((head.ids,), rows64)
+    loss = nn.functional.cross_entropy(x64 @ whole.T, labels, reduction="sum")
+    (loss * factor).backward()
+    return loss, x64.grad, rows64.grad, w64.grad
+
+
+@pytest.mark.parametrize("trains", ["rows", "rows and input", "rows, input and matrix", "input"])
+def test_rows_equal_cross_entropy_over_the_whole_matrix(pieces, trains):
+    head, x, labels = rows_example()
+    head.head.weight.requires_grad_("matrix" in trains)
+    head.rows.requires_grad_("rows" in trains)
+    x.requires_grad_("input" in trains)
+    expected, grad_x, grad_rows, grad_w = rows_reference(head, x, labels, 0.37)
+    loss = summed_loss(head, x, labels)
+    (loss * 0.37).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for tensor, want in ((x, grad_x), (head.rows, grad_rows), (head.head.weight, grad_w)):
+        assert (tensor.grad is not None) == tensor.requires_grad
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_labels_give_the_logits():
+    head, x, _ = rows_example()
+    whole = head.head.weight.detach().clone()
+    whole[head.ids] = head.rows.detach()
+    for shape in ((20, 24), (2, 10, 24)):
+        torch.testing.assert_close(head(x.view(shape)), x.view(shape) @ whole.T)
+    head(x).sum().backward()
+    torch.testing.assert_close(head.rows.grad, x.detach().sum(0).expand(3, -1))
+
+
+def test_without_supervised_tokens_rows_have_a_gradient():
+    head, x, labels = rows_example()
+    head.head.weight.requires_grad_(False)
+    summed_loss(head, x[:0], labels[:0]).backward()
+    assert head.rows.grad is not None and not head.rows.grad.any() and x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows_dtype", [torch.float32, "same"])
+def test_rows_in_half_precision(pieces, dtype, rows_dtype):
+    """Also float32 rows (what trains) over a matrix in half precision (what is frozen), computed in that."""
+    head, x, labels = rows_example(dtype, dtype if rows_dtype == "same" else rows_dtype)
+    head.head.weight.requires_grad_(False)
+    expected, grad_x, grad_rows, _ = rows_reference(head, x, labels, 1)
+    with torch.autocast("cpu", dtype):
+        loss = summed_loss(head, x, labels)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=5e-3, atol=0)
+    assert x.grad.dtype == dtype and head.rows.grad.dtype == head.rows.dtype
+    for got, want in ((x.grad, grad_x), (head.rows.grad, grad_rows)):
+        assert (got.double() - want).norm() / want.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sure_model_still_trains_its_rows(dtype):
+    """As above: p(label) of 0.9995, and half of the labels are trained rows."""
+    torch.manual_seed(0)
+    head, labels = LMHead(64, 500, bias=False), torch.arange(40)
+    with torch.no_grad():
+        head.weight.normal_(0, 0.125)
+        x = head.weight[labels] / head.weight[labels].norm(dim=1, keepdim=True) ** 2 * 15.0
+    x = (x + 0.01 * torch.randn(40, 64)).requires_grad_()
+    rows = WithRows(head, list(range(20)))
+    rows.rows.data = head.weight.detach()[:20].clone()
+    expected, grad_x, grad_rows, _ = rows_reference(rows, x, labels, 1)
+    assert torch.exp(-expected / 40) > 0.999
+    with torch.autocast("cpu", dtype):
+        loss = summed_loss(rows, x, labels)
+    loss.backward()
+    for got, want in ((x.grad, grad_x), (rows.rows.grad, grad_rows)):
+        assert (got.double() - want).norm() / want.norm() < 0.1
 
 
 def test_logits_never_stand_in_memory_at_once(monkeypatch):

@@ -9,7 +9,8 @@ from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
-from finetune import checkpoint, merge, model
+from finetune import adapters, checkpoint, merge, model
+from finetune.args import LoraArguments
 from finetune.errors import UserError
 
 
@@ -45,6 +46,37 @@ def test_merged_folder_gives_the_adapters_logits(trained, tmp_path, to, toleranc
     assert record["merged"]["adapter"] == str(adapter.resolve())
     assert "logits differ from the adapter's by at most" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+BESIDE = {
+    "rows": {"train_embeddings": "chat_rows", "use_dora": True},
+    "all": {"train_embeddings": "all", "lora_bias": "lora_only"},
+    "pissa": {"init_lora_weights": "pissa_niter_4", "train_embeddings": "chat_rows"},
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", BESIDE)
+def test_what_trained_beside_the_adapters_is_merged(trained, tmp_path, tokenizer, method, checkpointed):
+    """Embedding and head, rows of them, PiSSA: from a result, and from a checkpoint of the same run."""
+    _, _, base = trained
+    lora = LoraArguments(use_lora=True, lora_r=4, lora_dropout=0.0, **{"train_embeddings": "none"} | BESIDE[method])
+    rows = adapters.trained_rows(tokenizer, lora.train_embeddings, [])
+    adapted = adapters.add(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora, rows).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    save = checkpoint.save_model if checkpointed else checkpoint.save_final
+    save(adapted, tokenizer, tmp_path / "adapter")
+    assert merge.merge(tmp_path / "adapter", tmp_path / "out", base=str(base)) < 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.tensor([[151644, 8948, 198, 9707, 151645, 40]])
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=0)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    changed = (merged.lm_head.weight != plain.lm_head.weight).any(1).nonzero().flatten().tolist()
+    assert changed == rows if rows else len(changed) > 100_000
 
 
 def test_the_adapter_does_something(trained):
