@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from . import adapters, checkpoint
+from . import adapters, checkpoint, quantized
 from .errors import UserError
 from .quiet import unquantized
 
@@ -45,24 +45,33 @@ def load_model(folder: Path, tokenizer, lora, training):
     """The model, ready to train.
 
     Trainable weights are float32, with bf16 or fp16 too: an update smaller than half precision's spacing must not be
-    lost. What LoRA freezes is held in the precision of the passes.
+    lost. What LoRA freezes is held in the precision of the passes, or quantized.
     """
     qwen_model.register()
     dtype = compute_dtype(training) if lora.use_lora else torch.float32
     fast = training.device.type == "cuda" and compute_dtype(training) != torch.float32
-    model = load_weights(folder, dtype, fast)
+    quantization = quantized.of_run(folder, lora)
+    model = load_weights(folder, dtype, fast, quantization, training.device)
     set_chat_settings(model, tokenizer)
     if lora.use_lora:
         model = adapters.add(model, lora)
+    if quantization:
+        quantized.leave_to_each_rank(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # biases that LoRA trains are the base's own, in its precision
             parameter.data = parameter.data.float()
     return model
 
 
-def load_weights(folder: Path, dtype, half_on_cuda: bool):
-    """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it."""
+def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, device=None):
+    """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it.
+
+    Quantized, as the folder is or as `quantization` says, it comes onto `device` (None: the GPU if there is one).
+    """
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
+    if quantization := quantization or quantized.of_folder(folder):
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return quantized.load(folder, quantization, dtype, device, **attention)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
 
 
@@ -80,11 +89,15 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     return folder
 
 
-def load_tuned(base: Path, adapter: Path, dtype: torch.dtype):
-    """Base and adapter together, for use or for merging, in `dtype`."""
+def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, as_trained: bool = True):
+    """Base and adapter together, for use or for merging, in `dtype`.
+
+    as_trained: over NF4 if that is what the adapter was trained over; else, as for merging, over the base as it lies there.
+    """
     from peft import PeftModel
 
-    base_model = load_weights(base, dtype, half_on_cuda=False)
+    quantization = quantized.of_adapter(adapter) if as_trained else None
+    base_model = load_weights(base, dtype, half_on_cuda=False, quantization=quantization)
     if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
         base_model.generation_config = GenerationConfig.from_pretrained(adapter)
     try:
@@ -115,7 +128,10 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
     packages = ("torch", "transformers", "peft", "accelerate", "tiktoken")
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
-        "method": {"use_lora": args.lora.use_lora},  # its settings are in adapter_config.json
+        "method": {  # its settings are in adapter_config.json
+            "use_lora": args.lora.use_lora,
+            "quantization": quantized.describe(quantized.of_run(folder, args.lora)),
+        },
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,
