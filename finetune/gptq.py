@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from safetensors import safe_open
+from torch import nn
 
 from . import checkpoint
 
@@ -46,7 +47,16 @@ class Unpacked(torch.autograd.Function):
 
 
 class FrozenLinear(TorchLinear):
-    """gptqmodel's layer, frozen. Loaded ones are given this class by adjust()."""
+    """gptqmodel's layer, frozen. Loaded ones are given this class by adjust().
+
+    pass_dtype: of the passes, and so of adapters that are loaded to be used.
+    """
+
+    @property
+    def weight(self):
+        """(O, I), for those who ask for its type, place and shape: there are no values, and no memory."""
+        nothing = torch.full((), torch.nan, dtype=self.pass_dtype, device=self.qweight.device)
+        return nothing.expand(self.out_features, self.in_features)
 
     def unpack(self, dtype: torch.dtype):
         """The weight (I, O), unpacked in the precision of its scales."""
@@ -70,7 +80,7 @@ class FrozenLinear(TorchLinear):
         return self
 
 
-def adjust(model, folder: Path, info: dict, in_float32: bool):
+def adjust(model, folder: Path, info: dict):
     """Makes what from_pretrained returned with its loading info ready to train over; RuntimeError if tensors are missing."""
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -79,8 +89,9 @@ def adjust(model, folder: Path, info: dict, in_float32: bool):
     for layer in quantized.values():
         layer.__class__ = FrozenLinear
         layer.__dict__.pop("dequantize_weight", None)  # torch.compile's, minutes for what a kernel does on GPUs anyway
-        layer.eval()
-        if in_float32:
+        nn.Module.train(layer, False)
+        layer.pass_dtype = model.dtype
+        if model.dtype == torch.float32:
             layer.scales = layer.scales.float()
     add_biases(quantized, folder, set(info["unexpected_keys"]))
     return model

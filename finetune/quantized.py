@@ -238,15 +238,16 @@ def load(folder: Path, quantization: Quantization, dtype, device, **settings):
     from .quiet import contained, errors_only
 
     check_packages(quantization)
-    settings |= {"device_map": {"": device}, "trust_remote_code": False, "dtype": dtype}
+    settings |= {"device_map": {"": device}, "trust_remote_code": False}
     if quantization.method == "nf4":
         from . import nf4
 
-        return nf4.adjust(AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4.config(dtype), **settings))
-    with contained(), errors_only():
+        return nf4.load(folder, dtype, **settings)
+    with contained():
         from . import gptq
-
+    with contained(), errors_only():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.quantization_config = gptq.settings(quantization)
-        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **settings)
-        return gptq.adjust(model, folder, info, in_float32=model.dtype == gptq.torch.float32)
+        settings |= {"config": config, "dtype": dtype, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **settings)
+        return gptq.adjust(model, folder, info)

@@ -72,6 +72,12 @@ def small_checkpoint(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def wide_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """As small_checkpoint, with hidden size 64, of which NF4 can quantize all layers but the MLP's last (80 MB)."""
+    new_checkpoint(folder, hidden_size=64, heads=2, layers=2, seed=seed)
+    return folder
+
+
 # ---- quantized checkpoints, packed here by hand: an independent derivation of the format
 
 
@@ -79,7 +85,9 @@ GPTQ_LAYERS = ("c_attn", "c_proj", "w1", "w2")
 GROUP = 32  # input rows that share a scale
 
 
-def tiny_gptq(folder: Path, bits: int = 4, *, published_style: bool = True, twin: Path | None = None, seed: int = 0) -> Path:
+def tiny_gptq(
+    folder: Path, bits: int = 4, *, published_style: bool = True, twin: Path | None = None, seed: int = 0
+) -> Path:
     """A whole GPTQ checkpoint (v1 format, rounded to nearest): two layers, hidden size 32, the real vocabulary.
 
     published_style: two shards, fp16, a bias on every quantized layer (not zero, so that losing one shows), and a
@@ -102,14 +110,25 @@ def tiny_gptq(folder: Path, bits: int = 4, *, published_style: bool = True, twin
         elif not (published_style and layer.removesuffix(".bias").endswith(GPTQ_LAYERS)):
             quantized[name] = dequantized[name] = tensor
     settings = {"bits": bits, "group_size": GROUP, "desc_act": False, "sym": True, "damp_percent": 0.01}
-    settings |= {"true_sequential": True, "static_groups": False, "model_name_or_path": None, "model_file_base_name": "model"}
+    settings |= {
+        "true_sequential": True,
+        "static_groups": False,
+        "model_name_or_path": None,
+        "model_file_base_name": "model",
+    }
     config = json.loads((folder / "config.json").read_text()) | {"fp16": True, "fp32": False, "torch_dtype": "float16"}
     config.pop("dtype", None)
     if twin:
         shutil.copytree(folder, twin)
-        save_file({name: tensor.float() for name, tensor in dequantized.items()}, twin / "model.safetensors", {"format": "pt"})
-        (twin / "config.json").write_text(json.dumps(config | {"no_bias": not published_style, "torch_dtype": "float32"}))
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"} | settings}))
+        save_file(
+            {name: tensor.float() for name, tensor in dequantized.items()}, twin / "model.safetensors", {"format": "pt"}
+        )
+        (twin / "config.json").write_text(
+            json.dumps(config | {"no_bias": not published_style, "torch_dtype": "float32"})
+        )
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"} | settings})
+    )
     if published_style:
         (folder / "quantize_config.json").write_text(json.dumps(settings))
     save_shards(quantized, folder, 2 if published_style else 1)
@@ -120,7 +139,9 @@ def gptq(weight: torch.Tensor, bits: int, generator) -> tuple[dict, torch.Tensor
     """({qweight, qzeros, scales, g_idx} of a (out, in) matrix, in GPTQ's v1 format; the matrix that they stand for)."""
     rows = weight.T.unflatten(0, (-1, GROUP))  # (groups, GROUP, out)
     half = 2 ** (bits - 1)
-    zeros = half + torch.randint(-(half // 4), half // 4 + 1, rows.shape[::2], generator=generator)  # off centre: a lost zero point shows
+    zeros = half + torch.randint(
+        -(half // 4), half // 4 + 1, rows.shape[::2], generator=generator
+    )  # off centre: a lost zero point shows
     scales = (rows.abs().amax(1) / (half * 0.75)).half()
     codes = ((rows / scales[:, None].float()).round() + zeros[:, None]).clamp(0, 2**bits - 1).long()
     tensors = {
