@@ -85,6 +85,7 @@ def adjust(model, folder: Path, info: dict):
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise RuntimeError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    model.__dict__.pop("hf_device_map", None)  # one device: nothing that a trainer would have to heed
     quantized = layers(model)
     for layer in quantized.values():
         layer.__class__ = FrozenLinear

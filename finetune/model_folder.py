@@ -184,7 +184,13 @@ def shapes(folder: Path) -> dict[str, list[int]]:
             found |= tensors_of(path)
     except (UserError, OSError):
         return {}
-    return found
+    return found | unpacked_shapes(found)
+
+
+def unpacked_shapes(found: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The weights (out, in) that GPTQ's tensors stand for, under the names of plain ones: what LoRA is as wide as."""
+    layers = [name.removesuffix(".g_idx") for name in found if name.endswith(".g_idx")]
+    return {f"{name}.weight": [found[f"{name}.scales"][1], *found[f"{name}.g_idx"]] for name in layers}
 
 
 def vocabulary_problems(folder: Path, config: dict) -> list[str]:

@@ -146,14 +146,13 @@ def method_problems(quantization: Quantization, lora) -> list[str]:
 
 
 def engine_problems(quantization: Quantization, *, zero_stage: int = 0, fsdp: bool = False) -> list[str]:
-    """Engines that cut weights into pieces, which quantized ones do not survive. DDP and ZeRO-1 and 2 leave them whole."""
-    name = "GPTQ" if quantization.method == "gptq" else "NF4"
-    findings = []
-    if zero_stage == 3:
-        findings.append(f"ZeRO-3 cannot shard {name} weights; use ds_config_zero2.json")
-    if fsdp:
-        findings.append(f"FSDP cannot shard {name} weights; leave out --fsdp, or use ds_config_zero2.json")
-    return findings
+    """Engines that cut weights into pieces. DDP and ZeRO-1 and 2 leave them whole."""
+    refused = "ZeRO-3" if zero_stage == 3 else "FSDP" if fsdp else None
+    if refused is None:
+        return []
+    if quantization.method == "gptq":
+        return [f"{refused} cannot shard GPTQ weights; use ds_config_zero2.json"]
+    return [f"{refused} over NF4 weights is not supported; use ds_config_zero2.json"]
 
 
 def missing_packages(quantization: Quantization) -> list[str]:
@@ -216,6 +215,12 @@ def check_mergeable(base: Path) -> None:
 # ---- loading
 
 
+def count_parameters(model) -> int:
+    """Of the whole model, quantized weights counted as the numbers that they stand for. NF4's transformers knows."""
+    packed = [module for module in model.modules() if "g_idx" in module._buffers]  # GPTQ's, which are no parameters
+    return model.num_parameters() + sum(layer.in_features * layer.out_features for layer in packed)
+
+
 def leave_to_each_rank(model) -> None:
     """DistributedDataParallel would send all quantized weights to every rank, and GPTQ's, which are buffers, before each pass.
 
@@ -244,10 +249,10 @@ def load(folder: Path, quantization: Quantization, dtype, device, **settings):
 
         return nf4.load(folder, dtype, **settings)
     with contained():
-        from . import gptq
+        from . import gptq  # and with it gptqmodel
     with contained(), errors_only():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.quantization_config = gptq.settings(quantization)
         settings |= {"config": config, "dtype": dtype, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(folder, **settings)
-        return gptq.adjust(model, folder, info)
+    return gptq.adjust(model, folder, info)
