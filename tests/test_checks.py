@@ -159,7 +159,8 @@ def test_a_quantized_checkpoint(world, tmp_path):
     write_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     for flags in ([], ["--use_lora"]):
         line = only(world, "-m", str(folder), *flags)
-        assert line.startswith(f"{folder} is quantized (gptq, 4 bit)") and line.endswith("made from (Qwen-7B-Chat)")
+        assert line.startswith(f"{folder} is GPTQ-quantized: use finetune_qlora_*.sh")
+        assert line.endswith("or give the 16-bit checkpoint (Qwen-7B-Chat)")
 
 
 def test_q_lora_is_said_to_be_missing(world):
