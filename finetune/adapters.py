@@ -65,9 +65,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     if pissa.stored(folder):  # a checkpoint: its adapters are for a base that lacks what they began with
         own.init_lora_weights = True
     own.inference_mode = not is_trainable
-    adapted = made(
-        lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings)
-    )
+    adapted = made(lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings))
     if pissa.stored(folder):
         pissa.take_out_of_base(adapted, pissa.read_start(folder))
         own.init_lora_weights = init

@@ -87,7 +87,7 @@ def load(name: str, base: str | None):
     else:
         folder = model.find_folder(name)
         tokenizer = model.load_tokenizer(folder)
-        if problems := list(model_folder.problems(folder)):
+        if problems := list(model_folder.problems(folder, may_be_quantized=True)):
             raise UserError(*problems)
         loaded = model.load_weights(folder, "auto", half_on_cuda=False)
         model.set_chat_settings(loaded, tokenizer)  # a base model answers too, as well as it can

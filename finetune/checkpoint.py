@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from . import pissa
+from . import pissa, quantized
 from .errors import UserError, note
 
 RECORD = "training.json"
@@ -135,7 +135,9 @@ def fingerprint(folder: Path) -> dict:
     for line in sorted(beginnings(folder)):
         digest.update(line.encode())
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    return {key: config.get(key) for key in keys} | {"sha256": digest.hexdigest()}
+    found = {key: config.get(key) for key in keys} | {"sha256": digest.hexdigest()}
+    quantization = quantized.describe(quantized.of_folder(folder))
+    return found | ({"quantization": quantization} if quantization else {})
 
 
 def beginnings(folder: Path, values: int = 8):
@@ -176,7 +178,9 @@ def check_base(adapter: Path, base: Path, remedy: str = "give that one with --ba
     if made_for is None:
         return  # an adapter of other hands says nothing; shapes are checked when it is loaded
     found = fingerprint(base)
-    if found != made_for:
+    if quantized.may_take(made_for, found, base):
+        note(f"{adapter}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
+    elif found != made_for:
         raise UserError(
             f"{adapter}: the adapter was made for another base ({describe(made_for)}); {base} is {describe(found)} - "
             f"{remedy}"

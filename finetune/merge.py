@@ -36,14 +36,15 @@ def merge(adapter: Path, out: Path, base: str | None = None, to: str = "auto") -
     """Merges `adapter` into `out`; returns the largest difference of a logit between base + adapter and the merged model."""
     import torch
 
-    from . import checkpoint, model
+    from . import checkpoint, model, quantized
 
     check(adapter, out)
     base_folder = model.find_base(adapter, base)
+    quantized.check_mergeable(base_folder)
     tokenizer = model.load_tokenizer(base_folder)
 
     note(f"loading {base_folder} and {adapter}")
-    tuned = model.load_tuned(base_folder, adapter, torch.float32)
+    tuned = model.load_tuned(base_folder, adapter, torch.float32, as_trained=False)
     prompts = probes(tokenizer)
     expected = logits(tuned, prompts)
     merged = tuned.merge_and_unload()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from . import adapter_folder, adapters, checkpoint
+from . import adapter_folder, adapters, checkpoint, quantized
 from .errors import UserError
 
 
@@ -45,7 +45,8 @@ def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None
     """The model, ready to train. resume_from: the checkpoint that the run goes on from, if any.
 
     Trainable weights are float32, with bf16 or fp16 too: an update smaller than half precision's spacing must not be
-    lost (with --bf16_weights the optimizer sees to that). What LoRA freezes is held in the precision of the passes.
+    lost (with --bf16_weights the optimizer sees to that). What LoRA freezes is held in the precision of the passes,
+    or quantized.
     Raises UserError for --train_tokens that the tokenizer does not know, before weights are loaded.
     """
     qwen_model.register()
@@ -56,10 +57,13 @@ def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None
     half = lora.use_lora or masters_elsewhere or training.bf16_weights
     dtype = compute_dtype(training) if half else torch.float32
     fast = training.device.type == "cuda" and compute_dtype(training) != torch.float32
-    model = load_weights(folder, dtype, fast)
+    quantization = quantized.of_run(folder, lora)
+    model = load_weights(folder, dtype, fast, quantization, training.device)
     set_chat_settings(model, tokenizer)
     if lora.use_lora:
         model = adapters.add(model, lora, rows, resume_from)
+    if quantization:
+        quantized.leave_to_each_rank(model)
     for parameter in model.parameters():
         # biases that LoRA trains are the base's own, in its precision
         if parameter.requires_grad and not training.bf16_weights:
@@ -67,9 +71,15 @@ def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None
     return model
 
 
-def load_weights(folder: Path, dtype, half_on_cuda: bool):
-    """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it."""
+def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, device=None):
+    """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it.
+
+    Quantized, as the folder is or as `quantization` says, it comes onto `device` (None: the GPU if there is one).
+    """
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
+    if quantization := quantization or quantized.of_folder(folder):
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return quantized.load(folder, quantization, dtype, device, **attention)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
 
 
@@ -88,9 +98,13 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     return folder
 
 
-def load_tuned(base: Path, adapter: Path, dtype: torch.dtype):
-    """Base and adapter together, for use or for merging, in `dtype`."""
-    base_model = load_weights(base, dtype, half_on_cuda=False)
+def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, as_trained: bool = True):
+    """Base and adapter together, for use or for merging, in `dtype`.
+
+    as_trained: over NF4 if that is what the adapter was trained over; else, as for merging, over the base as it lies there.
+    """
+    quantization = quantized.of_adapter(adapter) if as_trained else None
+    base_model = load_weights(base, dtype, half_on_cuda=False, quantization=quantization)
     if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
         base_model.generation_config = GenerationConfig.from_pretrained(adapter)
     try:
@@ -120,7 +134,9 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
     packages = ("torch", "transformers", "peft", "accelerate", "tiktoken")
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
-        "method": vars(args.lora) | {"lora_weight_path": None},  # a place, which may move
+        # settings of the adapter, but for a place, which may move
+        "method": vars(args.lora)
+        | {"lora_weight_path": None, "quantization": quantized.describe(quantized.of_run(folder, args.lora))},
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,

@@ -89,17 +89,17 @@ def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[
     """A model that this toolkit trains?"""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    kind, quantized = config.get("model_type"), config.get("quantization_config")
+    from . import quantized
+
+    kind = config.get("model_type")
     if kind != "qwen" and kind not in CONFIG_MAPPING_NAMES:
         what = f'model_type "{kind}"' if kind else "no model_type"
         what = f"{folder}/config.json: {what}, which transformers does not know"
         return [f"{what} - give the folder of a Qwen checkpoint"]
-    if quantized and not may_be_quantized:
-        method, bits = quantized.get("quant_method", "?"), quantized.get("bits", "?")
-        sibling = re.sub(r"-Int[48]$", "", folder.name)
-        named = f" ({sibling})" if sibling != folder.name else ""
-        what = f"{folder} is quantized ({method}, {bits} bit), and this version trains 16-bit and 32-bit checkpoints"
-        return [f"{what} - give the checkpoint that it was made from{named}"]
+    if findings := quantized.folder_problems(folder):
+        return findings
+    if quantized.of_folder(folder) and not may_be_quantized:
+        return [quantized.needs_q_lora(folder)]
     if kind == "qwen":
         from qwen_model.configuration_qwen import QWenConfig
 
@@ -184,7 +184,13 @@ def shapes(folder: Path) -> dict[str, list[int]]:
             found |= tensors_of(path)
     except (UserError, OSError):
         return {}
-    return found
+    return found | unpacked_shapes(found)
+
+
+def unpacked_shapes(found: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The weights (out, in) that GPTQ's tensors stand for, under the names of plain ones: what LoRA is as wide as."""
+    layers = [name.removesuffix(".g_idx") for name in found if name.endswith(".g_idx")]
+    return {f"{name}.weight": [found[f"{name}.scales"][1], *found[f"{name}.g_idx"]] for name in layers}
 
 
 def vocabulary_problems(folder: Path, config: dict) -> list[str]:

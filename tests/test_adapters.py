@@ -107,12 +107,16 @@ def test_what_trained_is_there_again(method, base, tokenizer, tmp_path):
 def test_the_flags_decide_what_trains(base, tokenizer):
     def kinds(**changes):
         names = what_trains(begin(base, tokenizer, **changes))
-        return {word for word in ("lora_A", "lora_B", "magnitude", "bias", "wte", "lm_head") for n in names if word in n}
+        return {
+            word for word in ("lora_A", "lora_B", "magnitude", "bias", "wte", "lm_head") for n in names if word in n
+        }
 
     assert kinds() == {"lora_A", "lora_B"}
     assert kinds(use_dora=True) == {"lora_A", "lora_B", "magnitude"}
     assert kinds(lora_bias="all") == {"lora_A", "lora_B", "bias"}
-    assert kinds(train_embeddings="all") == kinds(train_tokens=["<|extra_0|>"]) == {"lora_A", "lora_B", "wte", "lm_head"}
+    assert (
+        kinds(train_embeddings="all") == kinds(train_tokens=["<|extra_0|>"]) == {"lora_A", "lora_B", "wte", "lm_head"}
+    )
     rows = what_trains(begin(base, tokenizer, **METHODS["rows"]))
     assert [tuple(t.shape) for name, t in rows.items() if "delta" in name] == [(3, 16)] * 2
     whole = what_trains(begin(base, tokenizer, train_embeddings="all"))
@@ -139,7 +143,9 @@ def test_rows_of_the_chat_format_and_of_own_tokens(tokenizer):
     assert adapters.trained_rows(tokenizer, "chat_rows", []) == CHAT
     assert adapters.trained_rows(tokenizer, "chat_rows", ["<|extra_1|>", "<|im_end|>"]) == [*CHAT, 151647]
     assert adapters.trained_rows(tokenizer, "none", ["<|extra_0|>"]) == [151646]
-    assert adapters.trained_rows(tokenizer, "none", []) == adapters.trained_rows(tokenizer, "all", ["<|extra_0|>"]) == []
+    assert (
+        adapters.trained_rows(tokenizer, "none", []) == adapters.trained_rows(tokenizer, "all", ["<|extra_0|>"]) == []
+    )
 
 
 def test_a_token_that_is_none(tokenizer):

@@ -160,7 +160,8 @@ def test_a_quantized_checkpoint(world, tmp_path):
     write_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     for flags in ([], ["--use_lora"]):
         line = only(world, "-m", str(folder), *flags)
-        assert line.startswith(f"{folder} is quantized (gptq, 4 bit)") and line.endswith("made from (Qwen-7B-Chat)")
+        assert line.startswith(f"{folder} is GPTQ-quantized: use finetune_qlora_*.sh")
+        assert line.endswith("or give the 16-bit checkpoint (Qwen-7B-Chat)")
 
 
 def test_q_lora_is_said_to_be_missing(world):
@@ -265,7 +266,9 @@ def test_an_adapter_to_go_on_from(world, tmp_path, capsys):
 def test_an_adapter_that_lacks_what_it_lists(world, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", modules_to_save=["wte", "lm_head"])
     line = only(world, "--use_lora", "--lora_weight_path", str(adapter))
-    assert line.startswith(f"--lora_weight_path {adapter}: adapter misses wte, lm_head, which adapter_config.json lists")
+    assert line.startswith(
+        f"--lora_weight_path {adapter}: adapter misses wte, lm_head, which adapter_config.json lists"
+    )
     assert "give a checkpoint-N of that run" in line
 
 
@@ -289,7 +292,9 @@ def test_pissa_with_dropout_is_warned_of(world, capsys):
 def test_lora_plus(world):
     assert found(world, "--use_lora", "--loraplus_lr_ratio", "16") == []
     for ratio in ("0.5", "-1", "inf", "nan"):
-        assert only(world, "--use_lora", "--loraplus_lr_ratio", ratio).startswith(f"--loraplus_lr_ratio {float(ratio)}: ")
+        assert only(world, "--use_lora", "--loraplus_lr_ratio", ratio).startswith(
+            f"--loraplus_lr_ratio {float(ratio)}: "
+        )
 
 
 def test_weights_in_bf16(world):
