@@ -136,7 +136,9 @@ assert "gptqmodel" in sys.modules and handlers == logging.getLogger().handlers
 assert {{k: v for k, v in os.environ.items() if before.get(k) != v}} == {{"GPTQMODEL_CPU_WORKERS": "2"}}, os.environ
 """
     environment = {key: value for key, value in os.environ.items() if key != "GPTQMODEL_CPU_WORKERS"}
-    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     lines = [line for line in done.stderr.splitlines() if "Loading weights" not in line and line.strip()]
     assert (done.returncode, done.stdout, lines) == (0, "", []), done.stderr
 
