@@ -43,7 +43,7 @@ def quant_of(kind) -> str:
 
 def twin_of(folders, kind, tokenizer):
     """Plain LoRA over the dequantized weights, adapters filled alike."""
-    training = SimpleNamespace(device=CPU, bf16=False, fp16=False)
+    training = SimpleNamespace(device=CPU, bf16=False, fp16=False, deepspeed=None, bf16_weights=False)
     plain = model.load_model(
         folders[kind][1], tokenizer, LoraArguments(use_lora=True, lora_r=4, lora_dropout=0.0), training
     )
@@ -173,7 +173,7 @@ def test_later_qwens(tmp_path, tied):
         torch.testing.assert_close(loaded(IDS % 200).logits, plain(IDS % 200).logits, atol=1e-5, rtol=1e-4)
     four_bit = quantized.load(tmp_path / "plain", quantized.NF4, torch.float32, CPU)
     assert len(nf4.layers(four_bit)) == 2 * 7 and four_bit.lm_head.weight.dtype == torch.float32
-    training = SimpleNamespace(device=CPU, bf16=False, fp16=False)
+    training = SimpleNamespace(device=CPU, bf16=False, fp16=False, deepspeed=None, bf16_weights=False)
     for place, quant in ((folder, "none"), (tmp_path / "plain", "nf4")):
         lora = model.load_model(place, None, flags(quant=quant), training)
         lora(input_ids=IDS % 200, labels=IDS % 200).loss.backward()
