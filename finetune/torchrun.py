@@ -75,7 +75,9 @@ def check_port(job: Job) -> None:
     from finetune.errors import UserError
 
     with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a run that has ended is no hindrance
+        listener.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as torch does: a run that has ended is no hindrance
         try:
             listener.bind(("", job.master_port))
             listener.listen()
@@ -97,7 +99,9 @@ def check_own_address(job: Job) -> None:
         try:
             probe.bind((address, 0))
         except OSError:
-            warn(f"MASTER_ADDR={job.master_addr} is no address of this machine, though NODE_RANK=0 - give that of this one")
+            warn(
+                f"MASTER_ADDR={job.master_addr} is no address of this machine, though NODE_RANK=0 - give that of this one"
+            )
 
 
 def wait_for_master(job: Job) -> None:

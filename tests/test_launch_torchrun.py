@@ -250,7 +250,7 @@ def test_the_published_sharding():
 def test_deepspeed_is_needed_only_where_it_is_used(start, tmp_path):
     """An interpreter that lacks it."""
     text = f'#!/bin/sh\n[ "$1" = -c ] || exec echo ran\nshift 2\nexec {shlex.quote(sys.executable)} -c "import sys\n'
-    text += "print(*[name for name in sys.argv[1:] if name == 'deepspeed'])\" \"$@\"\n"
+    text += 'print(*[name for name in sys.argv[1:] if name == \'deepspeed\'])" "$@"\n'
     python = program(tmp_path / "python", text)
     script = path_of("finetune_lora_ds.sh")
     lines = errors(start("-d", "D", script=script, FINETUNE_PYTHON=str(python)))
@@ -290,7 +290,10 @@ def test_the_slurm_example(start, tmp_path):
     """With a made-up scontrol and srun: two machines, each with its own number, and the same address and port."""
     example = path_of("slurm_example.sbatch")
     assert subprocess.run(["bash", "-n", example], capture_output=True, text=True).stderr == ""
-    program(tmp_path / "bin" / "scontrol", '#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
+    program(
+        tmp_path / "bin" / "scontrol",
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n',
+    )
     srun = '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n'
     program(tmp_path / "bin" / "srun", srun)
     given = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]"}
@@ -303,6 +306,9 @@ def test_the_slurm_example(start, tmp_path):
             "--nproc_per_node": "8", "--max_restarts": "3", "--nnodes": "2", "--node_rank": str(rank),
             "--master_addr": "gpu07", "--master_port": "24567",
         }  # fmt: skip
-        assert (flags(words)["--model_name_or_path"], flags(words)["--deepspeed"]) == (["a model"], [ZERO_3["deepspeed"]])
+        assert (flags(words)["--model_name_or_path"], flags(words)["--deepspeed"]) == (
+            ["a model"],
+            [ZERO_3["deepspeed"]],
+        )
         assert (flags(words)["--resume_from_checkpoint"], flags(words)["--save_steps"]) == (["auto"], ["200"])
     assert rank == 1
