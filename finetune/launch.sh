@@ -1,6 +1,7 @@
-# Sourced by the scripts in this folder. Each sets model, output and the array hyperparameters, then calls
-#   launch_single_process "$@"
-# Options, the choice of Python and of the GPU, and quoting are here, once. Nothing changes the folder, so a user's
+# Sourced by the scripts in this folder. Each sets model, output and the array hyperparameters, then calls one of
+#   launch_single_process "$@"      one process on one GPU
+#   launch_torchrun "$@"            one process per GPU, on one machine or several; these scripts set deepspeed as well
+# Options, the choice of Python and of the GPUs, and quoting are here, once. Nothing changes the folder, so a user's
 # paths mean what they mean where the user is. Standard output carries only what was asked for (-h, DRY_RUN).
 set -eo pipefail
 script=$(readlink -f -- "$0")
@@ -9,11 +10,19 @@ data=""
 extra=()        # the user's flags for finetune.py
 environment=()  # NAME=VALUE of what will run
 command=()      # its words
+needed=(torch transformers accelerate peft tiktoken)  # packages
+wrong=0         # how many errors were found
+. "$root/finetune/launch_torchrun.sh"
 
 note() { printf 'note: %s\n' "$1" >&2; }
 
-fail() {
+complain() {
     printf 'error: %s\n' "$1" >&2
+    wrong=$((wrong + 1))
+}
+
+fail() {
+    complain "$1"
     exit 2
 }
 
@@ -35,7 +44,7 @@ Usage: bash $0 [-m MODEL] [-d DATA] [-o OUTPUT] [any flag of finetune.py ...]
   -m, --model MODEL     a checkpoint folder, or a name on the Hugging Face hub (default: $model)
   -d, --data DATA       the conversations to learn: .json, .jsonl or .parquet
   -o, --output OUTPUT   the folder for the result (default: $output)
-  -h, --help            this text; the flags of finetune.py are listed by: bash $0 -- --help
+  -h, --help            this text; the flags of finetune.py are listed by: bash $0 -- --help$([[ ! -v deepspeed ]] || usage_of_torchrun)
 
 Every other flag goes to finetune.py as it is, and so does everything after --. The script's own hyperparameters are
 $(list_hyperparameters)
@@ -43,7 +52,7 @@ $(list_hyperparameters)
 A flag that you give overrides them: --learning_rate 1e-4, --num_train_epochs 3, --fp16 (instead of --bf16).
 
 Environment:
-  CUDA_VISIBLE_DEVICES=2    the GPU to use
+$([[ -v deepspeed ]] && environment_of_torchrun || echo "  CUDA_VISIBLE_DEVICES=2    the GPU to use")
   DRY_RUN=1                 print the command and run nothing
   FINETUNE_PYTHON=PYTHON    the Python to use, instead of the one in .venv
 HELP
@@ -64,10 +73,21 @@ parse_options() {
             --model=*|--model_name_or_path=*) need_value "${1%%=*}" "${1#*=}"; model=${1#*=}; shift ;;
             --data=*|--data_path=*) need_value "${1%%=*}" "${1#*=}"; data=${1#*=}; shift ;;
             --output=*|--output_dir=*) need_value "${1%%=*}" "${1#*=}"; output=${1#*=}; shift ;;
+            --deepspeed=*|--max_restarts=*) own_or_extra "${1%%=*}" "${1#*=}" "$1"; shift ;;
+            --deepspeed|--max_restarts)
+                if [[ -v deepspeed ]]; then need_value "$1" "${2:-}"; own_or_extra "$1" "$2"; shift; else extra+=("$1"); fi
+                shift ;;
             --) shift; extra+=("$@"); break ;;
             *) extra+=("$1"); shift ;;
         esac
     done
+}
+
+# own_or_extra OPTION VALUE [WORD]: the options of launch_torchrun; with launch_single_process they are no options.
+own_or_extra() {
+    if [[ ! -v deepspeed ]]; then extra+=("$3"); return; fi
+    need_value "$1" "$2"
+    if [[ $1 == --deepspeed ]]; then chosen_deepspeed=$2; else max_restarts=$2; fi
 }
 
 # Whether the user switched a flag on: --flag, --flag True or --flag=True.
@@ -81,7 +101,7 @@ switched_on() {
 
 # The two precisions exclude each other, so asking for one takes back the script's other.
 settle_precision() {
-    if switched_on --fp16; then hyperparameters+=(--bf16 False); fi
+    if switched_on --fp16; then without_bf16; fi
     if switched_on --bf16; then hyperparameters+=(--fp16 False); fi
 }
 
@@ -103,11 +123,20 @@ count_gpus() {
     fi
 }
 
-# on_the_cpu WHY: bf16 and fp16 are what GPUs are fast in; most CPUs take ten times as long with them as with float32.
+# on_the_cpu WHY [WHAT]: bf16 and fp16 are what GPUs are fast in; most CPUs take ten times as long with them as with float32.
 on_the_cpu() {
     local precision=" in float32"
-    if switched_on --bf16 || switched_on --fp16; then precision=""; else hyperparameters+=(--bf16 False --fp16 False); fi
-    note "$1: running on the CPU$precision"
+    if switched_on --bf16 || switched_on --fp16; then precision=""; else without_bf16 --fp16 False; fi
+    note "$1: ${2:-running} on the CPU$precision"
+}
+
+# without_bf16 FLAG...: takes back what the script wants of bf16. Weights kept in bfloat16 (--bf16_weights) go with passes in
+# bf16, and spare memory that only GPUs are short of.
+without_bf16() {
+    hyperparameters+=(--bf16 False "$@")
+    if [[ " ${hyperparameters[*]} " == *" --bf16_weights "* ]] && ! switched_on --bf16_weights; then
+        hyperparameters+=(--bf16_weights False --optim adamw_torch)
+    fi
 }
 
 # GPUs before Ampere (compute capability 8) have no bf16: there the script's own choice becomes fp16.
@@ -116,7 +145,7 @@ fp16_on_older_gpus() {
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i "${1:-0}" 2>/dev/null) || return 0
     [[ $capability =~ ^[1-7]\.[0-9]+$ ]] || return 0
     if switched_on --bf16 || switched_on --fp16; then return 0; fi
-    hyperparameters+=(--bf16 False --fp16 True)
+    without_bf16 --fp16 True
     note "this GPU (compute capability $capability) has no bf16: training in fp16"
 }
 
@@ -173,9 +202,9 @@ check_python() {
     command -v -- "$python" >/dev/null ||
         fail "no program $python - bash $(printf %q "$root/setup_env.sh") makes an environment with all that is needed"
     missing=$("$python" -c '
+import sys
 from importlib.util import find_spec
-needed = "torch", "transformers", "accelerate", "peft", "tiktoken"
-print(*[name for name in needed if find_spec(name) is None], sep=", ")')
+print(*[name for name in sys.argv[1:] if find_spec(name) is None], sep=", ")' "${needed[@]}")
     [[ -z $missing ]] ||
         fail "$python has no $missing - bash $(printf %q "$root/setup_env.sh") makes an environment with all that is \
 needed; FINETUNE_PYTHON=PYTHON names another Python"
@@ -195,15 +224,20 @@ run_or_show() {
     exec "${command[@]}"
 }
 
+# What finetune.py is given. It reports a missing --data_path itself, together with all its other findings.
+add_trainer() {
+    command+=("$root/finetune.py" --model_name_or_path "$model")
+    if [[ -n $data ]]; then command+=(--data_path "$data"); fi
+    command+=(--output_dir "$output" "${hyperparameters[@]}" "${extra[@]}")
+}
+
 launch_single_process() {
     parse_options "$@"
     settle_precision
     choose_gpu
     if ((gpus)); then fp16_on_older_gpus "$chosen"; fi
     choose_python
-    command+=("$python" "$root/finetune.py" --model_name_or_path "$model")
-    # finetune.py reports a missing --data_path, together with all its other findings
-    if [[ -n $data ]]; then command+=(--data_path "$data"); fi
-    command+=(--output_dir "$output" "${hyperparameters[@]}" "${extra[@]}")
+    command+=("$python")
+    add_trainer
     run_or_show
 }
