@@ -294,6 +294,7 @@ def parse(argv: list[str] | None = None) -> Args:
     values = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
     training, more = training_args.build(values.pop())
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
+    own[-1].use_lora |= own[-1].q_lora  # Q-LoRA is LoRA over quantized weights
     return Args(*own, training=training, findings=findings + more)
 
 

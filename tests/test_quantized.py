@@ -412,36 +412,6 @@ def test_other_quantizations(folders, tmp_path, settings, line):
         assert found.startswith(f"{folder}") and line in found
 
 
-@pytest.mark.parametrize(
-    "wish,over_gptq,over_nf4",
-    [
-        ({"init_lora_weights": "pissa"}, True, True),
-        ({"init_lora_weights": "pissa_niter_4"}, True, True),
-        ({"init_lora_weights": "gaussian"}, False, False),
-        ({"use_dora": True}, True, False),
-        ({"lora_bias": "all"}, True, False),
-    ],
-)
-def test_kinds_of_lora(folders, wish, over_gptq, over_nf4):
-    (flag,) = wish
-    for problems, refused in (
-        (quantized.run_problems(folders[4][0], flags(**wish)), over_gptq),
-        (quantized.run_problems(folders["nf4"][0], flags(quant="nf4", **wish)), over_nf4),
-    ):
-        assert [line.startswith(f"--{flag}") for line in problems] == [True] * refused
-
-
-def test_engines():
-    four = quantized.Quantization("gptq", 4)
-    assert quantized.engine_problems(four, zero_stage=3) == [
-        "ZeRO-3 cannot shard GPTQ weights; use ds_config_zero2.json"
-    ]
-    assert quantized.engine_problems(four, zero_stage=2) == quantized.engine_problems(quantized.NF4) == []
-    assert quantized.engine_problems(quantized.NF4, fsdp=True) == [
-        "FSDP over NF4 weights is not supported; use ds_config_zero2.json"
-    ]
-
-
 def test_missing_packages(folders, monkeypatch):
     monkeypatch.setattr(quantized, "installed", lambda name: name == "optimum")
     line = "GPTQ Int4 needs gptqmodel, not installed here - pip install gptqmodel"
