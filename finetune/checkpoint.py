@@ -218,6 +218,7 @@ def check_same_run(path: Path, now: dict) -> None:
         "samples per step": lambda record: record["samples_per_step"],
         "seed": lambda record: record["seed"],
         "engine": engine_of,
+        "quantization": lambda record: record.get("method", {}).get("quantization"),
     }
     changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
     if changed:

@@ -191,10 +191,16 @@ def check_mergeable(base: Path) -> None:
 # ---- loading
 
 
-def count_parameters(model) -> int:
-    """Of the whole model, quantized weights counted as the numbers that they stand for. NF4's transformers knows."""
-    packed = [module for module in model.modules() if "g_idx" in module._buffers]  # GPTQ's, which are no parameters
-    return model.num_parameters() + sum(layer.in_features * layer.out_features for layer in packed)
+def packed_away(model) -> int:
+    """How many weights quantized layers stand for, beyond the elements of their parameters."""
+    total = 0
+    for module in model.modules():
+        gptq = "g_idx" in module._buffers  # whose weights are buffers
+        packed = getattr(module, "weight", None)
+        nf4 = type(packed).__name__ == "Params4bit"  # two to a byte
+        if gptq or nf4:
+            total += module.in_features * module.out_features - (packed.numel() if nf4 else 0)
+    return total
 
 
 def leave_to_each_rank(model) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from qwen_model.attention import torch_has_varlen
 
-from . import engines, ranks
+from . import engines, quantized, ranks
 from .engines import size_of
 from .errors import note, on_first_rank, warn
 from .model import compute_dtype
@@ -25,7 +25,8 @@ CURVE = "loss.png"
 def summary(args, samples, eval_samples, plan, model) -> str:
     """Method, data, steps and trainable parameters, before the first step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    count, every = sum(map(size_of, trained.values())), sum(map(size_of, model.parameters()))
+    count = sum(map(size_of, trained.values()))
+    every = sum(map(size_of, model.parameters())) + quantized.packed_away(model)
     training = args.training
     precision = str(compute_dtype(training)).removeprefix("torch.")
     steps = plan.total_steps(training.num_train_epochs, training.max_steps)

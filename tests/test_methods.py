@@ -47,7 +47,10 @@ GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size":
         ("--q_lora --use_dora", "LoRA, DoRA over GPTQ weights on one process: DoRA needs the weights' norms"),
         ("--q_lora --init_lora_weights pissa --lora_dropout 0", "LoRA, PiSSA over GPTQ weights on one process: PiSSA"),
         ("--q_lora --lora_bias all", "LoRA, LoRA + biases over GPTQ weights on one process: the biases of GPTQ layers"),
-        ("--q_lora --deepspeed ds_config_zero3.json", "LoRA over GPTQ weights on ZeRO-3: ZeRO-3 cannot shard GPTQ weights"),
+        (
+            "--q_lora --deepspeed ds_config_zero3.json",
+            "LoRA over GPTQ weights on ZeRO-3: ZeRO-3 cannot shard GPTQ weights",
+        ),
     ],
 )
 def test_over_a_quantized_folder(world, flags, expected):
@@ -59,7 +62,10 @@ def test_over_a_quantized_folder(world, flags, expected):
 @pytest.mark.parametrize(
     "flags,expected",
     [
-        ("--use_lora --init_lora_weights pissa --lora_dropout 0 --deepspeed ds_config_zero3.json", "PiSSA decomposes whole"),
+        (
+            "--use_lora --init_lora_weights pissa --lora_dropout 0 --deepspeed ds_config_zero3.json",
+            "PiSSA decomposes whole",
+        ),
         ("--q_lora --quant nf4 --deepspeed ds_config_zero3.json", "NF4 weights cannot be sharded"),
         ("--q_lora --quant nf4 --use_dora --fsdp True", "NF4 weights cannot be sharded"),
     ],
