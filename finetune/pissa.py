@@ -55,12 +55,16 @@ def begin_again(adapted, folder: Path, init: str) -> None:
 
 
 def take_out_of_base(adapted, start: dict[str, torch.Tensor]) -> None:
-    """W becomes W - s B0 A0, to the bit as when the run began."""
+    """W becomes W - s B0 A0, to the bit as when the run began; also where ZeRO-3 holds W in shards."""
+    from peft.utils.integrations import gather_params_ctx
+
     for name, layer in lora_layers(adapted):
         A, B = (start[f"{name}.lora_{side}.weight"] for side in "AB")
         weight = layer.get_base_layer().weight
-        device, scale = weight.device, layer.scaling["default"]
-        weight.data = (weight.data.float() - scale * B.to(device) @ A.to(device)).to(weight.dtype)
+        scale = layer.scaling["default"]
+        with gather_params_ctx(weight):
+            B, A = B.to(weight.device), A.to(weight.device)
+            weight.data = (weight.data.float() - scale * B @ A).to(weight.dtype)
     adapted.pissa_start = start
 
 
