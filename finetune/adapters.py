@@ -54,7 +54,7 @@ def config(model, lora, rows: list[int], init: str):
 
 
 def load(model, folder: Path, is_trainable: bool = False, **settings):
-    """The adapter of a folder on its base: for training on, for use, for merging. settings: of PeftModel.from_pretrained.
+    """The adapter of a folder on its base: to train on, use or merge. settings: of PeftModel.from_pretrained.
 
     Raises RuntimeError (peft's) where sizes differ.
     """
@@ -65,9 +65,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     if pissa.stored(folder):  # a checkpoint: its adapters are for a base that lacks what they began with
         own.init_lora_weights = True
     own.inference_mode = not is_trainable
-    adapted = made(
-        lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings)
-    )
+    adapted = made(lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings))
     if pissa.stored(folder):
         pissa.take_out_of_base(adapted, pissa.read_start(folder))
         own.init_lora_weights = init
@@ -75,7 +73,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
 
 
 def made(make):
-    """What make() returns, a model on which peft puts adapters; where rows train, with our forward in place of peft's."""
+    """What make() returns, a model on which peft puts adapters; trained rows get our forward instead of peft's."""
     from . import token_rows
 
     with unquantized(), token_rows.first_values():

@@ -1,7 +1,7 @@
 """PiSSA (Meng et al., 2024): adapters begin with a weight's strongest directions, which leave the base while training.
 
-With A0, B0 the beginning and s the scale, the base's W becomes W - s B0 A0, and what trains is W - s B0 A0 + s B A. The result of
-a run is written for the untouched base, as a plain LoRA of twice the rank: B A - B0 A0 = [B, -B0] [A; A0].
+With A0, B0 the beginning and s the scale, the base's W becomes W - s B0 A0, and the model is W - s B0 A0 + s B A. The result
+of a run is written for the untouched base, as a plain LoRA of twice the rank: B A - B0 A0 = [B, -B0] [A; A0].
 Checkpoints keep A and B as they are, and A0, B0 beside them: decomposing anew may turn out otherwise.
 """
 

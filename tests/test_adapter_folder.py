@@ -111,5 +111,7 @@ def test_the_message(tmp_path):
     assert line.startswith(f"{adapter}: adapter misses wte, lm_head, which adapter_config.json lists")
     assert line.endswith("give a checkpoint-N of that run, or train again")
     without(adapter, ".h.0.")
-    with pytest.raises(UserError, match=r"misses wte, lm_head, transformer.h.0.attn.c_attn.lora_A, .* and 3 more, which"):
+    with pytest.raises(
+        UserError, match=r"misses wte, lm_head, transformer.h.0.attn.c_attn.lora_A, .* and 3 more, which"
+    ):
         adapter_folder.check(adapter, base)

@@ -1,12 +1,11 @@
 """What trains beside plain LoRA: set up from the flags, saved in full, and there again when it is loaded."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_token_rows import tiny_qwen2
 from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM
@@ -107,12 +106,16 @@ def test_what_trained_is_there_again(method, base, tokenizer, tmp_path):
 def test_the_flags_decide_what_trains(base, tokenizer):
     def kinds(**changes):
         names = what_trains(begin(base, tokenizer, **changes))
-        return {word for word in ("lora_A", "lora_B", "magnitude", "bias", "wte", "lm_head") for n in names if word in n}
+        return {
+            word for word in ("lora_A", "lora_B", "magnitude", "bias", "wte", "lm_head") for n in names if word in n
+        }
 
     assert kinds() == {"lora_A", "lora_B"}
     assert kinds(use_dora=True) == {"lora_A", "lora_B", "magnitude"}
     assert kinds(lora_bias="all") == {"lora_A", "lora_B", "bias"}
-    assert kinds(train_embeddings="all") == kinds(train_tokens=["<|extra_0|>"]) == {"lora_A", "lora_B", "wte", "lm_head"}
+    assert (
+        kinds(train_embeddings="all") == kinds(train_tokens=["<|extra_0|>"]) == {"lora_A", "lora_B", "wte", "lm_head"}
+    )
     rows = what_trains(begin(base, tokenizer, **METHODS["rows"]))
     assert [tuple(t.shape) for name, t in rows.items() if "delta" in name] == [(3, 16)] * 2
     whole = what_trains(begin(base, tokenizer, train_embeddings="all"))
@@ -132,6 +135,15 @@ def test_rslora_scales_by_the_root_of_the_rank(base, tokenizer):
     assert outputs == pytest.approx([2.0, 4.0], rel=1e-4)
 
 
+@pytest.mark.parametrize("embeddings", ["none", "chat_rows", "all"])
+def test_the_head_still_takes_labels(base, tokenizer, embeddings):
+    """Whatever peft puts around it: the loss comes from the head itself, and logits never stand in memory."""
+    adapted = begin(base, tokenizer, train_embeddings=embeddings)
+    assert adapted.get_base_model().lm_head.takes_labels
+    with adapted.disable_adapter():
+        assert adapted.get_base_model().lm_head.takes_labels
+
+
 # ---- which rows
 
 
@@ -139,7 +151,9 @@ def test_rows_of_the_chat_format_and_of_own_tokens(tokenizer):
     assert adapters.trained_rows(tokenizer, "chat_rows", []) == CHAT
     assert adapters.trained_rows(tokenizer, "chat_rows", ["<|extra_1|>", "<|im_end|>"]) == [*CHAT, 151647]
     assert adapters.trained_rows(tokenizer, "none", ["<|extra_0|>"]) == [151646]
-    assert adapters.trained_rows(tokenizer, "none", []) == adapters.trained_rows(tokenizer, "all", ["<|extra_0|>"]) == []
+    assert (
+        adapters.trained_rows(tokenizer, "none", []) == adapters.trained_rows(tokenizer, "all", ["<|extra_0|>"]) == []
+    )
 
 
 def test_a_token_that_is_none(tokenizer):
