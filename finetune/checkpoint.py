@@ -219,6 +219,7 @@ def check_same_run(path: Path, now: dict) -> None:
         "seed": lambda record: record["seed"],
         "engine": engine_of,
         "quantization": lambda record: record.get("method", {}).get("quantization"),
+        "what trains": what_trains,
     }
     changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
     if changed:
@@ -232,6 +233,13 @@ def engine_of(record: dict) -> str:
     """What a checkpoint's optimizer state is laid out for: one file serves any number of processes, shards only as many."""
     engine = record.get("engine", "one process")
     return "one process or DDP" if engine in ("one process", "DDP") else f"{engine} on {record['ranks']} ranks"
+
+
+def what_trains(record: dict) -> str:
+    """The settings that decide which tensors a checkpoint holds beside those of plain LoRA, and for which base."""
+    names = ("train_embeddings", "train_tokens", "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio")
+    method = record.get("method", {})
+    return ", ".join(f"{name} {method[name]}" for name in names if method.get(name)) or "as usual"
 
 
 def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
