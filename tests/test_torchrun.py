@@ -86,13 +86,15 @@ def adding(tmp_path):
 
 
 @pytest.fixture
-def agents():
+def agents(tmp_path):
     """agents(*words, before=(), **environment) starts one in the background; what is left at the end is killed."""
     running = []
+    (tmp_path / "tmp").mkdir()  # a killed agent leaves its temporary folder
 
     def launch(*words, before=(), **environment):
         command = [*before, sys.executable, str(TORCHRUN), *map(str, words)]
         inherited = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "SLURM_JOB_ID")}
+        inherited["TMPDIR"] = str(tmp_path / "tmp")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, env=inherited | environment, **pipes))
         return running[-1]
