@@ -5,12 +5,14 @@ A folder of the cache holds one data set: ids and labels of all samples one behi
 its content depends on. Such a folder may be deleted at any time; a file of conversations is then rendered again.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .conversations import Conversations, read
-from .data_notes import too_long
+from .data_notes import template_left_out, too_long
 from .errors import UserError, note, on_first_rank
 from .ranks import one_at_a_time
 from .sample_files import SampleFile
@@ -121,17 +123,17 @@ def load(
 def _render(
     conversations: Conversations, tokenizer, folder: Path, *, max_length: int, long_samples: str, **rendering
 ) -> None:
-    """Writes the samples of conversations into folder, cut or dropped as long_samples says. rendering: for chatml."""
+    """Writes the samples of conversations into folder, cut or dropped as long_samples says. rendering: of render_batch."""
     from qwen_model import chatml
 
-    template_ids = [chatml.IGNORE, tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")]
+    render_batch, template_ids, left_out = renderer(tokenizer)
     full, kept, answered, supervised = [], [], [], []
     digest = hashlib.sha256()
     bar = {"desc": "rendering data", "unit": " samples", "delay": 2, "disable": not on_first_rank()}
     progress = tqdm(total=len(conversations), **bar)
     with open(folder / "ids", "wb") as ids_file, open(folder / "labels", "wb") as labels_file, progress:
         for batch in _batches(conversations):
-            rendered = chatml.render_batch(tokenizer, batch, **rendering)
+            rendered = render_batch(tokenizer, batch, **rendering)
             full += [len(ids) for ids, _ in rendered]
             if long_samples == "drop":
                 rendered = [pair for pair in rendered if len(pair[0]) <= max_length]
@@ -148,13 +150,30 @@ def _render(
             progress.update(len(batch))
     full = np.array(full)
     _check_left(full, np.array(answered, bool), max_length, long_samples, conversations.path)
-    notes = conversations.notes + too_long(full, max_length, long_samples)
+    notes = conversations.notes + too_long(full, max_length, long_samples) + template_left_out(left_out["reasoning"])
     offsets = np.concatenate(([0], np.cumsum(kept)))
     digest.update(np.ascontiguousarray(offsets, np.int64))
     offsets.astype(np.int64).tofile(folder / "offsets")
     np.array(supervised, np.int64).tofile(folder / "supervised")
     meta = {"samples": len(kept), "tokens": int(offsets[-1]), "fingerprint": digest.hexdigest(), "notes": notes}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def renderer(tokenizer):
+    """(render_batch, ids of the template that are no answer, a Counter of what the template leaves out).
+
+    First-generation Qwen speaks the ChatML of chatml.py; a later model's own chat template decides.
+    """
+    from qwen_model import chatml
+
+    left_out = Counter()
+    if hasattr(tokenizer, "encode_ordinary"):
+        ids = [tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")]
+        return chatml.render_batch, [chatml.IGNORE, *ids], left_out
+    from . import chat_template
+
+    ids = sorted(chat_template.learnt_frame_ids(tokenizer))
+    return functools.partial(chat_template.render_batch, left_out=left_out), [chatml.IGNORE, *ids], left_out
 
 
 def _batches(conversations: Iterable[list[dict]]) -> Iterator[list[list[dict]]]:
@@ -196,7 +215,7 @@ def _user_cache_dir() -> Path:
 def _key(path: str, tokenizer, settings: dict) -> str:
     """A hash over what the rendered samples depend on: the file's bytes, our code, the tokenizer, the settings."""
     here = Path(__file__).parent
-    code = [here / f"{name}.py" for name in ("sample_files", "conversations", "data_notes", "data")]
+    code = [here / f"{name}.py" for name in ("sample_files", "conversations", "data_notes", "data", "chat_template")]
     code.append(here.parent / "qwen_model" / "chatml.py")
     parts = [_file_hash(path), *(_file_hash(source) for source in code), _tokenizer_hash(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
@@ -216,12 +235,12 @@ def _tokenizer_hash(tokenizer) -> str:
         vocabulary = tokenizer.backend_tokenizer.to_str().encode()
     else:
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
-    special = [
-        tokenizer.im_start_id,
-        tokenizer.im_end_id,
-        *sorted(dict(getattr(tokenizer, "special_tokens", {})).items()),
-    ]
-    rest = json.dumps([special, tokenizer.encode_ordinary(PROBE)]).encode()
+    if hasattr(tokenizer, "encode_ordinary"):
+        special = sorted(dict(getattr(tokenizer, "special_tokens", {})).items())
+        special = [tokenizer.im_start_id, tokenizer.im_end_id, *special, tokenizer.encode_ordinary(PROBE)]
+    else:
+        special = [tokenizer.chat_template]
+    rest = json.dumps(special).encode()
     return hashlib.sha256(vocabulary + rest).hexdigest()
 
 
