@@ -172,3 +172,58 @@ def save_shards(tensors: dict, folder: Path, count: int) -> None:
         save_file(shard, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+# ---- later Qwens
+
+
+def later_config(kind: str = "qwen2", tied: bool = False, **changes):
+    """The config of a later Qwen ("qwen2" or "qwen3"): two layers, hidden size 32, 4 heads on 2 of keys, vocabulary 400."""
+    from transformers import AutoConfig
+
+    sizes = {
+        "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "intermediate_size": 64, "max_position_embeddings": 512, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    return AutoConfig.for_model(kind, **(sizes | changes))
+
+
+def later_model(kind: str = "qwen2", tied: bool = False, seed: int = 0, **changes):
+    """transformers' own model as it made it, in float32; biases and norms are not at their neutral values."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(later_config(kind, tied, **changes), attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def later_tokenizer(folder: Path, kind: str) -> None:
+    """A tokenizer with one token a byte and the tokens of ChatML, as later Qwens store theirs."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: index for index, byte in enumerate(bytes_)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
+    from qwen_model.tokenization_qwen import CHAT_TEMPLATE
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **tokens)
+    fast.save_pretrained(folder)
+
+
+def tiny_later_qwen(folder: Path, kind: str = "qwen2", tied: bool = False, base: bool = False, seed: int = 0) -> Path:
+    """A whole checkpoint of a later Qwen: weights, config, tokenizer, and a generation_config of a chat or a base model."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    later_model(kind, tied, seed).save_pretrained(folder)
+    later_tokenizer(folder, kind)
+    end, text_end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    settings = {"eos_token_id": text_end} if base else {"eos_token_id": [end, text_end], "pad_token_id": text_end}
+    GenerationConfig(**settings).save_pretrained(folder)
+    return folder
