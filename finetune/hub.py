@@ -30,7 +30,5 @@ def modelscope_download():
     try:
         from modelscope import snapshot_download
     except ImportError as error:
-        raise UserError(
-            "USE_MODELSCOPE=1: the package modelscope is not installed - pip install modelscope"
-        ) from error
+        raise UserError("USE_MODELSCOPE=1: the package modelscope is not installed - pip install modelscope") from error
     return snapshot_download

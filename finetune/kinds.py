@@ -40,7 +40,11 @@ def embeddings_of_run(args, folder: Path) -> str:
 def kind_problems(args, folder: Path) -> Iterator[str]:
     """A line where --train_embeddings auto has to know the kind, and files do not tell or the folder's name says another."""
     lora, begun = args.lora, args.lora.lora_weight_path is not None  # an adapter knows what trains in it
-    if not (lora.use_lora or lora.q_lora) or begun or (lora.train_embeddings, args.model.model_kind) != ("auto", "auto"):
+    if (
+        not (lora.use_lora or lora.q_lora)
+        or begun
+        or (lora.train_embeddings, args.model.model_kind) != ("auto", "auto")
+    ):
         return
     found, named, what = kind(folder), kind_in_name(folder), f"--model_name_or_path {args.model.model_name_or_path}"
     if found is None:
@@ -54,7 +58,9 @@ def kind_in_name(folder: Path) -> str | None:
     """What the folder's own name says, or that of the model in the Hub's cache: Qwen2.5-7B-Instruct, Qwen3-8B-Base."""
     name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
     first, *words = re.split(r"[^a-z0-9]+", name.lower())
-    said = {"chat" for word in (first, *words) if word in ("chat", "instruct")} | {"base" for _ in words if "base" in words}
+    said = {"chat" for word in (first, *words) if word in ("chat", "instruct")} | {
+        "base" for _ in words if "base" in words
+    }
     return said.pop() if len(said) == 1 else None
 
 
