@@ -57,11 +57,13 @@ def kind_problems(args, folder: Path) -> Iterator[str]:
 def kind_in_name(folder: Path) -> str | None:
     """What the folder's own name says, or that of the model in the Hub's cache: Qwen2.5-7B-Instruct, Qwen3-8B-Base."""
     name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
-    first, *words = re.split(r"[^a-z0-9]+", name.lower())
-    said = {"chat" for word in (first, *words) if word in ("chat", "instruct")} | {
-        "base" for _ in words if "base" in words
-    }
-    return said.pop() if len(said) == 1 else None
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    says = {
+        "chat": {"chat", "instruct"} & set(words),
+        "base": "base" in words[1:],
+    }  # a folder may be called just "base"
+    said = [kind for kind, found in says.items() if found]
+    return said[0] if len(said) == 1 else None
 
 
 def special_tokens(folder: Path, tokenizer: dict) -> dict[str, int]:

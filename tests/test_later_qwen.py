@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import later_config, later_model, packed, random_samples, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from finetune import checkpoint, later_qwen, merge, model, report
+from finetune import checkpoint, hub, later_qwen, merge, model, report
 
 KINDS = pytest.mark.parametrize("kind,tied", [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)])
 SAMPLES, LABELS = random_samples(5, vocab_size=400)
@@ -74,6 +74,24 @@ def test_positions_may_be_given_or_left_out():
     positions = torch.cat([torch.arange(len(sample)) for sample in SAMPLES])[None]
     assert torch.equal(prepared(**row).loss, prepared(**row, position_ids=positions).loss)
     assert not torch.equal(prepared(**row).loss, prepared(**row, position_ids=positions // 2).loss)
+
+
+def test_in_half_precision_attention_gets_it(monkeypatch):
+    """Autocast leaves rotated queries and keys in float32, which would keep them from the fast kernels."""
+    seen, plain = set(), later_qwen.packed_attention
+
+    def watched(query, key, value, *rest):
+        seen.update(x.dtype for x in (query, key, value))
+        return plain(query, key, value, *rest)
+
+    monkeypatch.setattr(later_qwen, "packed_attention", watched)
+    prepared, row = later_qwen.prepare(later_model()), packed(SAMPLES, LABELS)
+    exact = prepared(**row).loss.item()
+    assert seen == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prepared(**row).loss.item() == pytest.approx(exact, rel=0.01)
+    assert seen == {torch.bfloat16}
 
 
 def test_a_row_that_supervises_nothing_has_gradients_of_zero():
@@ -189,7 +207,7 @@ def test_an_adapter_is_merged(kind, tied, tmp_path, capsys):
     assert stops == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
 
 
-def test_the_model_to_train_keeps_the_name_that_it_was_given(tmp_path):
+def test_the_model_to_train_keeps_the_name_that_it_was_given(tmp_path, monkeypatch):
     """peft writes it into the adapter: a hub's id as it is, a folder in full."""
     folder = tiny_later_qwen(tmp_path / "snapshots" / "abc")
     lora = SimpleNamespace(
@@ -205,6 +223,8 @@ def test_the_model_to_train_keeps_the_name_that_it_was_given(tmp_path):
         written = json.loads((tmp_path / "out/adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == stored
         assert len(written["target_modules"]) == 7
+        monkeypatch.setattr(hub, "fetch", lambda name, cache_dir: folder if name == "Qwen/Qwen2-0B" else None)
+        assert model.find_base(tmp_path / "out") == folder
 
 
 def test_layers_without_a_window_are_known():
