@@ -202,7 +202,7 @@ def shared_flags(args: Args) -> dict[str, str]:
 
 def on_folder(args: Args, folder) -> Args:
     """The same wishes, for a model that has been downloaded to `folder`."""
-    return dataclasses.replace(args, model=ModelArguments(str(folder)))
+    return dataclasses.replace(args, model=dataclasses.replace(args.model, model_name_or_path=str(folder)))
 
 
 # ---- flags that transformers had at 4.32 or later, and dropped or renamed up to 5.23

@@ -24,7 +24,9 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # switched off in training; a saved model generates
-    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+    # peft would ask the hub whether the vocabulary has grown, to save the embedding; it never does here
+    embeddings = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE, **embeddings)
     pissa.save_start(model, folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -88,8 +90,10 @@ def saved_tensors(model, state_dict=None) -> dict[str, torch.Tensor]:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(model, state_dict=state_dict)
-    return model.state_dict() if state_dict is None else dict(state_dict)
+        return get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    tensors = model.state_dict() if state_dict is None else state_dict
+    tied = model.all_tied_weights_keys  # a head that is its embedding: written once
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
 def weight_files(folder: Path) -> list[Path]:

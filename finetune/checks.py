@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import method_checks, model_folder
+from . import kinds, method_checks, model_folder
 from .errors import UserError, note, warn
 
 GB = 1e9
@@ -112,12 +112,13 @@ def base_model(args) -> Iterator[str]:
         yield from problems
         if problems:
             return
-        kind = model_folder.config_of(folder).get("model_type", "qwen")
-        if kind != "qwen":
-            yield (
-                f"--model_name_or_path {folder}: is of model type {kind}, and this version trains first-generation Qwen "
-                "(model_type qwen) - give such a checkpoint, for example Qwen/Qwen-7B-Chat"
-            )
+        kind = model_folder.config_of(folder).get("model_type")
+        if kind not in model_folder.TRAINED_TYPES:
+            trained = ", ".join(model_folder.TRAINED_TYPES)
+            what = f"--model_name_or_path {folder}: is of model type {kind}, and trained are {trained}"
+            yield f"{what} - give a checkpoint of Qwen, Qwen1.5, Qwen2, Qwen2.5 or Qwen3 that is no mixture of experts"
+            return
+        yield from kinds.kind_problems(args, folder)
         length = model_folder.trained_length(model_folder.config_of(folder))
         if length and args.training.model_max_length > length:
             warn(

@@ -55,11 +55,6 @@ RULES = (
         "without it under --deepspeed ds_config_zero3.json, which shares the float32 weights out",
     ),
     Rule(
-        (PISSA,), (PLAIN,), (ZERO3,),
-        "PiSSA decomposes whole matrices, and under ZeRO-3 no process has one - use --deepspeed ds_config_zero2.json, or "
-        "leave out --init_lora_weights",
-    ),
-    Rule(
         (PISSA,), QUANTIZED, ENGINES,
         "PiSSA decomposes the weights, and over quantized ones there are none to decompose - leave out --init_lora_weights",
     ),

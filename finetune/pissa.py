@@ -34,7 +34,7 @@ def remember(adapted) -> None:
     """Keeps how the adapters begin, on the CPU, beside a model that peft has just decomposed."""
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(adapted)
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     adapted.pissa_start = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items() if is_matrix(name)
     }

@@ -212,13 +212,19 @@ def later_qwen(folder: Path) -> Path:
     return folder
 
 
-def test_a_later_qwen_is_refused_by_name(world, tmp_path):
+def test_a_later_qwen_is_welcome(world, tmp_path):
     folder = later_qwen(tmp_path / "Qwen2")
-    assert f"{folder}: is of model type qwen2, and this version trains first-generation Qwen" in only(
-        world, "-m", str(folder)
-    )
-    lines = found(world, "-m", str(folder), "--use_lora", "--lora_target_modules", "w1")
-    assert "w1: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in lines[1]
+    assert found(world, "-m", str(folder)) == []
+    line = only(world, "-m", str(folder), "--use_lora", "--train_embeddings", "none", "--lora_target_modules", "w1")
+    assert "w1: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in line
+
+
+def test_other_models_are_refused_by_type(world, tmp_path):
+    folder = later_qwen(tmp_path / "other")
+    for name in ("llama", "qwen2_moe"):
+        (folder / "config.json").write_text(json.dumps({"model_type": name, "vocab_size": 300}))
+        line = only(world, "-m", str(folder), "--use_lora")
+        assert f"{folder}: is of model type {name}, and trained are qwen, qwen2, qwen3 - give " in line
 
 
 def test_an_unknown_reporter(world):

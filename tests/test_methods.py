@@ -22,7 +22,7 @@ def test_each_cell_works_or_has_a_line():
     works = {cell for cell in cells() if not list(methods.refused([cell[0]], *cell[1:]))}
     plain = {(method, engine) for method, weights, engine in works if weights == methods.PLAIN}
     assert {method for method, engine in plain if engine == methods.ONE} == set(methods.METHODS)
-    assert len(plain) == 8 * 6 - 5 - 1  # but for weights in bf16 under five engines, and PiSSA under ZeRO-3
+    assert len(plain) == 8 * 6 - 5  # but for weights in bf16, under five engines
     over_gptq = {(method, engine) for method, weights, engine in works if weights == methods.GPTQ}
     whole = (methods.ONE, methods.DDP, methods.ZERO1, methods.ZERO2)
     assert over_gptq == set(itertools.product((methods.LORA, methods.ROWS, methods.EMBEDDINGS), whole))
@@ -62,10 +62,6 @@ def test_over_a_quantized_folder(world, flags, expected):
 @pytest.mark.parametrize(
     "flags,expected",
     [
-        (
-            "--use_lora --init_lora_weights pissa --lora_dropout 0 --deepspeed ds_config_zero3.json",
-            "PiSSA decomposes whole",
-        ),
         ("--q_lora --quant nf4 --deepspeed ds_config_zero3.json", "NF4 weights cannot be sharded"),
         ("--q_lora --quant nf4 --use_dora --fsdp True", "NF4 weights cannot be sharded"),
     ],
