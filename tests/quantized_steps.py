@@ -1,10 +1,5 @@
-"""Four steps of LoRA over quantized weights, by hand; as a program, under torchrun: each rank takes every other sample.
+"""Four steps of LoRA over quantized weights, by hand."""
 
-torchrun --nproc_per_node 2 tests/quantized_steps.py OUT.json ENGINE:QUANT:FOLDER ...   (ENGINE ddp or zero2, QUANT none or nf4)
-"""
-
-import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,67 +44,14 @@ def row(step: int, rank: int, ranks: int) -> dict:
     return packed(samples[rank::ranks], labels[rank::ranks]) | {"num_items_in_batch": count / ranks}
 
 
-def losses(model, backward, step, rank: int = 0, ranks: int = 1) -> list[float]:
-    """The loss of each step, all ranks together. backward(loss), step(): the engine's."""
-    found = []
+def one_process(model) -> list[float]:
+    """The losses of four steps."""
+    adam, found = optimizer(model), []
     model.train()
     for number in range(STEPS):
-        loss = model(**row(number, rank, ranks)).loss
-        backward(loss)
-        step()
-        total = loss.detach() / ranks
-        if ranks > 1:
-            torch.distributed.all_reduce(total)
-        found.append(total.item())
+        loss = model(**row(number, 0, 1)).loss
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        found.append(loss.item())
     return found
-
-
-def one_process(model) -> list[float]:
-    """As one process computes them."""
-    adam = optimizer(model)
-
-    def step():
-        adam.step()
-        adam.zero_grad()
-
-    return losses(model, torch.Tensor.backward, step)
-
-
-def ddp(model, rank: int, ranks: int) -> list[float]:
-    wrapped, adam = torch.nn.parallel.DistributedDataParallel(model), optimizer(model)
-
-    def step():
-        adam.step()
-        adam.zero_grad()
-
-    return losses(wrapped, torch.Tensor.backward, step, rank, ranks)
-
-
-def zero2(model, rank: int, ranks: int) -> list[float]:
-    import deepspeed
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,  # its default in 0.19 is 1.0
-        "zero_optimization": {"stage": 2},
-        "zero_allow_untested_optimizer": True,
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)
-    return losses(engine, engine.backward, engine.step, rank, ranks)
-
-
-def main(out: str, *jobs: str) -> None:
-    torch.distributed.init_process_group("gloo")
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found = {}
-    for job in jobs:
-        engine, quant, folder = job.split(":")
-        model = load(Path(folder), models.load_tokenizer(Path(folder)), quant)
-        found[job] = {"ddp": ddp, "zero2": zero2}[engine](model, rank, ranks)
-    if rank == 0:
-        Path(out).write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -14,7 +14,6 @@ from command_lines import found, make_world, only
 
 from finetune import args as arguments
 from finetune import training_args
-from finetune.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -116,8 +116,7 @@ def test_older_folders_say_it_in_quantize_config(folders, tmp_path):
 
 
 def test_a_missing_tensor_is_an_error(folders, tmp_path):
-    from chat_templates import later_tokenizer
-from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(folders[4][0], tmp_path / "cut")
     shard = folder / "model-00001-of-00002.safetensors"
@@ -261,33 +260,6 @@ def test_transformers_trainer_takes_it(folders, tokenizer, kind, tmp_path):
     loaded = steps.load(folders[kind][0], tokenizer, quant_of(kind))
     trainer = Trainer(loaded, TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
     assert trainer.accelerator.prepare_model(loaded) is not None
-
-
-def test_two_processes_compute_what_one_does(folders, tokenizer, tmp_path):
-    jobs = [f"{engine}:{quant_of(kind)}:{folders[kind][0]}" for engine in ("ddp", "zero2") for kind in (4, "nf4")]
-    expected = {kind: steps.one_process(steps.load(folders[kind][0], tokenizer, quant_of(kind))) for kind in (4, "nf4")}
-    assert expected[4][0] > expected[4][-1]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_endpoint",
-        "localhost:0",
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [*torchrun, "--rdzv_backend", "c10d", ROOT / "tests/quantized_steps.py", tmp_path / "out.json", *jobs]
-    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "out.json").read_text())
-    for job in jobs:
-        kind = "nf4" if ":nf4:" in job else 4
-        torch.testing.assert_close(torch.tensor(found[job]), torch.tensor(expected[kind]), rtol=1e-5, atol=0, msg=job)
 
 
 # ---- saving
