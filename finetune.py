@@ -46,7 +46,9 @@ def make_trainer(args, job):
     training = args.training
     quiet.first_rank_only()
     set_seed(training.seed)  # adapters start from random numbers, the same on all ranks
-    loaded = model.load_model(job.folder, job.tokenizer, args.lora, training, job.resume_from)
+    loaded = model.load_model(
+        job.folder, job.tokenizer, args.lora, training, job.resume_from, args.model.model_name_or_path
+    )
     report.show(report.summary(args, job.samples, job.eval_samples, job.plan, loaded))
     kept = {
         name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record")

@@ -22,7 +22,7 @@ def check(folder: Path, base: Path | None = None, flag: str = "") -> None:
 
 
 def missing_tensors(folder: Path, base: Path | None = None) -> list[str]:
-    """What adapter_config.json lists and the file lacks: ["wte", "lm_head"]; without `base`, as far as that can be told.
+    """What adapter_config.json lists and the file lacks: ["wte", "lm_head"]; without `base`, as far as can be told.
 
     Raises UserError where the file cannot be read.
     """

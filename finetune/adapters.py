@@ -54,7 +54,7 @@ def config(model, lora, rows: list[int], init: str):
 
 
 def load(model, folder: Path, is_trainable: bool = False, **settings):
-    """The adapter of a folder on its base: for training on, for use, for merging. settings: of PeftModel.from_pretrained.
+    """The adapter of a folder on its base: to train on, use or merge. settings: of PeftModel.from_pretrained.
 
     Raises RuntimeError (peft's) where sizes differ.
     """
@@ -73,7 +73,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
 
 
 def made(make):
-    """What make() returns, a model on which peft puts adapters; where rows train, with our forward in place of peft's."""
+    """What make() returns, a model on which peft puts adapters; trained rows get our forward instead of peft's."""
     from . import token_rows
 
     with unquantized(), token_rows.first_values():

@@ -277,20 +277,25 @@ def tell_failure(agent: Agent, result: RunResult) -> int:
 
 def run(job: Job) -> int:
     """The exit code. Raises UserError where the machines do not come together."""
-    if "LOGLEVEL" not in os.environ:  # torch's own wish for logs of the agent
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    if "LOGLEVEL" not in os.environ:  # torch's own switch for the agent's log
+        logging.disable(logging.CRITICAL)
     restarts = job.max_restarts
     while True:
         try:
             with tempfile.TemporaryDirectory(prefix="finetune_") as folder:
                 return attempt(job, restarts, folder)
         except Lost as lost:
-            what = f"the connection to machine 0 ({job.place}) is lost"
-            if job.node_rank == 0 or not lost.restarts:
-                raise UserError(f"{what} - see there why it stopped; --max_restarts N lets a run go on") from None
+            if job.node_rank > 0:
+                what = f"the connection to machine 0 ({job.place}) is lost"
+            else:
+                what = "a machine has vanished while all were about to start"
+            if not lost.restarts:
+                tell(f"{what} - see there why it stopped; with --max_restarts N a run goes on when the machine is back")
+                return 1
             restarts = lost.restarts - 1
             warn(f"{what}; starting again, restarts left: {restarts}")
-            wait_for_master(job)
+            if job.node_rank > 0:
+                wait_for_master(job)
 
 
 def attempt(job: Job, restarts: int, folder: str) -> int:
@@ -303,33 +308,36 @@ def attempt(job: Job, restarts: int, folder: str) -> int:
     if job.nnodes > 1:
         note(f"machine {job.node_rank} of {job.nnodes}: waiting up to {job.master_timeout} s for the others")
     try:
-        code = watch(job, agent, rendezvous)
+        code = watch(agent)
     except Ended as ended:
         code = ended.code
         note(f"the run was ended on another machine: {ended.line}")
-    except UserError as error:
-        rendezvous.end(USER_ERROR, " ".join(error.findings))
+    except UserError:
         rendezvous.leave()
         raise
     except LOST:
         if agent.finished_at is None:
             raise Lost(agent.restarts) from None
-        return 0
+        return 0  # machine 0 had no reason to wait any longer
     rendezvous.leave()
     return code
 
 
-def watch(job: Job, agent: Agent, rendezvous: Rendezvous) -> int:
-    """Runs the agent to its end. The exit code."""
+def watch(agent: Agent) -> int:
+    """Runs the agent to its end, and tells the other machines of it. The exit code."""
+    rendezvous = agent.rendezvous
     try:
         result = agent.run()
     except RendezvousClosedError:
         result = None
+    except UserError as error:
+        rendezvous.end(USER_ERROR, " ".join(error.findings))
+        raise
     except (SignalException, SystemExit) as stopped:
         code = stopped.code if isinstance(stopped, SystemExit) else 128 + stopped.sigval
-        comes_back = code == 128 + signal.SIGTERM and agent.restarts
-        if not comes_back:  # else the others wait for it: this machine is wanted elsewhere for a while
-            rendezvous.end(code, f"machine {job.node_rank} ({socket.gethostname()}) was stopped by a signal")
+        if code == 128 + signal.SIGTERM and agent.restarts:
+            sys.exit(code)  # this machine is wanted elsewhere for a while; the others wait for it
+        rendezvous.end(code, f"machine {agent.job.node_rank} ({socket.gethostname()}) was stopped by a signal")
         return code
     if result is None:
         raise rendezvous.ended() or Ended(1, "it has left no reason")

@@ -202,7 +202,7 @@ def shared_flags(args: Args) -> dict[str, str]:
 
 def on_folder(args: Args, folder) -> Args:
     """The same wishes, for a model that has been downloaded to `folder`."""
-    return dataclasses.replace(args, model=ModelArguments(str(folder)))
+    return dataclasses.replace(args, model=dataclasses.replace(args.model, model_name_or_path=str(folder)))
 
 
 # ---- flags that transformers had at 4.32 or later, and dropped or renamed up to 5.23
@@ -294,6 +294,7 @@ def parse(argv: list[str] | None = None) -> Args:
     values = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
     training, more = training_args.build(values.pop())
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
+    own[-1].use_lora |= own[-1].q_lora  # Q-LoRA is LoRA over quantized weights
     return Args(*own, training=training, findings=findings + more)
 
 

@@ -6,9 +6,13 @@ Without questions it is a conversation in the terminal: answers appear as they a
 import argparse
 import json
 from pathlib import Path
+from threading import Thread
 
 from .errors import UserError, run
+from .model_folder import LATER_TYPES
 from .quiet import quiet
+
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # defaults: not used, and no warning
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,7 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
     parser.add_argument("--questions_file", type=Path, help="a JSON list of questions")
     parser.add_argument("--base", help="the adapter's base, if it has moved")
-    parser.add_argument("--system", default="You are a helpful assistant.", help="the system message")
+    parser.add_argument(
+        "--system", help='the system message; default: the model\'s own, or "You are a helpful assistant."'
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument(
         "--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest"
@@ -32,7 +38,7 @@ def ask(options) -> None:
     questions = options.questions
     if options.questions_file:
         questions = questions + read_questions(options.questions_file)
-    answerer = Answerer(options)
+    answerer = open_answerer(options)
     if questions:
         for question in questions:
             print(f"Q: {question}\nA: {answerer.answer(question)}\n", flush=True)
@@ -51,18 +57,21 @@ def read_questions(path: Path) -> list[str]:
     return found
 
 
-class Answerer:
-    """A loaded model with its settings; remembers nothing between questions unless given a history."""
+def open_answerer(options):
+    """The Answerer of the model that options.folder holds."""
+    tokenizer, model = load(options.folder, options.base)
+    kind = LaterAnswerer if model.config.model_type in LATER_TYPES else Answerer
+    return kind(tokenizer, model, options)
 
-    def __init__(self, options):
-        self.tokenizer, self.model = load(options.folder, options.base)
-        self.settings = {"system": options.system, "max_new_tokens": options.max_new_tokens}
-        if not options.sample:
-            self.settings |= {
-                "do_sample": False,
-                "top_p": 1.0,
-                "top_k": 50,
-            }  # at their defaults: not used, and no warning
+
+class Answerer:
+    """First-generation Qwen with its settings; remembers nothing between questions unless given a history."""
+
+    def __init__(self, tokenizer, model, options):
+        self.tokenizer, self.model = tokenizer, model
+        self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
+        if options.system is not None:
+            self.settings["system"] = options.system
 
     def answer(self, question: str) -> str:
         """One answer, without a history."""
@@ -71,6 +80,52 @@ class Answerer:
     def stream(self, question: str, history):
         """The growing answer."""
         return self.model.chat_stream(self.tokenizer, question, history, **self.settings)
+
+
+class LaterAnswerer:
+    """The same for later Qwens: their own chat template makes the prompt, transformers' generate the answer."""
+
+    def __init__(self, tokenizer, model, options):
+        self.tokenizer, self.model, self.system = tokenizer, model, options.system
+        self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
+
+    def answer(self, question: str) -> str:
+        """One answer, without a history."""
+        prompt = self.prompt(question, [])
+        ids = self.model.generate(**prompt, **self.settings)[0, prompt["input_ids"].shape[1] :]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stream(self, question: str, history):
+        """The growing answer. It is written in a thread, whose error, if there is one, is raised here."""
+        from transformers import TextIteratorStreamer
+
+        streamer, errors = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), []
+
+        def write():
+            try:
+                self.model.generate(**self.prompt(question, history), streamer=streamer, **self.settings)
+            except Exception as error:
+                errors.append(error)
+                streamer.end()
+
+        Thread(target=write, daemon=True).start()
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text
+        if errors:
+            raise errors[0]
+
+    def prompt(self, question: str, history) -> dict:
+        """{input_ids, attention_mask} of the conversation so far, (1, T) each. history: (question, answer) pairs."""
+        turns = [("system", self.system)] if self.system is not None else []
+        for asked, answered in history:
+            turns += [("user", asked), ("assistant", answered)]
+        messages = [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
+        prompt = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        return {name: prompt[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
 
 def load(name: str, base: str | None):
@@ -94,7 +149,7 @@ def load(name: str, base: str | None):
     return tokenizer, loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def converse(answerer: Answerer) -> None:
+def converse(answerer) -> None:
     """Reads questions from the terminal until an empty line or the end."""
     history = []
     while True:

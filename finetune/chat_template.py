@@ -114,7 +114,8 @@ class ChatTemplate:
         lines = []
         if self.forgotten.samples:
             what = f"thoughts (<think>) before an answer that is not the last (first: {self.forgotten.first})"
-            lines.append(f"{counted(self.forgotten.samples)} with {what}: the model's chat template leaves them out")
+            why = "the model's chat template leaves them out; to learn them, end a conversation with that answer"
+            lines.append(f"{counted(self.forgotten.samples)} with {what}: {why}")
         if self.trimmed.samples:
             what = f"blanks or newlines around a text (first: {self.trimmed.first})"
             lines.append(f"{counted(self.trimmed.samples)} with {what}: the model's chat template trims them")
@@ -330,8 +331,9 @@ def fill(frame: Frame, parts: list[Part], wanted: str) -> tuple[list[str] | None
         text = parts[number].text
         forms = (trim(text) for trim in (str, *TRIMS))
         form = next((form for form in forms if wanted.startswith(form + behind, at)), None)
-        if form is None:
-            return None, number
+        if form is None:  # a text that is there is followed by what the frame does not foresee
+            later = [other for other in frame.shown if other > number]
+            return None, later[0] if later and wanted.startswith(text, at) else number
         texts.append(form)
         at += len(form) + len(behind)
     return (texts, None) if at == len(wanted) else (None, None)

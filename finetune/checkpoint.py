@@ -24,7 +24,9 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # switched off in training; a saved model generates
-    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+    # peft would ask the hub whether the vocabulary has grown, to save the embedding; it never does here
+    embeddings = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE, **embeddings)
     pissa.save_start(model, folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -88,8 +90,10 @@ def saved_tensors(model, state_dict=None) -> dict[str, torch.Tensor]:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(model, state_dict=state_dict)
-    return model.state_dict() if state_dict is None else dict(state_dict)
+        return get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    tensors = model.state_dict() if state_dict is None else state_dict
+    tied = model.all_tied_weights_keys  # a head that is its embedding: written once
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -218,6 +222,8 @@ def check_same_run(path: Path, now: dict) -> None:
         "samples per step": lambda record: record["samples_per_step"],
         "seed": lambda record: record["seed"],
         "engine": engine_of,
+        "quantization": lambda record: record.get("method", {}).get("quantization"),
+        "what trains": what_trains,
     }
     changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
     if changed:
@@ -231,6 +237,13 @@ def engine_of(record: dict) -> str:
     """What a checkpoint's optimizer state is laid out for: one file serves any number of processes, shards only as many."""
     engine = record.get("engine", "one process")
     return "one process or DDP" if engine in ("one process", "DDP") else f"{engine} on {record['ranks']} ranks"
+
+
+def what_trains(record: dict) -> str:
+    """The settings that decide which tensors a checkpoint holds beside those of plain LoRA, and for which base."""
+    names = ("train_embeddings", "train_tokens", "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio")
+    method = record.get("method", {})
+    return ", ".join(f"{name} {method[name]}" for name in names if method.get(name)) or "as usual"
 
 
 def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:

@@ -5,12 +5,11 @@ Each part yields findings, one line each: what, where, what to do. Nothing is wr
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import model_folder
+from . import kinds, method_checks, model_folder
 from .errors import UserError, note, warn
 
 GB = 1e9
@@ -40,7 +39,7 @@ RANGES = {
 def check(args) -> None:
     """Raises one UserError with all findings. args: of args.parse()."""
     findings = list(args.findings)
-    for part in (ranges, data_files, base_model, method, output_folder, resuming, reporting, disk_space):
+    for part in (ranges, data_files, base_model, method_checks.method, output_folder, resuming, reporting, disk_space):
         try:
             for line in part(args):
                 findings.append(line)
@@ -94,7 +93,7 @@ def data_files(args) -> Iterator[str]:
     if data.eval_data_path and not evaluates:
         yield "--eval_data_path is set but evaluation is off - set --evaluation_strategy steps or epoch"
     if evaluates and not data.eval_data_path:
-        strategy = word(args.training.eval_strategy)
+        strategy = method_checks.word(args.training.eval_strategy)
         asked = "eval_on_start" if strategy == "no" else f"evaluation_strategy {strategy}"
         yield f"--{asked} needs conversations to evaluate on - give --eval_data_path, or leave it out"
     if same(data.data_path, data.eval_data_path):
@@ -113,12 +112,13 @@ def base_model(args) -> Iterator[str]:
         yield from problems
         if problems:
             return
-        kind = model_folder.config_of(folder).get("model_type", "qwen")
-        if kind != "qwen":
-            yield (
-                f"--model_name_or_path {folder}: is of model type {kind}, and this version trains first-generation Qwen "
-                "(model_type qwen) - give such a checkpoint, for example Qwen/Qwen-7B-Chat"
-            )
+        kind = model_folder.config_of(folder).get("model_type")
+        if kind not in model_folder.TRAINED_TYPES:
+            trained = ", ".join(model_folder.TRAINED_TYPES)
+            what = f"--model_name_or_path {folder}: is of model type {kind}, and trained are {trained}"
+            yield f"{what} - give a checkpoint of Qwen, Qwen1.5, Qwen2, Qwen2.5 or Qwen3 that is no mixture of experts"
+            return
+        yield from kinds.kind_problems(args, folder)
         length = model_folder.trained_length(model_folder.config_of(folder))
         if length and args.training.model_max_length > length:
             warn(
@@ -129,86 +129,6 @@ def base_model(args) -> Iterator[str]:
         yield f"--model_name_or_path {name}: is a file - give the folder of a checkpoint"
     elif not model_folder.is_hub_id(name):
         yield f"--model_name_or_path {name}: no such folder - {GIVE_MODEL}"
-
-
-def method(args) -> Iterator[str]:
-    """Full-parameter or LoRA, and its settings."""
-    lora = args.lora
-    yield from half_weights(args)
-    if lora.q_lora:
-        yield "--q_lora is not available in this version - use --use_lora with a 16-bit checkpoint"
-    elif not lora.use_lora:
-        usual = type(lora)()
-        if idle := [f"--{name}" for name, value in vars(lora).items() if value != getattr(usual, name)]:
-            what = f"{', '.join(idle)}: without --use_lora all parameters are trained"
-            yield f"{what} - add --use_lora, or leave this out"
-        return
-    yield from variants(lora)
-    if lora.lora_weight_path is not None:
-        yield from adapter(args)
-        return
-    folder = Path(args.model.model_name_or_path or "")
-    if args.model.model_name_or_path and (wrong := model_folder.unknown_layers(folder, lora.lora_target_modules)):
-        there = ", ".join(model_folder.adaptable_layers(folder))
-        what = f"--lora_target_modules {' '.join(wrong)}: no such layer"
-        yield f"{what} - this model has {there}; separate them by blanks"
-
-
-def variants(lora) -> Iterator[str]:
-    """Biases, how adapters begin, LoRA+."""
-    if lora.lora_bias not in ("none", "all", "lora_only"):
-        yield f"--lora_bias {lora.lora_bias}: unknown - give none, all or lora_only"
-    init, ratio = lora.init_lora_weights, lora.loraplus_lr_ratio
-    if not re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d*", init):
-        ways = "default, gaussian, pissa, or pissa_niter_N with a number of iterations (pissa_niter_16)"
-        yield f"--init_lora_weights {init}: unknown - give {ways}"
-    elif init.startswith("pissa") and lora.lora_dropout and lora.lora_weight_path is None:
-        what = f"--lora_dropout {lora.lora_dropout} with --init_lora_weights {init}"
-        warn(f"{what}: what is dropped is part of the model itself, until training begins - give --lora_dropout 0")
-    if ratio is not None and not 1 <= ratio < INF:
-        yield f"--loraplus_lr_ratio {ratio}: out of range - give at least 1; 16 is usual"
-    if lora.train_embeddings == "all" and lora.train_tokens:
-        note("--train_tokens adds nothing to --train_embeddings all, with which all rows train")
-
-
-def half_weights(args) -> Iterator[str]:
-    """--bf16_weights: what it needs."""
-    from . import optimizers
-
-    training = args.training
-    if not training.bf16_weights:
-        return
-    if args.lora.use_lora or args.lora.q_lora:
-        yield "--bf16_weights is for full-parameter training - leave it out; what LoRA freezes is in --bf16 anyway"
-    if not training.bf16:
-        yield "--bf16_weights needs --bf16 - add it"
-    if word(training.optim) not in optimizers.ROUNDING:
-        wanted = " or ".join(f"--optim {name}" for name in optimizers.ROUNDING)
-        yield f"--bf16_weights with --optim {word(training.optim)}: small updates would be lost - give {wanted}"
-    elif missing := optimizers.missing():
-        yield f"--optim {word(training.optim)}: {missing}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or training.deepspeed or training.fsdp:
-        what = "--bf16_weights: rounding is random, and the copies of several processes would drift apart"
-        yield f"{what} - train in one process, or without it under --deepspeed, which shares the float32 weights out"
-
-
-def adapter(args) -> Iterator[str]:
-    """An adapter to go on from: whole, with every tensor that it lists."""
-    from . import adapter_folder
-
-    folder = Path(args.lora.lora_weight_path)
-    if not (folder / "adapter_config.json").is_file():
-        yield f"--lora_weight_path {folder}: no adapter_config.json there - give the output folder of a LoRA run"
-    elif pointers := model_folder.lfs_pointers(folder):
-        yield from pointers
-    elif not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
-        what = f"--lora_weight_path {folder}: no adapter_model.safetensors there"
-        yield f"{what} - give the whole output folder of a LoRA run"
-    else:
-        config = model_folder.read_json(folder / "adapter_config.json")
-        base = Path(args.model.model_name_or_path or "")
-        adapter_folder.check(folder, base if (base / "config.json").is_file() else None, "--lora_weight_path")
-        note(f"going on from {folder}: its own settings hold ({describe(config)}), not --lora_r and the like")
 
 
 # ---- the output folder
@@ -253,10 +173,10 @@ def resuming(args) -> Iterator[str]:
             yield f"--resume_from_checkpoint {wish}: no checkpoint in {out_of(args)} - {remedy}"
         return
     config = point / "adapter_config.json"
-    was = f"LoRA {describe(model_folder.read_json(config))}" if config.is_file() else "full-parameter"
+    was = f"LoRA {method_checks.describe(model_folder.read_json(config))}" if config.is_file() else "full-parameter"
     own = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "bias": lora.lora_bias}
     own["target_modules"] = lora_layers(args, Path(args.model.model_name_or_path or ""))
-    now = f"LoRA {describe(own)}" if lora.use_lora else "full-parameter"
+    now = f"LoRA {method_checks.describe(own)}" if lora.use_lora else "full-parameter"
     if was.split()[0] != now.split()[0] or (was != now and lora.lora_weight_path is None):
         yield f"{point} is {was}, this run is {now} - give the flags that it was started with, or another --output_dir"
 
@@ -290,7 +210,7 @@ def bytes_to_write(args, folder: Path) -> tuple[float, float]:
         trained = sum(math.prod(shape) for shape in found.values())
         if not found:  # .bin files: two bytes a parameter
             trained = sum(path.stat().st_size for path in folder.glob("pytorch_model*.bin")) // 2
-    optim = str(word(args.training.optim))
+    optim = str(method_checks.word(args.training.optim))
     state = 2 if "8bit" in optim else 8 if "adam" in optim else 4  # of the optimizer, bytes a parameter
     if args.training.save_only_model:
         state = 0
@@ -329,15 +249,3 @@ def existing(path: Path) -> Path:
 def same(one, other) -> bool:
     """Do two paths, either of them possibly None, lead to one existing file or folder?"""
     return bool(one and other) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
-
-
-def word(choice) -> str:
-    """The text of an enum of transformers, or of plain text."""
-    return getattr(choice, "value", choice)
-
-
-def describe(config: dict) -> str:
-    """An adapter's settings: "r=64 alpha=16 on c_attn, c_proj, w1, w2, bias none"."""
-    targets = config.get("target_modules") or []
-    listed = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    return f"r={config.get('r')} alpha={config.get('lora_alpha')} on {listed}, bias {config.get('bias', 'none')}"

@@ -121,7 +121,7 @@ def load(
 def _render(
     conversations: Conversations, tokenizer, folder: Path, *, max_length: int, long_samples: str, **rendering
 ) -> None:
-    """Writes the samples of conversations into folder, cut or dropped as long_samples says. rendering: for render_batch."""
+    """Writes the samples of conversations into folder, cut or dropped as long_samples says. rendering: of render_batch."""
     from qwen_model.chatml import IGNORE
 
     renderer = renderer_of(tokenizer, conversations.path)

@@ -41,7 +41,8 @@ def zero_stage(config) -> str:
 
 def find(name: str) -> Path | None:
     """The file of --deepspeed: a path, or the name of one of ours (ds_config_zero3.json)."""
-    return next((path for path in (Path(name).expanduser(), HERE / name) if path.is_file()), None)
+    places = (Path(name).expanduser(), HERE / name, HERE.parent / name)
+    return next((path for path in places if path.is_file()), None)
 
 
 def read(name: str) -> tuple[dict | None, list[str]]:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 from .engines import DDP, FSDP, ONE, ZERO1, ZERO2, ZERO3
 
 FULL, FULL_BF16 = "full-parameter", "full-parameter in bf16"
-LORA, ROWS, EMBEDDINGS, DORA, PISSA = "LoRA", "LoRA + chat rows", "LoRA + embeddings", "DoRA", "PiSSA"
-METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, DORA, PISSA)
-PLAIN, GPTQ, NF4 = "16 or 32 bit", "GPTQ", "NF4"
+LORA, ROWS, EMBEDDINGS, BIASES = "LoRA", "LoRA + chat rows", "LoRA + embeddings", "LoRA + biases"
+DORA, PISSA = "DoRA", "PiSSA"
+METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, BIASES, DORA, PISSA)
+PLAIN, GPTQ, NF4 = "16-bit", "GPTQ", "NF4"
 WEIGHTS = (PLAIN, GPTQ, NF4)
 ENGINES = (ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP)
 SEVERAL, ZERO = (DDP, ZERO1, ZERO2, ZERO3, FSDP), (ZERO1, ZERO2, ZERO3)
@@ -54,11 +55,6 @@ RULES = (
         "without it under --deepspeed ds_config_zero3.json, which shares the float32 weights out",
     ),
     Rule(
-        (PISSA,), (PLAIN,), (ZERO3,),
-        "PiSSA decomposes whole matrices, and under ZeRO-3 no process has one - use --deepspeed ds_config_zero2.json, or "
-        "leave out --init_lora_weights",
-    ),
-    Rule(
         (PISSA,), QUANTIZED, ENGINES,
         "PiSSA decomposes the weights, and over quantized ones there are none to decompose - leave out --init_lora_weights",
     ),
@@ -67,12 +63,22 @@ RULES = (
         "DoRA needs the weights' norms, which GPTQ layers do not tell - leave out --use_dora, or use --quant nf4 on the 16-bit "
         "checkpoint",
     ),
+    Rule(
+        (BIASES,), (GPTQ,), ENGINES,
+        "the biases of GPTQ layers are part of them and stay as they are - leave out --lora_bias, or use --quant nf4 on the "
+        "16-bit checkpoint",
+    ),
 )  # fmt: skip
 
 
 def refused(methods, weights: str, engine: str) -> Iterator[str]:
     """The lines of the rules that a run breaks. methods: all that it combines, LoRA with rows and DoRA, say."""
     return (rule.line for rule in RULES if rule.forbids(methods, weights, engine))
+
+
+def named(methods, weights: str, engine: str) -> str:
+    """A run in words: "LoRA, DoRA over GPTQ weights on ZeRO-2"."""
+    return f"{', '.join(methods)} over {weights} weights on {engine}"
 
 
 def of_run(args) -> list[str]:
@@ -83,6 +89,7 @@ def of_run(args) -> list[str]:
     found = {
         ROWS: lora.train_embeddings in ("auto", "chat_rows") or bool(lora.train_tokens),
         EMBEDDINGS: lora.train_embeddings == "all",
+        BIASES: lora.lora_bias != "none",
         DORA: lora.use_dora,
         PISSA: str(lora.init_lora_weights).startswith("pissa"),
     }

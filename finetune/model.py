@@ -1,6 +1,5 @@
 """The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,30 +9,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from . import adapter_folder, adapters, checkpoint, quantized
+from . import adapter_folder, adapters, checkpoint, hub, later_qwen, quantized
 from .errors import UserError
+from .model_folder import LATER_TYPES
 
 
 def find_folder(name: str, cache_dir: str | None = None) -> Path:
-    """The model's folder: a path as it is, or a Hugging Face id, downloaded (weights, config and tokenizer; no code)."""
+    """The model's folder: a path as it is, or the id of a model on a hub, downloaded (see hub.py)."""
     if os.path.isdir(name):
         return Path(name).resolve()  # an adapter stores it: it must mean the same from every folder
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.tiktoken", "*.txt", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
-    except Exception as error:
-        raise UserError(
-            f"--model_name_or_path {name}: no such folder, and it could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}) - give the folder of a checkpoint with -m"
-        ) from error
+    return hub.fetch(name, cache_dir)
 
 
 def load_tokenizer(folder: Path):
     """The folder's tokenizer; first-generation Qwen's comes from this toolkit, never from code in the folder."""
     qwen_model.register()
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        later_qwen.give_chat_template(tokenizer, folder)
+    return tokenizer
 
 
 def compute_dtype(training) -> torch.dtype:
@@ -41,8 +35,8 @@ def compute_dtype(training) -> torch.dtype:
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
 
 
-def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None = None):
-    """The model, ready to train. resume_from: the checkpoint that the run goes on from, if any.
+def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None = None, name: str | None = None):
+    """The model, ready to train. resume_from: the checkpoint that the run goes on from, if any; name: as the user gave it.
 
     Trainable weights are float32, with bf16 or fp16 too: an update smaller than half precision's spacing must not be
     lost (with --bf16_weights the optimizer sees to that). What LoRA freezes is held in the precision of the passes,
@@ -50,8 +44,6 @@ def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None
     Raises UserError for --train_tokens that the tokenizer does not know, before weights are loaded.
     """
     qwen_model.register()
-    if lora.train_embeddings == "auto":
-        lora = dataclasses.replace(lora, train_embeddings="none")
     rows = adapters.trained_rows(tokenizer, lora.train_embeddings, lora.train_tokens)
     masters_elsewhere = bool(training.deepspeed)  # DeepSpeed keeps the float32 values of half precision itself
     half = lora.use_lora or masters_elsewhere or training.bf16_weights
@@ -59,6 +51,8 @@ def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None
     fast = training.device.type == "cuda" and compute_dtype(training) != torch.float32
     quantization = quantized.of_run(folder, lora)
     model = load_weights(folder, dtype, fast, quantization, training.device)
+    if name and not os.path.isdir(name):  # an adapter stores the hub's id, which means the same on every machine
+        model.name_or_path = model.config.name_or_path = name
     set_chat_settings(model, tokenizer)
     if lora.use_lora:
         model = adapters.add(model, lora, rows, resume_from)
@@ -79,8 +73,10 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, dev
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
     if quantization := quantization or quantized.of_folder(folder):
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return quantized.load(folder, quantization, dtype, device, **attention)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
+        model = quantized.load(folder, quantization, dtype, device, **attention)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
+    return later_qwen.prepare(model, half_on_cuda) if model.config.model_type in LATER_TYPES else model
 
 
 def find_base(adapter: Path, name: str | None = None) -> Path:
@@ -117,8 +113,10 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, as_trained: bool =
 
 def set_chat_settings(model, tokenizer) -> None:
     """A model tuned on ChatML conversations speaks ChatML: it says so, and where it stops, in its generation_config."""
+    if model.config.model_type in LATER_TYPES:
+        return later_qwen.set_chat_settings(model, tokenizer)
     settings = model.generation_config
-    if model.config.model_type != "qwen" or getattr(settings, "chat_format", "raw") == "chatml":
+    if getattr(settings, "chat_format", "raw") == "chatml":
         return
     settings.chat_format = "chatml"
     settings.eos_token_id = [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]

@@ -9,6 +9,8 @@ from .errors import UserError, warn
 
 LFS = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+LATER_TYPES = ("qwen2", "qwen3")  # Qwen1.5, Qwen2 and Qwen2.5 are qwen2
+TRAINED_TYPES = ("qwen", *LATER_TYPES)
 # The linear layers of a block, which LoRA adapts. First-generation Qwen's c_proj is attention's and the MLP's.
 BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")}
 LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -11,8 +11,8 @@ ROUNDING = ("adamw_torch_8bit", "adamw_torch_4bit")
 def prepare(training) -> None:
     """Tells transformers to have weights in bfloat16 rounded stochastically, where --bf16_weights asks for that.
 
-    A weight of 0.05 has neighbours 0.00024 away in bfloat16; an update of 1e-6, rounded to the nearest, would never count.
-    Rounded up with probability 1e-6 / 0.00024, it counts on average.
+    A weight of 0.05 has neighbours 0.00024 away in bfloat16; an update of 1e-6, rounded to the nearest, would never
+    count. Rounded up with probability 1e-6 / 0.00024, it counts on average.
     """
     if getattr(training, "bf16_weights", False):
         others = [part for part in (training.optim_args or "").split(",") if part and "stochastic_round" not in part]
@@ -31,8 +31,8 @@ def missing() -> str | None:
 def add_lora_plus(optimizer, model, ratio: float | None):
     """LoRA+ (Hayou et al., 2024): the B matrices learn `ratio` times as fast as all else. Returns the optimizer.
 
-    Before the first step, and before a schedule is made. Weight decay stays as it was grouped; rows of embeddings, biases and
-    magnitudes learn as usual.
+    Before the first step, and before a schedule is made. Weight decay stays as it was grouped; rows of embeddings, biases
+    and magnitudes learn as usual.
     """
     if ratio is None or any("lora_plus" in group for group in optimizer.param_groups):
         return optimizer

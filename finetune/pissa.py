@@ -1,7 +1,7 @@
 """PiSSA (Meng et al., 2024): adapters begin with a weight's strongest directions, which leave the base while training.
 
-With A0, B0 the beginning and s the scale, the base's W becomes W - s B0 A0, and what trains is W - s B0 A0 + s B A. The result of
-a run is written for the untouched base, as a plain LoRA of twice the rank: B A - B0 A0 = [B, -B0] [A; A0].
+With A0, B0 the beginning and s the scale, the base's W becomes W - s B0 A0, and the model is W - s B0 A0 + s B A. The result
+of a run is written for the untouched base, as a plain LoRA of twice the rank: B A - B0 A0 = [B, -B0] [A; A0].
 Checkpoints keep A and B as they are, and A0, B0 beside them: decomposing anew may turn out otherwise.
 """
 
@@ -34,7 +34,7 @@ def remember(adapted) -> None:
     """Keeps how the adapters begin, on the CPU, beside a model that peft has just decomposed."""
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(adapted)
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     adapted.pissa_start = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items() if is_matrix(name)
     }
@@ -55,12 +55,16 @@ def begin_again(adapted, folder: Path, init: str) -> None:
 
 
 def take_out_of_base(adapted, start: dict[str, torch.Tensor]) -> None:
-    """W becomes W - s B0 A0, to the bit as when the run began."""
+    """W becomes W - s B0 A0, to the bit as when the run began; also where ZeRO-3 holds W in shards."""
+    from peft.utils.integrations import gather_params_ctx
+
     for name, layer in lora_layers(adapted):
         A, B = (start[f"{name}.lora_{side}.weight"] for side in "AB")
         weight = layer.get_base_layer().weight
-        device, scale = weight.device, layer.scaling["default"]
-        weight.data = (weight.data.float() - scale * B.to(device) @ A.to(device)).to(weight.dtype)
+        scale = layer.scaling["default"]
+        with gather_params_ctx(weight):
+            B, A = B.to(weight.device), A.to(weight.device)
+            weight.data = (weight.data.float() - scale * B @ A).to(weight.dtype)
     adapted.pissa_start = start
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import args as arguments
-from . import checkpoint, data, engines, model, ranks
+from . import adapters, checkpoint, data, engines, kinds, model, ranks
 from .data import Samples
 from .errors import Findings, UserError, note, warn
 from .plan import Plan
@@ -33,7 +33,11 @@ def prepare(args, out: Path, restarted: bool = False) -> Job:
     if restarted and training.resume_from_checkpoint is None:
         training.resume_from_checkpoint = "auto"
     folder = check(args)
+    args.lora.train_embeddings = kinds.embeddings_of_run(args, folder)
     tokenizer = model.load_tokenizer(folder)
+    adapters.trained_rows(
+        tokenizer, args.lora.train_embeddings, args.lora.train_tokens
+    )  # unknown tokens: now, not later
     samples, eval_samples = load_data(args, tokenizer)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     record = model.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)

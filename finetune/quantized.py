@@ -128,31 +128,7 @@ def run_problems(folder: Path, lora) -> list[str]:
         return [f"{what}; Q-LoRA needs an Int4 model ({folder.name}{infix}-Int4) or --quant nf4"]
     if found is not None and lora.quant != "none":
         return [f"--quant {lora.quant}: {folder} is quantized already ({found}) - leave out --quant"]
-    return folder_problems(folder) or [*method_problems(found or NF4, lora), *missing_packages(found or NF4)]
-
-
-def method_problems(quantization: Quantization, lora) -> list[str]:
-    """Kinds of LoRA that need weights which can be read or trained."""
-    over, findings = f"over {quantization}", []
-    if str(lora.init_lora_weights).startswith("pissa"):
-        why = f"{over} there are no plain weights to decompose"
-        findings.append(f"--init_lora_weights {lora.init_lora_weights}: {why} - leave it out")
-    if quantization.method == "gptq" and lora.use_dora:
-        findings.append(f"--use_dora: not available {over} - leave it out, or use --quant nf4 on the 16-bit checkpoint")
-    if quantization.method == "gptq" and lora.lora_bias != "none":
-        why = f"{over} biases belong to the quantized layers and stay as they are"
-        findings.append(f"--lora_bias {lora.lora_bias}: {why} - leave it out")
-    return findings
-
-
-def engine_problems(quantization: Quantization, *, zero_stage: int = 0, fsdp: bool = False) -> list[str]:
-    """Engines that cut weights into pieces. DDP and ZeRO-1 and 2 leave them whole."""
-    refused = "ZeRO-3" if zero_stage == 3 else "FSDP" if fsdp else None
-    if refused is None:
-        return []
-    if quantization.method == "gptq":
-        return [f"{refused} cannot shard GPTQ weights; use ds_config_zero2.json"]
-    return [f"{refused} over NF4 weights is not supported; use ds_config_zero2.json"]
+    return folder_problems(folder) or missing_packages(found or NF4)
 
 
 def missing_packages(quantization: Quantization) -> list[str]:
@@ -215,10 +191,16 @@ def check_mergeable(base: Path) -> None:
 # ---- loading
 
 
-def count_parameters(model) -> int:
-    """Of the whole model, quantized weights counted as the numbers that they stand for. NF4's transformers knows."""
-    packed = [module for module in model.modules() if "g_idx" in module._buffers]  # GPTQ's, which are no parameters
-    return model.num_parameters() + sum(layer.in_features * layer.out_features for layer in packed)
+def packed_away(model) -> int:
+    """How many weights quantized layers stand for, beyond the elements of their parameters."""
+    total = 0
+    for module in model.modules():
+        gptq = "g_idx" in module._buffers  # whose weights are buffers
+        packed = getattr(module, "weight", None)
+        nf4 = type(packed).__name__ == "Params4bit"  # two to a byte
+        if gptq or nf4:
+            total += module.in_features * module.out_features - (packed.numel() if nf4 else 0)
+    return total
 
 
 def leave_to_each_rank(model) -> None:

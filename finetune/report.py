@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from qwen_model.attention import torch_has_varlen
 
-from . import engines, ranks
+from . import engines, later_qwen, quantized, ranks
 from .engines import size_of
 from .errors import note, on_first_rank, warn
 from .model import compute_dtype
@@ -25,7 +25,8 @@ CURVE = "loss.png"
 def summary(args, samples, eval_samples, plan, model) -> str:
     """Method, data, steps and trainable parameters, before the first step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    count, every = sum(map(size_of, trained.values())), sum(map(size_of, model.parameters()))
+    count = sum(map(size_of, trained.values()))
+    every = sum(map(size_of, model.parameters())) + quantized.packed_away(model)
     training = args.training
     precision = str(compute_dtype(training)).removeprefix("torch.")
     steps = plan.total_steps(training.num_train_epochs, training.max_steps)
@@ -76,10 +77,12 @@ def attention(model, training) -> str:
     name, base = model.config._attn_implementation, model.get_base_model() if hasattr(model, "peft_config") else model
     if name == "flash_attention_2":
         return f"flash-attn 2 over packed samples ({base.attention_reason})"
+    if base.attention_reason == later_qwen.SLIDING:
+        return f"{name} ({later_qwen.SLIDING})"
     if training.device.type == "cuda" and compute_dtype(training) != torch.float32 and torch_has_varlen():
         return f"torch's variable-length attention over packed samples ({base.attention_reason})"
     why = "float32, or no CUDA device" if base.attention_reason == "as asked for" else base.attention_reason
-    return f"{name}, sample by sample ({why})"
+    return f"sdpa, sample by sample ({why})"
 
 
 def kinds(trained) -> str:

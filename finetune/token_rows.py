@@ -1,8 +1,8 @@
 """A few trained rows of embedding and head over frozen matrices.
 
-Storage and files are peft's own (`trainable_token_indices`), so that an adapter folder loads with plain peft. peft's forward
-copies the whole matrix to put the rows in place, and its backward makes a gradient of that size: gigabytes on a 7B model.
-Here the frozen matrix is read as it is, and only what concerns the rows is computed anew.
+Storage and files are peft's own (`trainable_token_indices`), so that an adapter folder loads with plain peft. peft's
+forward copies the whole matrix to put the rows in place, and its backward makes a gradient of that size: gigabytes on a 7B
+model. Here the frozen matrix is read as it is, and only what concerns the rows is computed anew.
 
 Imported where adapters are made: it needs peft.
 """
@@ -51,7 +51,7 @@ class TokenRowsWrapper(TrainableTokensWrapper):
 
 
 def put_rows(embedded, ids, rows_KH, row_ids_K):
-    """embedded (..., H) with the trained rows where ids (...) is one of row_ids; the gradient goes to the rows alone."""
+    """embedded (..., H) with the trained rows where ids (...) is one of row_ids; the gradient goes to the rows."""
     is_row = ids[..., None] == row_ids_K
     trained = embedding(is_row.int().argmax(-1), rows_KH.to(embedded.dtype))
     return torch.where(is_row.any(-1, keepdim=True), trained, embedded)

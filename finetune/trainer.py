@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checkpoint, engines, optimizers
+from . import checkpoint, engines, optimizers, quantized
 from .batches import StepBatch, step_loader
 from .engines import size_of
 from .model import compute_dtype
@@ -128,7 +128,8 @@ class PlannedTrainer(Trainer):
         if self.weights is None:
             embedding = self.accelerator.unwrap_model(self.model).get_input_embeddings()
             inner = [p for p in self.model.parameters() if not any(p is other for other in embedding.parameters())]
-            self.weights = [sum(map(size_of, inner)), sum(size_of(p) for p in inner if p.requires_grad)]
+            every = sum(map(size_of, inner)) + quantized.packed_away(self.model)
+            self.weights = [every, sum(size_of(p) for p in inner if p.requires_grad)]
         every, trained = self.weights
         return (4 * every + 2 * trained) * step.tokens / self.accelerator.num_processes
 

@@ -2,6 +2,8 @@
 small tokenizer of their kind."""
 
 import functools
+import json
+from pathlib import Path
 
 # Qwen1.5 and Qwen2: a system message of their own where a conversation begins without one.
 QWEN2 = """\
@@ -38,7 +40,8 @@ QWEN3 = """\
     {%- if m.role != 'assistant' %}{{- m.content }}
     {%- else %}
         {%- set thoughts, content = '', m.content %}
-        {%- if '</think>' in content %}
+        {%- if m.reasoning_content is string %}{%- set thoughts = m.reasoning_content %}
+        {%- elif '</think>' in content %}
             {%- set thoughts = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
@@ -57,14 +60,13 @@ QWEN3 = """\
 # Qwen3 for thinking only: the prompt for an answer opens the thoughts.
 THINKING = QWEN3.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
 
+OF_KIND = {"qwen2": QWEN25, "qwen3": QWEN3}
 TEXTS = ["You are a helpful assistant.", "What is the sum of two and three?", "It is five. Hello there, who are you?"]
 
 
 @functools.cache
 def vocabulary() -> tuple[dict, list]:
     """A byte-level BPE of some hundred tokens, trained on a few lines: (vocabulary, merges)."""
-    import json
-
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -76,7 +78,7 @@ def vocabulary() -> tuple[dict, list]:
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def later_tokenizer(template: str | None = QWEN2, eos_token: str = "<|im_end|>"):
+def make_tokenizer(template: str | None = QWEN2, eos_token: str = "<|im_end|>"):
     """transformers' own tokenizer of later Qwens, below 400 tokens: ChatML's are special, those of thoughts and tools are not."""
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
@@ -88,3 +90,11 @@ def later_tokenizer(template: str | None = QWEN2, eos_token: str = "<|im_end|>")
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
     tokenizer.chat_template = template
     return tokenizer
+
+
+def later_tokenizer(folder: Path, kind: str = "qwen2", base: bool = False):
+    """The same with the template of its kind, saved to `folder` and opened from there."""
+    from transformers import AutoTokenizer
+
+    make_tokenizer(OF_KIND[kind], "<|endoftext|>" if base else "<|im_end|>").save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)

@@ -72,6 +72,7 @@ def make_world(folder: Path) -> World:
     model.mkdir()
     write_config(model)
     write_safetensors(model / "model.safetensors", SHAPES)
+    (model / "generation_config.json").write_text('{"chat_format": "chatml"}')
     (model / "qwen.tiktoken").write_text("".join(f"QQ== {rank}\n" for rank in range(20)))
     data = folder / "data.json"
     data.write_text('[{"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}]')

@@ -18,6 +18,7 @@ from tiny import packed, random_samples
 import qwen_model
 from finetune import adapters
 from finetune.args import LoraArguments
+from finetune.model import load_weights
 
 STEPS, RATE = 4, 1e-2
 
@@ -47,18 +48,18 @@ def config(stage: int, ranks: int) -> dict:
 
 def load(base: str, engine: str, method: dict, ranks: int):
     """(what is called, what steps, whose parameters are read)"""
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     settings, ids = dict(method), method["rows"]
     del settings["rows"]
     keep = HfDeepSpeedConfig(config(3, ranks)) if engine == "zero3" else None
     qwen_model.register()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
+    model = load_weights(Path(base), torch.float32, half_on_cuda=False)
     torch.manual_seed(0)
     usual = {"use_lora": True, "lora_r": 2, "lora_dropout": 0.0, "train_embeddings": "chat_rows"}
     lora = LoraArguments(**(usual | settings))
-    model = adapters.add(model, lora, ids if lora.train_embeddings == "chat_rows" else [])
+    if lora.use_lora:
+        model = adapters.add(model, lora, ids if lora.train_embeddings == "chat_rows" else [])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     model.train()

@@ -1,12 +1,11 @@
 """What trains beside plain LoRA: set up from the flags, saved in full, and there again when it is loaded."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_token_rows import tiny_qwen2
 from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM
@@ -134,6 +133,15 @@ def test_rslora_scales_by_the_root_of_the_rank(base, tokenizer):
         low = layer.lora_A["default"].weight @ x[0]
         outputs.append(((layer(x) - layer.base_layer(x))[0, 0] / (0.1 * low.sum())).item())
     assert outputs == pytest.approx([2.0, 4.0], rel=1e-4)
+
+
+@pytest.mark.parametrize("embeddings", ["none", "chat_rows", "all"])
+def test_the_head_still_takes_labels(base, tokenizer, embeddings):
+    """Whatever peft puts around it: the loss comes from the head itself, and logits never stand in memory."""
+    adapted = begin(base, tokenizer, train_embeddings=embeddings)
+    assert adapted.get_base_model().lm_head.takes_labels
+    with adapted.disable_adapter():
+        assert adapted.get_base_model().lm_head.takes_labels
 
 
 # ---- which rows

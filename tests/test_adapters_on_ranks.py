@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
+from tiny import later_model, tiny_model
 
 SCRIPT = Path(__file__).parent / "steps_on_ranks.py"
 METHODS = {
@@ -15,6 +15,8 @@ METHODS = {
     "all": {"rows": [3, 151], "train_embeddings": "all"},
     "biases and dora": {"rows": [3, 151], "lora_bias": "all", "use_dora": True},
 }
+LATER = {"rows": METHODS["rows"], "full": {"rows": [3, 151], "use_lora": False}}
+CELLS = [*((method, "base") for method in METHODS), *((method, "later") for method in LATER)]
 
 
 @pytest.fixture(scope="module")
@@ -22,27 +24,36 @@ def steps(tmp_path_factory):
     """steps(engine, method) -> {losses, values}; on two ranks, but for engine "one" """
     place = tmp_path_factory.mktemp("ranks")
     tiny_model().save_pretrained(place / "base")
+    later_model("qwen2", tied=True).save_pretrained(place / "later")
     done = {}
 
-    def run(engine: str, method: str) -> dict:
-        if (engine, method) not in done:
-            out = place / f"{engine} {method}.json"
+    def run(engine: str, method: str, base: str = "base") -> dict:
+        if (engine, method, base) not in done:
+            out = place / f"{engine} {method} {base}.json"
             launch = [] if engine == "one" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command = [sys.executable, *launch, str(SCRIPT), str(place / "base"), engine, json.dumps(METHODS[method])]
+            command = [
+                sys.executable,
+                *launch,
+                str(SCRIPT),
+                str(place / base),
+                engine,
+                json.dumps((METHODS | LATER)[method]),
+            ]
             environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             ran = subprocess.run([*command, str(out)], env=environment, capture_output=True, text=True, timeout=300)
             assert ran.returncode == 0, ran.stderr[-3000:]
-            done[engine, method] = json.loads(out.read_text())
-        return done[engine, method]
+            done[engine, method, base] = json.loads(out.read_text())
+        return done[engine, method, base]
 
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method,base", CELLS)
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_the_same_on_every_engine(steps, engine, method):
-    expected, found = steps("one", method), steps(engine, method)
+def test_the_same_on_every_engine(steps, engine, method, base):
+    """base "later": a Qwen2 whose head is its embedding."""
+    expected, found = steps("one", method, base), steps(engine, method, base)
     assert expected["losses"][-1] < expected["losses"][0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["values"] == pytest.approx(expected["values"], rel=1e-4, abs=1e-4)

@@ -2,11 +2,12 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import small_checkpoint
+from tiny import small_checkpoint, tiny_later_qwen
 from transformers import AutoModelForCausalLM
 
 import qwen_model
@@ -52,6 +53,61 @@ def test_a_conversation_remembers(folders, capsys, monkeypatch):
     assert "model: " + answer in printed and printed.count("you: ") == 3
     first, second = printed.split("model: ")[1:]
     assert first.split("you: ")[0] != second.split("you: ")[0]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def later(request, tmp_path_factory):
+    """(a later Qwen's folder, an adapter's on it, the adapter's answer to "hello" in 8 tokens)"""
+    place = tmp_path_factory.mktemp("later")
+    base = tiny_later_qwen(place / "base", request.param, base=True)
+    torch.manual_seed(0)
+    settings = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = get_peft_model(model.load_weights(base, torch.float32, False), settings).eval()
+    tokenizer = model.load_tokenizer(base)
+    model.set_chat_settings(lora, tokenizer)
+    checkpoint.save_final(lora, tokenizer, place / "adapter")
+    prompt = tokenizer(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = torch.tensor([prompt["input_ids"]])
+    written = lora.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    return base, place / "adapter", tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_a_later_qwen_answers_through_its_template(later, capsys):
+    base, adapter, answer = later
+    ask.main([str(adapter), "hello", "--max_new_tokens", "8", "--system", "Be brief."])
+    assert capsys.readouterr().out == f"Q: hello\nA: {answer}\n\n"
+    ask.main([str(base), "hello", "--max_new_tokens", "8", "--system", "Be brief."])
+    assert answer not in capsys.readouterr().out
+
+
+def test_a_later_qwen_holds_a_conversation(later, capsys, monkeypatch):
+    """Streamed answers are the answers, and the history is in view."""
+    _, adapter, answer = later
+    prompts, plain = [], ask.LaterAnswerer.prompt
+
+    def watched(self, question, history):
+        prompts.append(plain(self, question, history)["input_ids"][0])
+        return plain(self, question, history)
+
+    monkeypatch.setattr(ask.LaterAnswerer, "prompt", watched)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nagain\n\n"))
+    ask.main([str(adapter), "--max_new_tokens", "8", "--system", "Be brief."])
+    printed = capsys.readouterr().out
+    assert "model: " + answer in printed and printed.count("you: ") == 3
+    said = model.load_tokenizer(adapter).decode(prompts[1])
+    assert said.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n")
+    assert answer in said and "<|im_start|>user\nagain<|im_end|>" in said
+
+
+def test_an_error_while_streaming_is_raised(later, monkeypatch):
+    base, _, _ = later
+    options = SimpleNamespace(folder=str(base), base=None, system=None, max_new_tokens=2, sample=False)
+    answerer = ask.open_answerer(options)
+    monkeypatch.setattr(answerer.model, "generate", lambda **settings: (_ for _ in ()).throw(MemoryError("full")))
+    with pytest.raises(MemoryError, match="full"):
+        list(answerer.stream("hello", []))
 
 
 def test_an_unknown_folder_is_one_line(capsys, monkeypatch):

@@ -190,6 +190,23 @@ def test_going_on_from_another_run_is_refused(tmp_path):
         checkpoint.check_same_run(tmp_path, changed)
 
 
+def test_going_on_with_other_tensors_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+        "method": {"use_lora": True, "train_embeddings": "chat_rows", "train_tokens": [], "use_dora": False},
+    }
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    checkpoint.check_same_run(tmp_path, record)
+    changed = record | {"method": record["method"] | {"train_embeddings": "all", "use_dora": True}}
+    with pytest.raises(
+        UserError, match="what trains: train_embeddings chat_rows, now train_embeddings all, use_dora True"
+    ):
+        checkpoint.check_same_run(tmp_path, changed)
+
+
 def test_fingerprint_tells_models_apart(base, tmp_path):
     other = small_checkpoint(tmp_path / "other", seed=1)
     assert checkpoint.fingerprint(other) != checkpoint.fingerprint(base)

@@ -164,11 +164,11 @@ def test_a_quantized_checkpoint(world, tmp_path):
         assert line.endswith("or give the 16-bit checkpoint (Qwen-7B-Chat)")
 
 
-def test_q_lora_is_said_to_be_missing(world):
-    expected = "--q_lora is not available in this version - use --use_lora with a 16-bit checkpoint"
-    assert only(world, "--q_lora") == expected
-    write_config(world.model, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert only(world, "--q_lora", "--use_lora") == expected
+def test_q_lora_on_plain_weights(world):
+    expected = f"{world.model} is not quantized; Q-LoRA needs an Int4 model ({world.model.name}-Int4) or --quant nf4"
+    assert only(world, "--q_lora") == only(world, "--q_lora", "--use_lora") == expected
+    assert found(world, "--q_lora", "--quant", "nf4") == []
+    assert read(world, "--q_lora").lora.use_lora  # it is LoRA
 
 
 def test_samples_longer_than_the_model_was_trained_on_are_warned_of(world, capsys):
@@ -212,13 +212,19 @@ def later_qwen(folder: Path) -> Path:
     return folder
 
 
-def test_a_later_qwen_is_refused_by_name(world, tmp_path):
+def test_a_later_qwen_is_welcome(world, tmp_path):
     folder = later_qwen(tmp_path / "Qwen2")
-    assert f"{folder}: is of model type qwen2, and this version trains first-generation Qwen" in only(
-        world, "-m", str(folder)
-    )
-    lines = found(world, "-m", str(folder), "--use_lora", "--lora_target_modules", "w1")
-    assert "w1: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in lines[1]
+    assert found(world, "-m", str(folder)) == []
+    line = only(world, "-m", str(folder), "--use_lora", "--train_embeddings", "none", "--lora_target_modules", "w1")
+    assert "w1: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in line
+
+
+def test_other_models_are_refused_by_type(world, tmp_path):
+    folder = later_qwen(tmp_path / "other")
+    for name in ("llama", "qwen2_moe"):
+        (folder / "config.json").write_text(json.dumps({"model_type": name, "vocab_size": 300}))
+        line = only(world, "-m", str(folder), "--use_lora")
+        assert f"{folder}: is of model type {name}, and trained are qwen, qwen2, qwen3 - give " in line
 
 
 def test_an_unknown_reporter(world):
@@ -318,10 +324,9 @@ def test_weights_in_bf16_where_they_cannot_be(world, monkeypatch):
 
 
 def test_weights_in_bf16_on_several_processes(world, monkeypatch):
-    read(world)  # before torchrun's variables: transformers would look for the others
     monkeypatch.setenv("WORLD_SIZE", "2")
-    lines = list(checks.half_weights(read(world, "--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit")))
-    assert len(lines) == 1 and "would drift apart - train in one process" in lines[0]
+    line = only(world, "--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit")
+    assert "would drift apart - train in one process" in line
 
 
 # ---- the output folder

@@ -9,14 +9,16 @@ import functools
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from networks import free_port, two_machines
 from safetensors.torch import load_file
-from tiny import small_checkpoint
+from tiny import small_checkpoint, tiny_gptq, wide_checkpoint
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -24,10 +26,13 @@ SAMPLES, STEPS = 12, 6  # of a step; of a run
 
 METHODS = {
     "full": ["--use_lora", "False"],
-    "LoRA": ["--train_embeddings", "none"],
-    "LoRA + chat rows": ["--train_embeddings", "chat_rows", "--train_tokens", "<|extra_0|>"],
-    "LoRA + embeddings": ["--train_embeddings", "all"],
+    "LoRA": ["--lora_dropout", "0", "--train_embeddings", "none"],
+    "LoRA + chat rows": ["--lora_dropout", "0", "--train_embeddings", "chat_rows", "--train_tokens", "<|extra_0|>"],
+    "LoRA + embeddings": ["--lora_dropout", "0", "--train_embeddings", "all"],
+    "Q-LoRA GPTQ Int4": ["--lora_dropout", "0", "--train_embeddings", "none", "--q_lora"],
+    "Q-LoRA NF4": ["--lora_dropout", "0", "--train_embeddings", "none", "--q_lora", "--quant", "nf4"],
 }
+BASES = {"Q-LoRA GPTQ Int4": "Int4", "Q-LoRA NF4": "wide"}  # the other methods' is called base
 ENGINES = {
     "one process": ["--deepspeed", "none"],
     "DDP": ["--deepspeed", "none"],
@@ -38,11 +43,21 @@ ENGINES = {
 }
 
 
+CELLS = [
+    (method, engine)
+    for method in METHODS
+    for engine in ENGINES
+    if not method.startswith("Q-LoRA") or engine in ("one process", "DDP", "ZeRO-2")
+]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a base model, conversations, and the cache of all runs."""
+    """A folder with base models, conversations, and the cache of all runs."""
     folder = tmp_path_factory.mktemp("engines")
     small_checkpoint(folder / "base")
+    tiny_gptq(folder / "Int4", 4)
+    wide_checkpoint(folder / "wide")
     talks = [
         [
             {"from": "user", "value": f"What is {i} plus {i}?"},
@@ -59,57 +74,50 @@ def flags(ranks: int) -> list[str]:
     return [
         "--bf16", "False", "--per_device_train_batch_size", str(SAMPLES // 2 // ranks), "--gradient_accumulation_steps", "2",
         "--num_train_epochs", "3", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.2",
-        "--max_tokens_per_pass", "150", "--lora_dropout", "0", "--save_steps", "3", "--gradient_checkpointing", "False",
+        "--max_tokens_per_pass", "150", "--save_steps", "3", "--gradient_checkpointing", "False",
     ]  # fmt: skip
 
 
 class Launches:
     """Starts scripts as a user does, and waits for them."""
 
-    def __init__(self, place: Path):
-        self.place = place
+    def __init__(self, place: Path, machines):
+        self.place, self.machines = place, machines
 
     def environment(self, **more) -> dict:
         own = {"FINETUNE_PYTHON": sys.executable, "FINETUNE_CACHE": str(self.place / "cache"), "OMP_NUM_THREADS": "1"}
         return os.environ | own | {key: str(value) for key, value in more.items()}
 
-    def start(self, script: str, out: Path, *more: str, model: Path | None = None, prefix=(), **environment):
-        command = [*prefix, "bash", str(ROOT / "finetune" / script), "-m", str(model or self.place / "base")]
+    def start(self, out: Path, *more: str, model: str = "base", machine: int | None = None, **environment):
+        """A process of the script, on one of the two machines or simply here."""
+        prefix = [] if machine is None else self.machines[machine].prefix
+        command = [*prefix, "bash", str(ROOT / "finetune" / "finetune_lora_ds.sh"), "-m", str(self.place / model)]
         command += ["-d", str(self.place / "talks.json"), "-o", str(out), *more]
+        if machine is not None:
+            environment |= {
+                "NNODES": 2,
+                "NODE_RANK": machine,
+                "GPUS_PER_NODE": 1,
+                "MASTER_ADDR": self.machines[0].address,
+            }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
         return subprocess.Popen(command, env=self.environment(**environment), cwd=self.place, **pipes)
 
-    def finish(self, *processes) -> str:
-        """What they printed, once all have ended well."""
-        printed = [process.communicate(timeout=300)[0] for process in processes]
-        assert all(process.returncode == 0 for process in processes), "\n".join(printed)
-        return "\n".join(printed)
-
-    def run(self, engine: str, out: Path, *more: str, scripts=("finetune_lora_ds.sh",), **settings) -> str:
-        """One run on an engine; more: flags of the method."""
+    def run(self, method: str, engine: str, out: Path, *more: str) -> str:
+        """One run, to its end; what it printed."""
         ranks = 1 if engine == "one process" else 2
-        arguments = [*flags(ranks), *ENGINES[engine], *more]
+        words, model = [*flags(ranks), *ENGINES[engine], *METHODS[method], *more], BASES.get(method, "base")
         if engine != "two machines":
-            return self.finish(self.start(scripts[0], out, *arguments, GPUS_PER_NODE=ranks, **settings))
-        here = {"NNODES": 2, "GPUS_PER_NODE": 1, "MASTER_ADDR": own_address(), "MASTER_PORT": free_port()}
-        agents = [self.start(scripts[0], out, *arguments, NODE_RANK=node, **here, **settings) for node in (0, 1)]
-        return self.finish(*agents)
+            return ended_well(self.start(out, *words, model=model, GPUS_PER_NODE=ranks))
+        port = free_port()
+        return ended_well(*(self.start(out, *words, model=model, machine=i, MASTER_PORT=port) for i in (0, 1)))
 
 
-def own_address() -> str:
-    """An address of this machine that is not called localhost."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: the system only chooses the interface
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
+def ended_well(*processes) -> str:
+    """What they printed, once all have ended."""
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(printed)
+    return "\n".join(printed)
 
 
 def log(folder: Path) -> dict[int, dict]:
@@ -130,14 +138,19 @@ def furthest(one: dict, other: dict) -> float:
 
 
 @pytest.fixture(scope="module")
-def cell(place):
+def launches(place):
+    with two_machines() as machines:
+        yield Launches(place, machines)
+
+
+@pytest.fixture(scope="module")
+def cell(place, launches):
     """cell(method, engine) -> the output folder of its run; each is run once."""
-    launches = Launches(place)
 
     @functools.cache
     def run(method: str, engine: str) -> Path:
         out = place / f"{method} on {engine}"
-        printed = launches.run(engine, out, *METHODS[method])
+        printed = launches.run(method, engine, out)
         shown = {"two machines": "DDP, 2 ranks on 2 machines", "one process": "one process"}.get(engine, engine)
         assert f"engine     {shown}" in printed, printed
         return out
@@ -145,8 +158,7 @@ def cell(place):
     return run
 
 
-@pytest.mark.parametrize("engine", list(ENGINES)[1:])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method,engine", [pair for pair in CELLS if pair[1] != "one process"])
 def test_same_losses_and_same_weights(cell, method, engine):
     expected, found = cell(method, "one process"), cell(method, engine)
     for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("learning_rate", 1e-9)):
@@ -165,13 +177,65 @@ def test_the_learning_rate_is_the_asked_curve(cell):
         assert rates == pytest.approx([1e-2 * factor for factor in curve], abs=1e-9), engine
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("method", METHODS)
-def test_stopped_and_gone_on_is_the_same(cell, place, method, engine):
+@pytest.mark.parametrize("method,engine", CELLS)
+def test_stopped_and_gone_on_is_the_same(cell, launches, place, method, engine):
     whole = cell(method, engine)
     out = place / f"{method} on {engine}, resumed"
     shutil.copytree(whole / "checkpoint-3", out / "checkpoint-3")
-    printed = Launches(place).run(engine, out, *METHODS[method], "--resume_from_checkpoint", "auto")
+    printed = launches.run(method, engine, out, "--resume_from_checkpoint", "auto")
     assert "continuing from" in printed and sorted(log(out)) == [4, 5, 6]
     difference = furthest(weights(whole), weights(out))
     assert difference == 0 if engine == "one process" else difference < 1e-6
+
+
+def test_a_machine_that_dies_and_comes_back(cell, launches, place):
+    """Its agent and worker are killed in mid-run and started again: the run goes on, to the same weights."""
+    out, port = place / "killed", free_port()
+    words = [*flags(2), *ENGINES["two machines"], *METHODS["LoRA"], "--save_steps", "1", "--max_restarts", "3"]
+
+    def start(i):
+        return launches.start(out, *words, machine=i, MASTER_PORT=port)
+
+    stays, dies = start(0), start(1)
+    wait_for(out / "checkpoint-2")
+    os.killpg(dies.pid, signal.SIGKILL)
+    dies.wait()
+    printed = ended_well(stays, start(1))
+    assert "continuing from" in printed and "checkpoint-" in printed
+    assert furthest(weights(cell("LoRA", "two machines")), weights(out)) < 1e-6
+    assert sorted(log(out)) == list(range(1, STEPS + 1))  # each step once, in the log too
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    begin = time.monotonic()
+    while not path.exists():
+        assert time.monotonic() < begin + seconds, path
+        time.sleep(0.02)
+
+
+def test_tensorboard_shows_what_all_ranks_do(launches, place):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = place / "with tensorboard"
+    launches.run("LoRA", "DDP", out, "--report_to", "tensorboard", "--save_strategy", "no")
+    events = EventAccumulator(str(out / "runs"))
+    events.Reload()
+
+    def shown(name):
+        return [event.value for event in events.Scalars(f"train/{name}")]
+
+    lines = log(out).values()
+    for name in ("loss", "learning_rate", "tokens_per_second", "supervised_tokens_per_second"):
+        assert shown(name) == pytest.approx([line[name] for line in lines], rel=1e-6), name
+
+
+def test_one_ranks_error_ends_all(launches, place):
+    """The data is missing on one of two machines: one line says where, and both end with exit code 2."""
+    port, out = free_port(), place / "not there"
+    here = launches.start(out, *flags(2), *ENGINES["DDP"], machine=0, MASTER_PORT=port)
+    there = launches.start(out, *flags(2), *ENGINES["DDP"], "--data_path", "nowhere.json", machine=1, MASTER_PORT=port)
+    printed = [process.communicate(timeout=120)[0] for process in (here, there)]
+    assert [here.returncode, there.returncode] == [2, 2], printed
+    assert sum(text.count("no such file") for text in printed) <= 2 and "Traceback" not in "".join(printed)
+    assert "rank 1 on " in printed[0] and "--data_path nowhere.json: no such file" in printed[0]
+    assert not out.exists()

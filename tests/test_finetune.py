@@ -155,7 +155,14 @@ def test_learning_rate_and_evaluation_are_as_asked(run, tmp_path):
     assert "evaluation loss" in printed
 
 
-@pytest.mark.parametrize("method", [[], ["--use_lora"]])
+PISSA = ["--use_lora", "--lora_dropout", "0", "--init_lora_weights", "pissa_niter_4", "--lora_r", "4"]
+ROWS = ["--use_lora", "--train_embeddings", "chat_rows", "--use_dora", "--loraplus_lr_ratio", "4", "--bf16"]
+IN_BF16 = ["--bf16", "--bf16_weights", "--optim", "adamw_torch_8bit"]
+
+
+@pytest.mark.parametrize(
+    "method", [[], ["--use_lora"], PISSA, ROWS, pytest.param(IN_BF16, marks=pytest.mark.slow)], ids=" ".join
+)
 def test_resuming_through_the_script_is_bit_equal(run, tmp_path, method):
     assert run(*method, out="straight")[0] == 0
     saving = ["--save_strategy", "steps", "--save_steps", "2"]
@@ -171,7 +178,7 @@ def test_resuming_through_the_script_is_bit_equal(run, tmp_path, method):
     code, printed = run(*method, *saving, "--resume_from_checkpoint", "auto", out="parts")
     assert code == 0 and "continuing from" in printed and "checkpoint-2" in printed
     assert log(parts) == log(tmp_path / "straight")
-    name = "adapter_model.safetensors" if method else "model.safetensors"
+    name = "adapter_model.safetensors" if "--use_lora" in method else "model.safetensors"
     a, b = load_file(parts / name), load_file(tmp_path / "straight" / name)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 

@@ -13,7 +13,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "finetune" / "finetune_lora_single_gpu.sh"
 PYTHON = shlex.quote(sys.executable)
-SHELL_FILES = [*ROOT.glob("*.sh"), *ROOT.glob("finetune/*.sh"), *ROOT.glob("finetune/*.sbatch"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+SHELL_FILES = [
+    *ROOT.glob("*.sh"),
+    *ROOT.glob("finetune/*.sh"),
+    *ROOT.glob("finetune/*.sbatch"),
+    ROOT / "tests" / "run.sh",
+    ROOT / ".ci" / "run",
+]
 
 
 def program(path: Path, text: str) -> Path:

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from command_lines import make_world, only
+from command_lines import found, make_world, only, write_config
 
 from finetune import methods
 
@@ -22,12 +22,12 @@ def test_each_cell_works_or_has_a_line():
     works = {cell for cell in cells() if not list(methods.refused([cell[0]], *cell[1:]))}
     plain = {(method, engine) for method, weights, engine in works if weights == methods.PLAIN}
     assert {method for method, engine in plain if engine == methods.ONE} == set(methods.METHODS)
-    assert len(plain) == 7 * 6 - 5 - 1  # but for weights in bf16 under five engines, and PiSSA under ZeRO-3
+    assert len(plain) == 8 * 6 - 5  # but for weights in bf16, under five engines
     over_gptq = {(method, engine) for method, weights, engine in works if weights == methods.GPTQ}
     whole = (methods.ONE, methods.DDP, methods.ZERO1, methods.ZERO2)
     assert over_gptq == set(itertools.product((methods.LORA, methods.ROWS, methods.EMBEDDINGS), whole))
     over_nf4 = {(method, engine) for method, weights, engine in works if weights == methods.NF4}
-    assert over_nf4 == over_gptq | {(methods.DORA, engine) for engine in whole}
+    assert over_nf4 == over_gptq | set(itertools.product((methods.DORA, methods.BIASES), whole))
 
 
 def test_every_refusal_says_what_to_do():
@@ -36,3 +36,41 @@ def test_every_refusal_says_what_to_do():
     for line in lines:
         why, remedy = line.split(" - ")
         assert why and any(word in remedy for word in ("use ", "add ", "give ", "leave out", "train in")), line
+
+
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}}
+
+
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        ("--q_lora --use_dora", "LoRA, DoRA over GPTQ weights on one process: DoRA needs the weights' norms"),
+        ("--q_lora --init_lora_weights pissa --lora_dropout 0", "LoRA, PiSSA over GPTQ weights on one process: PiSSA"),
+        ("--q_lora --lora_bias all", "LoRA, LoRA + biases over GPTQ weights on one process: the biases of GPTQ layers"),
+        (
+            "--q_lora --deepspeed ds_config_zero3.json",
+            "LoRA over GPTQ weights on ZeRO-3: ZeRO-3 cannot shard GPTQ weights",
+        ),
+    ],
+)
+def test_over_a_quantized_folder(world, flags, expected):
+    write_config(world.model, **GPTQ)
+    lines = found(world, "--train_embeddings", "none", *flags.split())
+    assert [line for line in lines if line.startswith(expected)], lines
+
+
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        ("--q_lora --quant nf4 --deepspeed ds_config_zero3.json", "NF4 weights cannot be sharded"),
+        ("--q_lora --quant nf4 --use_dora --fsdp True", "NF4 weights cannot be sharded"),
+    ],
+)
+def test_over_plain_weights(world, flags, expected):
+    line = only(world, "--train_embeddings", "none", *flags.split())
+    assert line.split(": ", 1)[1].startswith(expected), line
+
+
+def test_what_works_is_not_refused(world):
+    assert found(world, "--q_lora", "--quant", "nf4", "--use_dora", "--deepspeed", "ds_config_zero2.json") == []
+    assert found(world, "--use_lora", "--train_embeddings", "chat_rows", "--deepspeed", "ds_config_zero3.json") == []

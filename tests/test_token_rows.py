@@ -44,8 +44,8 @@ def make_pair(name: str):
     theirs = get_peft_model(make(), config).train()
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "trainable_tokens_delta" in name:
+        for key, parameter in theirs.named_parameters():
+            if "trainable_tokens_delta" in key:
                 parameter.normal_()
     ours = copy.deepcopy(theirs)
     token_rows.install(ours)
@@ -162,7 +162,7 @@ def test_no_matrix_is_copied():
 
 def test_a_pass_without_supervised_tokens_gives_every_row_a_gradient():
     _, ours = make_pair("qwen")
-    samples, labels = random_samples(1)
+    samples, _ = random_samples(1)
     row = packed(samples, [[-100] * len(samples[0])])
     ours(**row, num_items_in_batch=3).loss.backward()
     assert all(parameter.grad is not None for parameter in trained(ours).values())

@@ -32,6 +32,11 @@ if wish == "user error":
 if wish == "crash":
     time.sleep(0.3 if rank == 0 else 0)
     sys.exit(0 if rank == 0 else 7)
+if wish == "tells":
+    if rank == 1:
+        pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": "no  data\\nhere - copy it"}))
+        sys.exit(2)
+    time.sleep(120)
 if wish == "killed once" and rank == 1 and attempt == 0:
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -81,13 +86,15 @@ def adding(tmp_path):
 
 
 @pytest.fixture
-def agents():
+def agents(tmp_path):
     """agents(*words, before=(), **environment) starts one in the background; what is left at the end is killed."""
     running = []
+    (tmp_path / "tmp").mkdir()  # a killed agent leaves its temporary folder
 
     def launch(*words, before=(), **environment):
         command = [*before, sys.executable, str(TORCHRUN), *map(str, words)]
         inherited = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "SLURM_JOB_ID")}
+        inherited["TMPDIR"] = str(tmp_path / "tmp")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, env=inherited | environment, **pipes))
         return running[-1]
@@ -296,6 +303,13 @@ def test_an_exit_code_is_passed_on(agents, worker):
 
 
 @pytest.mark.slow
+def test_what_only_one_rank_has_found(agents, worker):
+    """A rank that does not speak to the user can leave its error in torch's error file."""
+    code, told = end_of(agents("--nproc_per_node", 2, worker, "tells"))
+    assert (code, told) == (2, f"error: rank 1 on {socket.gethostname()}: no data here - copy it\n")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 2])
 def test_a_killed_worker(agents, worker, restarts):
     """The others are stopped; all start again, if they may."""
@@ -370,10 +384,23 @@ def test_a_user_error_on_two_machines(agents, worker):
 
 
 @pytest.mark.slow
+def test_ctrl_c_on_one_machine_ends_both(agents, worker):
+    first, second = two(agents, free_port(), worker, "wait", max_restarts=3)
+    wait_until(lambda: len(started(worker)) == 2)
+    time.sleep(0.5)
+    second.send_signal(signal.SIGINT)
+    code, told = end_of(second)
+    assert code == 130 and told.splitlines()[-1].startswith("note: machine 1 of 2: waiting")
+    code, told = end_of(first)
+    line = f"the run was ended on another machine: machine 1 ({socket.gethostname()}) was stopped by a signal"
+    assert (code, told.splitlines()[-1]) == (130, f"note: {line}")
+
+
+@pytest.mark.slow
 def test_a_machine_that_never_joins(agents, worker):
-    common = ["--nnodes", 3, "--master_addr", host_address(), "--master_port", free_port(), "--master_timeout", 5]
+    common = ["--nnodes", 3, "--master_addr", host_address(), "--master_port", free_port(), "--master_timeout", 15]
     first, second = (agents("--node_rank", rank, *common, worker, "ok") for rank in (0, 1))
-    line = "2 of 3 machines joined within 5 s, missing NODE_RANK 2 - start the same command there, or see why it ended"
+    line = "2 of 3 machines joined within 15 s, missing NODE_RANK 2 - start the same command there, or see why it ended"
     code, told = end_of(first)
     assert (code, told.splitlines()[-1]) == (2, f"error: {line}")
     code, told = end_of(second)

@@ -172,3 +172,43 @@ def save_shards(tensors: dict, folder: Path, count: int) -> None:
         save_file(shard, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+# ---- later Qwens
+
+
+def later_config(kind: str = "qwen2", tied: bool = False, **changes):
+    """The config of a later Qwen ("qwen2" or "qwen3"): two layers, hidden size 32, 4 heads on 2 of keys, vocabulary 400."""
+    from transformers import AutoConfig
+
+    sizes = {
+        "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "intermediate_size": 64, "max_position_embeddings": 512, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    return AutoConfig.for_model(kind, **(sizes | changes))
+
+
+def later_model(kind: str = "qwen2", tied: bool = False, seed: int = 0, **changes):
+    """transformers' own model as it made it, in float32; biases and norms are not at their neutral values."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(later_config(kind, tied, **changes), attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def tiny_later_qwen(folder: Path, kind: str = "qwen2", tied: bool = False, base: bool = False, seed: int = 0) -> Path:
+    """A whole checkpoint of a later Qwen: weights, config, tokenizer, and a generation_config of a chat or a base model."""
+    from chat_templates import later_tokenizer
+    from transformers import GenerationConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    later_model(kind, tied, seed).save_pretrained(folder)
+    tokenizer = later_tokenizer(folder, kind, base)
+    end, text_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    settings = {"eos_token_id": text_end} if base else {"eos_token_id": [end, text_end], "pad_token_id": text_end}
+    GenerationConfig(**settings).save_pretrained(folder)
+    return folder
