@@ -212,6 +212,8 @@ def test_trimmed_contents_are_counted(trim):
         (with_content("m.content.split('</think>')[-1]"), chat("a", "<think>b</think>c"), 'the thoughts of message 2, by assistant ("b")'),
         (QWEN3, chat("a", "but <think>b</think>c"), 'the text of message 2, by assistant ("but <think>b</think>c")'),
         (QWEN3, chat("a", "<think>b</think>c</think>d"), 'the answer of message 2, by assistant ("c</think>d")'),
+        (with_content("m.content") + "{{ 'end' if 'a' in messages[0].content }}", chat("a", "b"), "what stands in the turns"),
+        ("{{ 'begin' if 'a' in messages[0].content }}" + with_content("m.content"), chat("a", "b"), "what stands in the turns"),
         (QWEN25, [*chat("a", "b", system="c"), {"role": "system", "content": "d"}], 'the text of message 4, by system ("d")'),
     ],
 )  # fmt: skip
@@ -219,6 +221,12 @@ def test_what_is_dropped_or_changed_is_refused(template, messages, part):
     line = refusal(template, messages)
     assert line.startswith("talk.json: sample 1: the model's chat template drops ") and part in line
     assert line.endswith(" - change the text, or the template in the model's folder")
+
+
+def test_a_template_may_ask_whether_there_is_a_text():
+    tokenizer = make_tokenizer(ALL.replace("%}{{", "if m.content %}{{").replace("CONTENT", "m.content") + PROMPT)
+    for messages in (chat("a", "b", system=""), chat("a", "b", system="c"), chat("", "b")):
+        assert render(tokenizer, messages)[0] == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def test_frames_are_rendered_once(monkeypatch):
@@ -241,6 +249,7 @@ def test_a_template_without_an_end_or_a_beginning_of_answers_is_refused(ending):
     for template in (
         "{% for m in messages %}{{ m.role + ': ' + m.content + ENDING }}{% endfor %}{{ 'assistant: ' if add_generation_prompt }}",
         with_content("m.content").removesuffix(PROMPT),
+        with_content("m.content").removesuffix(PROMPT) + "{{ '\\n<|im_start|>bot\\n' if add_generation_prompt }}",
     ):
         line = refusal(template.replace("ENDING", ending), chat("a", "b"))
         assert "sample 1: the model's chat template cannot be learned from" in line
