@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import kinds, method_checks, model_folder
+from . import engines, kinds, method_checks, model_folder
 from .errors import UserError, note, warn
 
 GB = 1e9
@@ -200,22 +200,39 @@ def disk_space(args) -> Iterator[str]:
 
 
 def bytes_to_write(args, folder: Path) -> tuple[float, float]:
-    """(bytes of a checkpoint, bytes of the result), from the shapes of the base model's tensors."""
+    """(bytes of a checkpoint, bytes of the result), from the shapes of the base model's tensors.
+
+    DeepSpeed and FSDP checkpoints hold the weights twice: as a folder that loads, and as shards to go on from.
+    """
+    training, lora = args.training, args.lora.use_lora
+    trained = adapter_size(args, folder) if lora else full_size(folder)
+    weight = 2 if training.bf16_weights else 4
+    optim = str(method_checks.word(training.optim))
+    state = 1 if "4bit" in optim else 2 if "8bit" in optim else 8 if "adam" in optim else 4  # bytes a parameter
+    copies = 1 if engines.name_of(vars(training)) in (engines.ONE, engines.DDP) else 2
+    checkpoint = weight if training.save_only_model else copies * weight + state
+    half = not lora and (training.bf16 or training.fp16)
+    twice = 2 if lora and str(args.lora.init_lora_weights).startswith("pissa") else 1  # its result has twice the rank
+    return trained * checkpoint, trained * twice * (2 if half else 4)
+
+
+def full_size(folder: Path) -> int:
+    """Parameters of the model; of .bin files, two bytes each."""
     found = model_folder.shapes(folder)
-    if args.lora.use_lora:
-        targets = tuple(f".{name}.weight" for name in lora_layers(args, folder))
-        adapted = [shape for name, shape in found.items() if len(shape) == 2 and name.endswith(targets)]
-        trained = sum(args.lora.lora_r * sum(shape) for shape in adapted)
-    else:
-        trained = sum(math.prod(shape) for shape in found.values())
-        if not found:  # .bin files: two bytes a parameter
-            trained = sum(path.stat().st_size for path in folder.glob("pytorch_model*.bin")) // 2
-    optim = str(method_checks.word(args.training.optim))
-    state = 2 if "8bit" in optim else 8 if "adam" in optim else 4  # of the optimizer, bytes a parameter
-    if args.training.save_only_model:
-        state = 0
-    half = not args.lora.use_lora and (args.training.bf16 or args.training.fp16)
-    return trained * (4 + state), trained * (2 if half else 4)
+    if not found:
+        return sum(path.stat().st_size for path in folder.glob("pytorch_model*.bin")) // 2
+    return sum(math.prod(shape) for shape in found.values())
+
+
+def adapter_size(args, folder: Path) -> int:
+    """Parameters of the adapters, and of embedding and head where they train whole."""
+    found = model_folder.shapes(folder)
+    targets = tuple(f".{name}.weight" for name in lora_layers(args, folder))
+    adapted = [shape for name, shape in found.items() if len(shape) == 2 and name.endswith(targets)]
+    whole = ("lm_head.weight", *model_folder.EMBEDDINGS) if args.lora.train_embeddings == "all" else ()
+    return sum(args.lora.lora_r * sum(shape) for shape in adapted) + sum(
+        math.prod(shape) for name, shape in found.items() if name in whole
+    )
 
 
 def lora_layers(args, folder: Path) -> list[str]:

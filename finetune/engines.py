@@ -213,7 +213,8 @@ def gather(model, engine: str, dtype=None) -> dict | None:
     if engine in (ONE, DDP):
         return None
     adapter, kept = hasattr(model, "peft_config"), {}
-    for name, parameter in model.named_parameters():
+    # peft saves a tied pair that it trains whole under both names
+    for name, parameter in model.named_parameters(remove_duplicate=not adapter):
         if parameter.requires_grad or not adapter:
             tensor = whole(parameter, engine, masters=adapter)
             if ranks.rank() == 0:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import engines, methods, model_folder
+from . import engines, kinds, methods, model_folder
 from .errors import note, warn
 
 INF = math.inf
@@ -47,7 +47,9 @@ def combination(args) -> Iterator[str]:
     weights = {None: methods.PLAIN, "nf4": methods.NF4, "gptq": methods.GPTQ}[found and found.method]
     engine = engines.name_of(vars(args.training))
     # a quantized folder without --q_lora is model_folder's finding
-    asked = methods.of_run(args) if lora.q_lora or found is None else []
+    tied = bool(model_folder.config_of(folder).get("tie_word_embeddings"))
+    embeddings = kinds.embeddings_of_run(args, folder)
+    asked = methods.of_run(args, embeddings, tied) if lora.q_lora or found is None else []
     for line in methods.refused(asked, weights, engine):
         yield f"{methods.named(asked, weights, engine)}: {line}"
 

@@ -11,8 +11,8 @@ from .engines import DDP, FSDP, ONE, ZERO1, ZERO2, ZERO3
 
 FULL, FULL_BF16 = "full-parameter", "full-parameter in bf16"
 LORA, ROWS, EMBEDDINGS, BIASES = "LoRA", "LoRA + chat rows", "LoRA + embeddings", "LoRA + biases"
-DORA, PISSA = "DoRA", "PiSSA"
-METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, BIASES, DORA, PISSA)
+TIED_ROWS, DORA, PISSA = "LoRA + rows of a tied embedding", "DoRA", "PiSSA"
+METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, BIASES, TIED_ROWS, DORA, PISSA)
 PLAIN, GPTQ, NF4 = "16-bit", "GPTQ", "NF4"
 WEIGHTS = (PLAIN, GPTQ, NF4)
 ENGINES = (ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP)
@@ -68,6 +68,11 @@ RULES = (
         "the biases of GPTQ layers are part of them and stay as they are - leave out --lora_bias, or use --quant nf4 on the "
         "16-bit checkpoint",
     ),
+    Rule(
+        (TIED_ROWS,), (PLAIN,), (FSDP,),
+        "accelerate cannot shard a matrix that is embedding and head while rows of it train - use --deepspeed "
+        "ds_config_zero3.json, or --train_embeddings none or all",
+    ),
 )  # fmt: skip
 
 
@@ -81,14 +86,19 @@ def named(methods, weights: str, engine: str) -> str:
     return f"{', '.join(methods)} over {weights} weights on {engine}"
 
 
-def of_run(args) -> list[str]:
-    """The methods that the flags combine. args: of args.parse()."""
+def of_run(args, embeddings: str, tied: bool = False) -> list[str]:
+    """The methods that the flags combine. args: of args.parse(); embeddings: --train_embeddings with auto decided.
+
+    tied: embedding and head of the model are one matrix.
+    """
     lora = args.lora
-    if not (lora.use_lora or lora.q_lora):
+    if not lora.use_lora:
         return [FULL_BF16 if args.training.bf16_weights else FULL]
+    rows = embeddings == "chat_rows" or (bool(lora.train_tokens) and embeddings != "all")
     found = {
-        ROWS: lora.train_embeddings in ("auto", "chat_rows") or bool(lora.train_tokens),
-        EMBEDDINGS: lora.train_embeddings == "all",
+        ROWS: rows and not tied,
+        TIED_ROWS: rows and tied,
+        EMBEDDINGS: embeddings == "all",
         BIASES: lora.lora_bias != "none",
         DORA: lora.use_dora,
         PISSA: str(lora.init_lora_weights).startswith("pissa"),

@@ -196,7 +196,7 @@ def packed_away(model) -> int:
     total = 0
     for module in model.modules():
         gptq = "g_idx" in module._buffers  # whose weights are buffers
-        packed = getattr(module, "weight", None)
+        packed = module._parameters.get("weight")  # not by name: a wrapper may compute one
         nf4 = type(packed).__name__ == "Params4bit"  # two to a byte
         if gptq or nf4:
             total += module.in_features * module.out_features - (packed.numel() if nf4 else 0)

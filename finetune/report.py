@@ -67,9 +67,20 @@ def method(model) -> str:
     if not hasattr(model, "peft_config"):
         return "full-parameter"
     config = model.peft_config["default"]
-    return (
-        f"LoRA r={config.r} alpha={config.lora_alpha} on {', '.join(sorted(config.target_modules))}, bias {config.bias}"
-    )
+    kind = "DoRA" if config.use_dora else "LoRA"
+    targets = ", ".join(sorted(config.target_modules))
+    said = f"{kind} r={config.r} alpha={config.lora_alpha} on {targets}, bias {config.bias}{beside(config)}"
+    over = getattr(model.config, "quantization_config", None)
+    return f"Q-{said}" if over else said
+
+
+def beside(config) -> str:
+    """What trains beside the adapters of a LoraConfig."""
+    rows = config.trainable_token_indices
+    if rows:
+        found = len(next(iter(rows.values())) if isinstance(rows, dict) else rows)
+        return f", and {found} tokens' rows of {' and '.join(rows) if isinstance(rows, dict) else 'the embedding'}"
+    return f", and {' and '.join(sorted(config.modules_to_save))}" if config.modules_to_save else ""
 
 
 def attention(model, training) -> str:

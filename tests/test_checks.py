@@ -408,6 +408,19 @@ def with_room(monkeypatch, free: int) -> None:
         (["--save_strategy", "no"], PARAMETERS * 4),
         (["--save_only_model"], PARAMETERS * 4 * 2),
         (["--use_lora", "--bf16"], LORA_PARAMETERS * (4 + 8) + LORA_PARAMETERS * 4),
+        (
+            ["--use_lora", "--train_embeddings", "all"],
+            (LORA_PARAMETERS + 2 * 300 * 32) * (4 + 8) + (LORA_PARAMETERS + 2 * 300 * 32) * 4,
+        ),
+        (
+            ["--use_lora", "--init_lora_weights", "pissa", "--lora_dropout", "0"],
+            LORA_PARAMETERS * (4 + 8) + 2 * LORA_PARAMETERS * 4,
+        ),
+        (["--bf16", "--deepspeed", "ds_config_zero2.json"], PARAMETERS * (2 * 4 + 8) + PARAMETERS * 2),
+        (
+            ["--bf16", "--bf16_weights", "--optim", "adamw_torch_8bit"],
+            PARAMETERS * (2 + 2) + PARAMETERS * 2,
+        ),
     ],
 )
 def test_too_little_room(world, monkeypatch, flags, needed):

@@ -91,7 +91,13 @@ def test_lora_from_data_to_merged_model(run, base, tmp_path):
     record = json.loads((out / "training.json").read_text())
     assert record["base"]["name"] == str(base) and record["method"]["use_lora"] is True
     adapter = load_file(out / "adapter_model.safetensors")
-    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in adapter) and len(adapter) == 2 * 2 * 5
+    rows = {name: tensor for name, tensor in adapter.items() if "trainable_tokens_delta" in name}
+    assert [tensor.shape[0] for tensor in rows.values()] == [
+        2,
+        2,
+    ]  # a base model: the chat tokens' rows, in wte and head
+    matrices = [name for name in adapter if name.endswith(("lora_A.weight", "lora_B.weight"))]
+    assert len(matrices) == 2 * 2 * 5 and len(adapter) == len(matrices) + len(rows)
     assert all(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)  # they start at zero
     assert merge.merge(out, tmp_path / "merged") < 1e-4
     qwen_model.register()
