@@ -63,7 +63,10 @@ class ChatML:
 
 
 class Part(NamedTuple):
-    """A stretch of a conversation's text that the template is to lay out as it is. kind: text, thoughts, or answer behind them."""
+    """A stretch of a conversation's text that the template is to lay out as it is.
+
+    kind: "text", a whole content; "thoughts" of an answer, or the "answer" behind them.
+    """
 
     message: int
     text: str
