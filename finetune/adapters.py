@@ -109,10 +109,10 @@ def trained_rows(tokenizer, train_embeddings: str, train_tokens: list[str]) -> l
 
     Where all rows train, none is listed. Raises UserError for a token that the tokenizer does not know as one.
     """
-    if train_embeddings == "all":
+    wanted = [*(CHAT_TOKENS if train_embeddings == "chat_rows" else ()), *train_tokens]
+    if train_embeddings == "all" or not wanted:
         return []
     known = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
-    wanted = [*(CHAT_TOKENS if train_embeddings == "chat_rows" else ()), *train_tokens]
     if unknown := [token for token in wanted if token not in known]:
         what = f"--train_tokens {' '.join(unknown)}: no special token of this model"
         raise UserError(f"{what} - give some of {', '.join(list(known)[:4])} ..., separated by blanks")

@@ -19,7 +19,8 @@ STEPS = 4
 
 def load(folder: Path, tokenizer, quant: str = "none", **lora):
     """The LoRA model in float32, as finetune.py makes it; B is not zero, so that every gradient counts."""
-    wish = LoraArguments(use_lora=True, q_lora=True, quant=quant, lora_r=4, lora_dropout=0.0, **lora)
+    usual = {"use_lora": True, "q_lora": True, "lora_r": 4, "lora_dropout": 0.0, "train_embeddings": "none"}
+    wish = LoraArguments(quant=quant, **(usual | lora))
     training = SimpleNamespace(device=torch.device("cpu"), bf16=False, fp16=False, deepspeed=None, bf16_weights=False)
     torch.manual_seed(0)
     loaded = models.load_model(folder, tokenizer, wish, training)

@@ -10,13 +10,10 @@ import pytest
 from tiny import later_model, tiny_model
 
 SCRIPT = Path(__file__).parent / "steps_on_ranks.py"
-METHODS = {
-    "rows": {"rows": [3, 151]},
-    "all": {"rows": [3, 151], "train_embeddings": "all"},
-    "biases and dora": {"rows": [3, 151], "lora_bias": "all", "use_dora": True},
-}
-LATER = {"rows": METHODS["rows"], "full": {"rows": [3, 151], "use_lora": False}}
-CELLS = [*((method, "base") for method in METHODS), *((method, "later") for method in LATER)]
+METHODS = {"biases and dora": {"rows": [3, 151], "lora_bias": "all", "use_dora": True}}
+LATER = {"rows": {"rows": [3, 151]}}
+# what test_engines.py does not launch through the scripts
+CELLS = [("biases and dora", "base"), ("rows", "later")]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +47,7 @@ def steps(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method,base", CELLS)
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_the_same_on_every_engine(steps, engine, method, base):
     """base "later": a Qwen2 whose head is its embedding."""
     expected, found = steps("one", method, base), steps(engine, method, base)

@@ -177,7 +177,7 @@ def test_the_learning_rate_is_the_asked_curve(cell):
         assert rates == pytest.approx([1e-2 * factor for factor in curve], abs=1e-9), engine
 
 
-@pytest.mark.parametrize("method,engine", CELLS)
+@pytest.mark.parametrize("method,engine", [pair for pair in CELLS if pair[1] != "two machines"])  # of that, see below
 def test_stopped_and_gone_on_is_the_same(cell, launches, place, method, engine):
     whole = cell(method, engine)
     out = place / f"{method} on {engine}, resumed"

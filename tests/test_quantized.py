@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import quantized_steps as steps
 import torch
+from chat_templates import later_tokenizer
 from tiny import small_checkpoint, tiny_gptq, wide_checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -45,7 +46,10 @@ def twin_of(folders, kind, tokenizer):
     """Plain LoRA over the dequantized weights, adapters filled alike."""
     training = SimpleNamespace(device=CPU, bf16=False, fp16=False, deepspeed=None, bf16_weights=False)
     plain = model.load_model(
-        folders[kind][1], tokenizer, LoraArguments(use_lora=True, lora_r=4, lora_dropout=0.0), training
+        folders[kind][1],
+        tokenizer,
+        LoraArguments(use_lora=True, lora_r=4, lora_dropout=0.0, train_embeddings="none"),
+        training,
     )
     if kind == "nf4":
         put_in_dequantized(plain, quantized.load(folders[kind][0], quantized.NF4, torch.float32, CPU))
@@ -112,7 +116,8 @@ def test_older_folders_say_it_in_quantize_config(folders, tmp_path):
 
 
 def test_a_missing_tensor_is_an_error(folders, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from chat_templates import later_tokenizer
+from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(folders[4][0], tmp_path / "cut")
     shard = folder / "model-00001-of-00002.safetensors"
@@ -175,7 +180,7 @@ def test_later_qwens(tmp_path, tied):
     assert len(nf4.layers(four_bit)) == 2 * 7 and four_bit.lm_head.weight.dtype == torch.float32
     training = SimpleNamespace(device=CPU, bf16=False, fp16=False, deepspeed=None, bf16_weights=False)
     for place, quant in ((folder, "none"), (tmp_path / "plain", "nf4")):
-        lora = model.load_model(place, None, flags(quant=quant), training)
+        lora = model.load_model(place, later_tokenizer(tmp_path / "tokenizer"), flags(quant=quant), training)
         lora(input_ids=IDS % 200, labels=IDS % 200).loss.backward()
         trained = [p for p in lora.parameters() if p.requires_grad]
         assert len(trained) == 2 * 7 * 2 and all(p.grad is not None for p in trained)
@@ -361,7 +366,7 @@ def test_an_adapter_of_a_plain_base_does_not_go_onto_another(folders, tmp_path):
 
 
 def flags(**values) -> LoraArguments:
-    return LoraArguments(**({"use_lora": True, "q_lora": True} | values))
+    return LoraArguments(**({"use_lora": True, "q_lora": True, "train_embeddings": "none"} | values))
 
 
 def test_q_lora_needs_quantized_weights(folders, tmp_path):
