@@ -5,14 +5,12 @@ A folder of the cache holds one data set: ids and labels of all samples one behi
 its content depends on. Such a folder may be deleted at any time; a file of conversations is then rendered again.
 """
 
-import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from .chat_template import renderer_of
 from .conversations import Conversations, read
-from .data_notes import template_left_out, too_long
+from .data_notes import too_long
 from .errors import UserError, note, on_first_rank
 from .ranks import one_at_a_time
 from .sample_files import SampleFile
@@ -31,7 +30,6 @@ __all__ = ["Conversations", "Samples", "load", "read"]
 BATCH_CHARS, BATCH_SAMPLES = 1 << 20, 2048  # of one tokenizer call: enough for its threads, little enough for memory
 ABANDONED_SECONDS = 3600  # a temporary folder that nobody has written to for so long belongs to a killed run
 ARRAYS = {"ids": np.int32, "labels": np.int32, "offsets": np.int64, "supervised": np.int64}
-PROBE = "It's 1984, don't\r\n\tpanic!  é é Å 你好，世界 👩‍👩‍👧 <|im_start|><|endoftext|>  \n\n x"  # two ways to write é
 
 
 class Samples:
@@ -124,16 +122,17 @@ def _render(
     conversations: Conversations, tokenizer, folder: Path, *, max_length: int, long_samples: str, **rendering
 ) -> None:
     """Writes the samples of conversations into folder, cut or dropped as long_samples says. rendering: of render_batch."""
-    from qwen_model import chatml
+    from qwen_model.chatml import IGNORE
 
-    render_batch, template_ids, left_out = renderer(tokenizer)
+    renderer = renderer_of(tokenizer, conversations.path)
     full, kept, answered, supervised = [], [], [], []
     digest = hashlib.sha256()
     bar = {"desc": "rendering data", "unit": " samples", "delay": 2, "disable": not on_first_rank()}
     progress = tqdm(total=len(conversations), **bar)
     with open(folder / "ids", "wb") as ids_file, open(folder / "labels", "wb") as labels_file, progress:
         for batch in _batches(conversations):
-            rendered = render_batch(tokenizer, batch, **rendering)
+            rendered = renderer.render_batch(batch, **rendering)
+            frame_ids = [IGNORE, *renderer.supervised_frame]
             full += [len(ids) for ids, _ in rendered]
             if long_samples == "drop":
                 rendered = [pair for pair in rendered if len(pair[0]) <= max_length]
@@ -141,8 +140,8 @@ def _render(
                 was_cut = len(ids) > max_length
                 ids, labels = ids[:max_length], labels[:max_length]
                 kept.append(len(ids))
-                supervised.append(np.count_nonzero(labels[1:] != chatml.IGNORE))
-                answered.append(not was_cut or not np.isin(labels[1:], template_ids).all())
+                supervised.append(np.count_nonzero(labels[1:] != IGNORE))
+                answered.append(not was_cut or not np.isin(labels[1:], frame_ids).all())
                 for file, values in ((ids_file, ids), (labels_file, labels)):
                     values = np.ascontiguousarray(values, np.int32)
                     file.write(values)
@@ -150,30 +149,13 @@ def _render(
             progress.update(len(batch))
     full = np.array(full)
     _check_left(full, np.array(answered, bool), max_length, long_samples, conversations.path)
-    notes = conversations.notes + too_long(full, max_length, long_samples) + template_left_out(left_out["reasoning"])
+    notes = conversations.notes + renderer.notes() + too_long(full, max_length, long_samples)
     offsets = np.concatenate(([0], np.cumsum(kept)))
     digest.update(np.ascontiguousarray(offsets, np.int64))
     offsets.astype(np.int64).tofile(folder / "offsets")
     np.array(supervised, np.int64).tofile(folder / "supervised")
     meta = {"samples": len(kept), "tokens": int(offsets[-1]), "fingerprint": digest.hexdigest(), "notes": notes}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def renderer(tokenizer):
-    """(render_batch, ids of the template that are no answer, a Counter of what the template leaves out).
-
-    First-generation Qwen speaks the ChatML of chatml.py; a later model's own chat template decides.
-    """
-    from qwen_model import chatml
-
-    left_out = Counter()
-    if hasattr(tokenizer, "encode_ordinary"):
-        ids = [tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")]
-        return chatml.render_batch, [chatml.IGNORE, *ids], left_out
-    from . import chat_template
-
-    ids = sorted(chat_template.learnt_frame_ids(tokenizer))
-    return functools.partial(chat_template.render_batch, left_out=left_out), [chatml.IGNORE, *ids], left_out
 
 
 def _batches(conversations: Iterable[list[dict]]) -> Iterator[list[list[dict]]]:
@@ -227,21 +209,17 @@ def _file_hash(path: str | os.PathLike) -> str:
 
 
 def _tokenizer_hash(tokenizer) -> str:
-    """A hash over vocabulary, special tokens and, through a probe, the way text is normalized and taken apart."""
+    """A hash over vocabulary, special tokens, format and, through a probe, the way text is normalized and taken apart."""
     if hasattr(tokenizer, "mergeable_ranks"):
         ranks = tokenizer.mergeable_ranks
         vocabulary = b"".join(b"%d %d " % (rank, len(token)) + token for token, rank in ranks.items())
     elif hasattr(tokenizer, "backend_tokenizer"):
-        vocabulary = tokenizer.backend_tokenizer.to_str().encode()
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        passing = dict.fromkeys(("padding", "truncation"))  # set by whoever called the tokenizer last
+        vocabulary = json.dumps(whole | passing).encode()
     else:
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
-    if hasattr(tokenizer, "encode_ordinary"):
-        special = sorted(dict(getattr(tokenizer, "special_tokens", {})).items())
-        special = [tokenizer.im_start_id, tokenizer.im_end_id, *special, tokenizer.encode_ordinary(PROBE)]
-    else:
-        special = [tokenizer.chat_template]
-    rest = json.dumps(special).encode()
-    return hashlib.sha256(vocabulary + rest).hexdigest()
+    return hashlib.sha256(vocabulary + renderer_of(tokenizer).identity().encode()).hexdigest()
 
 
 def _open(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:

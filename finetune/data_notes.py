@@ -126,11 +126,3 @@ def too_long(full: np.ndarray, max_length: int, long_samples: str) -> list[str]:
 def counted(samples: int) -> str:
     """ "1 sample", "1,234 samples"."""
     return f"{samples:,} sample{'' if samples == 1 else 's'}"
-
-
-def template_left_out(count: int) -> list[str]:
-    """Reasoning of earlier turns, which a chat template (Qwen3's) shows of the last one only."""
-    if not count:
-        return []
-    what = f"{count:,} answers bring reasoning that the model's chat template leaves out, as it does of all turns but the last"
-    return [f"{what}; to learn it, end the conversation with that answer"]

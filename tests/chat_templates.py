@@ -1,66 +1,100 @@
-"""Chat templates of later Qwens and a small tokenizer for them, written for the tests from what is known of their formats."""
+"""Chat templates in the manner of each later Qwen, written for the tests from what their formats are known to be, and a
+small tokenizer of their kind."""
 
+import functools
+import json
 from pathlib import Path
 
-TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+# Qwen1.5 and Qwen2: a system message of their own where a conversation begins without one.
+QWEN2 = """\
+{% for m in messages %}
+{%- if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
+{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+# Qwen2.5: the same with another message, and tools beside it.
+QWEN25 = """\
+{%- set own = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' %}
+{%- set first = messages[0] %}
+{{- '<|im_start|>system\\n' }}{{ first['content'] if first['role'] == 'system' else own }}
+{%- if tools %}{{ '\\n\\n# Tools\\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}
+{{- '<|im_end|>\\n' }}
+{%- for m in messages if m.role in ('user', 'assistant') %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+# Qwen3: no system message of its own. Thoughts stay in what follows the last question (results of tools are no questions),
+# and the last answer has a place for them, empty or not; earlier answers have none.
+QWEN3 = """\
+{%- set ns = namespace(last=messages|length - 1, seen=false) %}
+{%- for m in messages[::-1] %}
+    {%- set tool_result = m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>') %}
+    {%- if m.role == 'user' and not tool_result and not ns.seen %}
+        {%- set ns.seen = true %}{%- set ns.last = messages|length - loop.index %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role != 'assistant' %}{{- m.content }}
+    {%- else %}
+        {%- set thoughts, content = '', m.content %}
+        {%- if m.reasoning_content is string %}{%- set thoughts = m.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thoughts) %}
+            {{- '<think>\\n' + thoughts.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}{{- content }}
+        {%- endif %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+
+# Qwen3 for thinking only: the prompt for an answer opens the thoughts.
+THINKING = QWEN3.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
+
+OF_KIND = {"qwen2": QWEN25, "qwen3": QWEN3}
+TEXTS = ["You are a helpful assistant.", "What is the sum of two and three?", "It is five. Hello there, who are you?"]
 
 
-def with_default_system(text: str) -> str:
-    """Plain ChatML; a conversation without a system message gets this one."""
-    first = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\n" + text + "<|im_end|>\\n' }}{% endif %}"
-    return first + "{% for m in messages %}" + TURN + "{% endfor %}" + PROMPT
+@functools.cache
+def vocabulary() -> tuple[dict, list]:
+    """A byte-level BPE of some hundred tokens, trained on a few lines: (vocabulary, merges)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS, "system\nuser\nassistant\n\n\n\n", "你好，你好"], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-OPEN, CLOSE = "<think>", "</think>"
-# Qwen3's: no default system message; of all reasoning only that after the last question is shown, and the last answer has a
-# block for it, be it empty. Newlines at the borders of reasoning and of those answers are stripped.
-THINKING = (
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{% set content = m.content %}"
-    "{% set reasoning = m.reasoning_content if m.reasoning_content is defined else '' %}"
-    "{% if not reasoning and '" + CLOSE + "' in content %}"
-    "{% set reasoning = content.split('" + CLOSE + "')[0].rstrip('\\n').split('" + OPEN + "')[-1].lstrip('\\n') %}"
-    "{% set content = content.split('" + CLOSE + "')[-1].lstrip('\\n') %}{% endif %}"
-    "{{ '<|im_start|>assistant\\n' }}{% if loop.index0 > ns.last and (loop.last or reasoning) %}"
-    "{{ '" + OPEN + "\\n' + reasoning.strip('\\n') + '\\n" + CLOSE + "\\n\\n' + content.lstrip('\\n') }}"
-    "{% else %}{{ content }}{% endif %}{{ '<|im_end|>\\n' }}"
-    "{% else %}" + TURN + "{% endif %}{% endfor %}" + PROMPT
-)
-TEMPLATES = {
-    "qwen2": with_default_system("You are a helpful assistant."),
-    "qwen2.5": with_default_system("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "qwen3": THINKING,
-}
-TEXTS = [
-    "What is two plus two? It is four.",
-    "system user assistant You are a helpful assistant.",
-    "你好，世界！不客气。",
-] * 4
+def make_tokenizer(template: str | None = QWEN2, eos_token: str = "<|im_end|>"):
+    """transformers' own tokenizer of later Qwens, below 400 tokens: ChatML's are special, those of thoughts and tools are not."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    words, merges = vocabulary()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(dict(words), list(merges), eos_token=eos_token, extra_special_tokens=special)
+    plain = ["<think>", "</think>", "<tool_response>", "</tool_response>"]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def later_tokenizer(folder: Path, kind: str = "qwen2", base: bool = False):
-    """A byte-level BPE of some 400 tokens with later Qwens' special ones, saved to `folder` and opened from there."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    """The same with the template of its kind, saved to `folder` and opened from there."""
+    from transformers import AutoTokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    pieces = [
-        pre_tokenizers.Split(words, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    if kind == "qwen3":
-        tokenizer.add_tokens([AddedToken(token, special=False) for token in (OPEN, CLOSE)])
-    ends = {"eos_token": special[0] if base else special[2], "pad_token": special[0]}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special[1:], **ends)
-    made.chat_template = TEMPLATES[kind]
-    made.save_pretrained(folder)
+    make_tokenizer(OF_KIND[kind], "<|endoftext|>" if base else "<|im_end|>").save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
