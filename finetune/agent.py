@@ -259,11 +259,11 @@ def describe(rank: int, failure) -> str:
 
 
 def tell_failure(agent: Agent, result: RunResult) -> int:
-    """Ends the run on all machines; prints a line unless rank 0 has told what it was. The exit code."""
+    """Ends the run on all machines; prints a line unless a worker has told what it was. The exit code."""
     rank, failure = agent.to_blame(result)
     code, line = exit_code(failure), describe(rank, failure)
-    first = result.failures.get(0)
-    told = first is not None and first.exitcode > 0 and (rank == 0 or first.exitcode == USER_ERROR)
+    # a worker that wrote its error file has told its user, too
+    told = any(os.path.isfile(failed.error_file) for failed in result.failures.values())
     if failure.exitcode > 0 and not (told and code == USER_ERROR):  # else it is certain that the cause is here
         agent.hear_others_out()
     agent.rendezvous.end(code, line)
@@ -303,7 +303,10 @@ def attempt(job: Job, restarts: int, folder: str) -> int:
     try:
         rendezvous = Rendezvous.of(job)
     except LOST as error:
-        raise UserError(f"{job.place}: {' '.join(str(error).split())[:200]} - give another MASTER_PORT") from None
+        why = " ".join(str(error).split())[:200]
+        if "EADDRINUSE" in why:
+            why = "another run here uses the port, or NODE_RANK=0 was started twice"
+        raise UserError(f"{job.place}: {why} - give another MASTER_PORT, and each machine its own NODE_RANK") from None
     agent = Agent(job, rendezvous, restarts, folder)
     if job.nnodes > 1:
         note(f"machine {job.node_rank} of {job.nnodes}: waiting up to {job.master_timeout} s for the others")

@@ -32,6 +32,20 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     tokenizer.save_pretrained(folder)
     if record:
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if embeddings and (base := record.get("base", {}).get("name")):
+            # in the place of peft's form, which nobody has filled in
+            (folder / "README.md").write_text(adapter_card(base), encoding="utf-8")
+
+
+def adapter_card(base: str) -> str:
+    """What an adapter is, for people and for the hub. Of a base that was a folder, the name only."""
+    base = Path(base).name if os.path.isdir(base) else base
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: peft\n---\n\n# LoRA adapter for {base}\n\n"
+        "training.json says how it was made: data, settings, versions, and the fingerprint of its base. Try it with\n"
+        "`python -m finetune.ask THIS_FOLDER`, make a model of it that stands alone with\n"
+        "`python -m finetune.merge THIS_FOLDER OUT`, or open it with peft on its base.\n"
+    )
 
 
 def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:

@@ -76,7 +76,7 @@ def deepspeed_config(name: str, values: dict) -> tuple[dict, list[str]]:
         if theirs is not None and theirs != "auto" and not equal(theirs, ours):
             findings.append(
                 f"--deepspeed {name}: {key} is {json.dumps(theirs)} there, and {flag} is {json.dumps(ours)} - "
-                "leave the key out of the file, the flag sets it"
+                f"leave {'the whole block' if '.' in key else 'the key'} out of the file, the flag sets it"
             )
     return completed(config, values), findings
 
@@ -112,7 +112,8 @@ def settings_of_flags(config: dict, values: dict):
         yield key, optimizer, "--optim", optimizer if optimizer.lower() in asked.lower() else asked
     key, schedule = at("scheduler", "type")
     if schedule is not None:
-        yield key, CURVES.get(schedule, schedule), "--lr_scheduler_type", str(values["lr_scheduler_type"])
+        asked = str(values["lr_scheduler_type"])
+        yield key, asked if CURVES.get(schedule) == asked else schedule, "--lr_scheduler_type", asked
 
 
 def equal(theirs, ours) -> bool:

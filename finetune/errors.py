@@ -1,8 +1,14 @@
 """What a user gave that cannot work: a line per finding, all findings of a run together, exit code 2, no traceback."""
 
+import contextlib
+import json
 import os
 import sys
 import traceback
+
+
+# what a rank says that misses another one
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
 
 class UserError(ValueError):
@@ -65,6 +71,8 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
     try:
         job()
     except KeyboardInterrupt:
+        if on_first_rank() and sys.stderr.isatty():
+            print(file=sys.stderr)  # off the progress bar's line
         note(when_stopped)
         sys.exit(130)  # as a program that Ctrl-C ended
     except UserError as error:
@@ -80,6 +88,8 @@ def explained(error: Exception) -> str | None:
     """A line for what can go wrong in training without being a fault of the program; None for anything else."""
     if isinstance(error, FloatingPointError):
         return str(error)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in str(error) for word in PEER_GONE):
+        return f"the connection to another process is lost ({' '.join(str(error).split())[:120]}) - see what ended that one"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return f"out of GPU memory ({error}) - lower --max_tokens_per_pass, or add --gradient_checkpointing True"
     return None
@@ -87,5 +97,9 @@ def explained(error: Exception) -> str | None:
 
 def tell(*findings: str) -> None:
     """Prints errors, a line each."""
-    for line in findings:
-        print("error:", " ".join(line.split()), file=sys.stderr, flush=True)
+    lines = [" ".join(line.split()) for line in findings]
+    for line in lines:
+        print("error:", line, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": "; ".join(lines)}, file)

@@ -99,6 +99,13 @@ switched_on() {
     return 1
 }
 
+# Whether the user gives a flag, with or without a value.
+given() {
+    local word
+    for word in "${extra[@]}"; do [[ $word == "$1" || $word == "$1"=* ]] && return; done
+    return 1
+}
+
 # The two precisions exclude each other, so asking for one takes back the script's other.
 settle_precision() {
     if switched_on --fp16; then without_bf16; fi

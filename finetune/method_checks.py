@@ -80,6 +80,7 @@ def half_weights(args) -> Iterator[str]:
         return
     if args.lora.use_lora or args.lora.q_lora:
         yield "--bf16_weights is for full-parameter training - leave it out; what LoRA freezes is in --bf16 anyway"
+        return
     if not training.bf16:
         yield "--bf16_weights needs --bf16 - add it"
     if word(training.optim) not in optimizers.ROUNDING:

@@ -45,6 +45,8 @@ def prepare(args, out: Path, restarted: bool = False) -> Job:
     if resume_from is not None:
         checkpoint.check_same_run(resume_from, record)
         note(f"continuing from {resume_from}")
+    elif restarted:
+        note("started again after a failure, from the beginning: there is no complete checkpoint yet")
     return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from)
 
 
@@ -97,7 +99,8 @@ def make_plans(args, samples, eval_samples):
 def card(args, job) -> dict:
     """What all ranks must have alike, for ranks.agree()."""
     base, point = job.record["base"]["fingerprint"]["sha256"], job.resume_from
-    same = {"base model": base[:12], "data as rendered": job.samples.fingerprint[:12]}
+    data = f"{job.samples.fingerprint[:12]} ({len(job.samples):,} samples, {job.samples.total_tokens:,} tokens)"
+    same = {"base model": base[:12], "data as rendered": data}
     same |= {"checkpoint to go on from": point and point.name, "versions": job.record["versions"]}
     return same | arguments.shared_flags(args)
 

@@ -13,8 +13,9 @@ from .errors import on_first_rank
 
 def quiet() -> None:
     """To be called before transformers is imported: it looks at every package that is installed, and they speak up."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # what torchao could do on another machine
+    # what torchao could do on another machine; that FSDP has a checkpointing of its own, which costs more memory
+    for name in ("torchao", "torch.utils._pytree", "transformers.training_args"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # connections that end with the process at their other end
     # deprecations between transformers and peft, which a user of this toolkit cannot mend

@@ -18,11 +18,10 @@ import threading
 import time
 from pathlib import Path
 
-from .errors import UserError, note
+from .errors import PEER_GONE, UserError, note
 
 PATIENCE_SECONDS = 20  # after which a rank says what it is waiting for
 WAKE_SECONDS = 3  # for which a rank that only misses another keeps silent
-MISSING_PEERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 WATCH_SECONDS = 5  # from one look for a failure of others to the next
 
 
@@ -131,7 +130,7 @@ class Meeting:
         """
         if self.store is None:
             return say() if rank() == 0 else None
-        if any(word in line for word in MISSING_PEERS):
+        if any(word in line for word in PEER_GONE):
             time.sleep(WAKE_SECONDS)  # the cause is elsewhere: let that rank speak, or torchrun end this one
         with contextlib.suppress(Exception):  # the store may be gone with the machine that kept it
             speaker = self.store.compare_set("finetune/failure", "", f"{name()}: {line}").decode()

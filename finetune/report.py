@@ -26,7 +26,7 @@ def summary(args, samples, eval_samples, plan, model) -> str:
     """Method, data, steps and trainable parameters, before the first step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count = sum(map(size_of, trained.values()))
-    every = sum(map(size_of, model.parameters())) + quantized.packed_away(model)
+    every = quantized.packed_away(model) + sum(size_of(p) for name, p in model.named_parameters() if is_base(name))
     training = args.training
     precision = str(compute_dtype(training)).removeprefix("torch.")
     steps = plan.total_steps(training.num_train_epochs, training.max_steps)
@@ -47,6 +47,11 @@ def summary(args, samples, eval_samples, plan, model) -> str:
             "optimizer steps in all - lower --gradient_accumulation_steps, or train more epochs"
         )
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+
+
+def is_base(name: str) -> bool:
+    """A parameter of the model itself, not one that an adapter adds."""
+    return not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta"))
 
 
 def show(text: str) -> None:
@@ -220,8 +225,8 @@ def take_over(trainer) -> None:
     trainer.add_callback(Report(trainer.args.output_dir))
 
 
-def farewell(out: Path, is_adapter: bool) -> None:
-    """What is there now, and what to type next."""
+def farewell(out: Path, is_adapter: bool, over_gptq: bool = False) -> None:
+    """What is there now, and what to type next. over_gptq: the base is quantized, and the adapter merges into its sibling."""
     try:
         draw(out)
         note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
@@ -230,7 +235,10 @@ def farewell(out: Path, is_adapter: bool) -> None:
         note(f"done: {out}")
     note(f"try it:    {command('finetune.ask', out)}")
     if is_adapter:
-        note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}")
+        base = " --base THE_16_BIT_MODEL" if over_gptq else ""
+        note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}{base}")
+    if (out / "runs").is_dir():
+        note(f"its curves: tensorboard --logdir {shlex.quote(str(out / 'runs'))}")
 
 
 def command(module: str, *paths) -> str:

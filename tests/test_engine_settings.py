@@ -83,7 +83,7 @@ def test_a_file_of_autos_works_as_published(world, config):
         (
             {"scheduler": {"type": "WarmupLR", "params": {}}},
             "scheduler.type",
-            '"constant_with_warmup"',
+            '"WarmupLR"',
             "--lr_scheduler_type",
             '"linear"',
         ),
@@ -92,8 +92,9 @@ def test_a_file_of_autos_works_as_published(world, config):
 def test_what_file_and_flag_say_differently(world, config, content, key, theirs, flag, ours):
     path = config(ZERO2 | content)
     line = only(world, "--deepspeed", path)
+    what = "the whole block" if "." in key else "the key"
     assert line == (
-        f"--deepspeed {path}: {key} is {theirs} there, and {flag} is {ours} - leave the key out of the file, the flag sets it"
+        f"--deepspeed {path}: {key} is {theirs} there, and {flag} is {ours} - leave {what} out of the file, the flag sets it"
     )
 
 

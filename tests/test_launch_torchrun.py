@@ -312,3 +312,9 @@ def test_the_slurm_example(start, tmp_path):
         )
         assert (flags(words)["--resume_from_checkpoint"], flags(words)["--save_steps"]) == (["auto"], ["200"])
     assert rank == 1
+
+
+def test_fsdp_takes_the_place_of_the_scripts_deepspeed_config(dry):
+    for wish in (["--fsdp", "True"], ["--fsdp=True"], ["--fsdp"]):
+        words = dry("-d", "talks.json", *wish, script=ROOT / "finetune" / "finetune_lora_ds.sh")
+        assert "--deepspeed" not in words and wish[0] in words

@@ -144,3 +144,19 @@ def test_run_prints_findings_once_and_exits_with_2(may_speak, printed, capsys):
     with pytest.raises(SystemExit) as stopped:
         errors.run(job, speak=lambda line, say: say() if may_speak else None)
     assert stopped.value.code == 2 and capsys.readouterr().err == printed
+
+
+def test_a_rank_that_misses_another_says_so_in_a_line(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    gone = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.2]:4711")
+    with pytest.raises(SystemExit):
+        errors.run(lambda: (_ for _ in ()).throw(gone))
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: the connection to another process is lost (") and printed.count("\n") == 1
+
+
+def test_what_was_told_is_handed_to_the_agent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    errors.tell("a  b", "c")
+    assert json.loads((tmp_path / "error.json").read_text()) == {"message": "a b; c"}
+    assert capsys.readouterr().err == "error: a b\nerror: c\n"
