@@ -218,7 +218,8 @@ def test_tensorboard_shows_what_all_ranks_do(launches, place):
 
     out = place / "with tensorboard"
     launches.run("LoRA", "DDP", out, "--report_to", "tensorboard", "--save_strategy", "no")
-    events = EventAccumulator(str(out / "runs"))
+    [folder] = (out / "runs").iterdir()  # one for each start
+    events = EventAccumulator(str(folder))
     events.Reload()
 
     def shown(name):
