@@ -5,6 +5,7 @@ reach. Everything that takes long or may fail before training (checking, renderi
 waits inside a collective operation, so nothing times out, however large the data, and an error of one ends all.
 """
 
+import atexit
 import contextlib
 import datetime
 import fcntl
@@ -55,6 +56,7 @@ class Meeting:
 
     def __init__(self):
         self.store, self.topics, self.restarted = None, 0, False
+        self.over = threading.Event()
 
     def begin(self) -> None:
         """Every rank comes here first. Waits for the others, for as long as it takes."""
@@ -63,14 +65,19 @@ class Meeting:
         self.store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(days=7)))
         told = self.exchange("restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
         self.restarted = any(told)
-        threading.Thread(target=self.watch, daemon=True).start()
+        watcher = threading.Thread(target=self.watch, daemon=True)
+        watcher.start()
+        # A thread that the interpreter's end finds inside the store's C++ code would abort the process (SIGABRT).
+        atexit.register(lambda: (self.over.set(), watcher.join(2 * WATCH_SECONDS)))
 
     def watch(self) -> None:
         """Ends this rank when another has failed: in a collective operation it would wait for that one until a time-out."""
         with contextlib.suppress(Exception):  # the store is gone: its machine is, or the run is over
             while not self.store.check(["finetune/failure"]):
-                time.sleep(WATCH_SECONDS)
-            time.sleep(2 * WATCH_SECONDS)  # time to fail by itself, and to say so
+                if self.over.wait(WATCH_SECONDS):
+                    return
+            if self.over.wait(2 * WATCH_SECONDS):  # time to fail by itself, and to say so
+                return
             who, _, line = self.store.get("finetune/failure").decode().partition(": ")
             if not who.endswith(f" on {socket.gethostname()}") and local_rank() == 0:
                 print(f"error: {who} failed: {line}", file=sys.stderr, flush=True)

@@ -98,6 +98,16 @@ def test_an_error_of_one_ends_all_and_is_shown_once(error, code):
     assert printed.count("error:") + printed.count("Traceback") == 1
 
 
+def test_the_watch_for_failures_ends_before_the_process():
+    """A thread that is in the store's C++ code when the interpreter ends would abort it with signal 6."""
+    done = together("""
+        ranks.WATCH_SECONDS = 0.0
+        meeting.exchange("a", 0)
+        time.sleep(0.3)
+    """)
+    assert done == [(0, ""), (0, "")]
+
+
 def test_an_error_in_training_is_shown_by_the_first_that_fails():
     done = together("""
         def main():

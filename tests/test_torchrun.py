@@ -24,17 +24,20 @@ folder, wish = pathlib.Path(__file__).parent, sys.argv[1]
 rank, attempt = int(os.environ["RANK"]), len(list(folder.glob("started-*"))) // int(os.environ["WORLD_SIZE"])
 note = {"pid": os.getpid(), "arguments": sys.argv[1:], "path": sys.path[0], **os.environ}
 (folder / f"started-{rank}-{os.getpid()}").write_text(json.dumps(note))
+def tell(line):  # as errors.tell does
+    print("error:", line, file=sys.stderr)
+    pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": line}))
 if wish == "user error":
     if rank == 0:
         time.sleep(0.5)
-        print("error: the data is not there", file=sys.stderr)
+        tell("the data is not there")
     sys.exit(2)
 if wish == "crash":
     time.sleep(0.3 if rank == 0 else 0)
     sys.exit(0 if rank == 0 else 7)
 if wish == "tells":
     if rank == 1:
-        pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": "no  data\\nhere - copy it"}))
+        tell("no data here - copy it")
         sys.exit(2)
     time.sleep(120)
 if wish == "killed once" and rank == 1 and attempt == 0:
@@ -304,9 +307,20 @@ def test_an_exit_code_is_passed_on(agents, worker):
 
 @pytest.mark.slow
 def test_what_only_one_rank_has_found(agents, worker):
-    """A rank that does not speak to the user can leave its error in torch's error file."""
+    """It has told its user, and rank 0, which would wait for ever, is stopped."""
     code, told = end_of(agents("--nproc_per_node", 2, worker, "tells"))
-    assert (code, told) == (2, f"error: rank 1 on {socket.gethostname()}: no data here - copy it\n")
+    assert (code, told) == (2, "error: no data here - copy it\n")
+
+
+@pytest.mark.slow
+def test_what_one_machine_has_found_stands_on_the_other_too(agents, worker):
+    """Torch's error file carries the line there."""
+    first, second = two(agents, free_port(), worker, "tells")
+    code, told = end_of(second)
+    assert code == 2 and told.splitlines()[-1] == "error: no data here - copy it"
+    code, told = end_of(first)
+    line = f"the run was ended on another machine: rank 1 on {socket.gethostname()}: no data here - copy it"
+    assert (code, told.splitlines()[-1]) == (2, f"note: {line}")
 
 
 @pytest.mark.slow
