@@ -112,7 +112,7 @@ def saved_tensors(model, state_dict=None) -> dict[str, torch.Tensor]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: the index's shards, or the one file; safetensors before .bin."""
-    for name in ("adapter_model.safetensors", "model.safetensors", "pytorch_model.bin"):
+    for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

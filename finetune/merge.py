@@ -1,20 +1,22 @@
 """Merges a LoRA adapter into its base: python -m finetune.merge ADAPTER OUT
 
-OUT loads by itself: weights, config, code, tokenizer and chat settings. The addition is made in float32, and the merged
-model is compared with base plus adapter on a few prompts before the folder is put into its place.
+OUT loads by itself: weights, config, code, tokenizer and chat settings. The addition is made in float32, tensor by tensor, so
+that memory holds one shard and the adapter; then the merged model is compared with base plus adapter, and the folder put into
+its place. What the adapter was trained over is dequantized first; --base names another one, for example the 16-bit sibling.
 """
 
 import argparse
-import os
-import shutil
+import math
 from pathlib import Path
 
 from .errors import UserError, note, run
+from .new_folder import check_free, new_folder
 from .quiet import quiet
 
 QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
-TOLERANCE = 1e-4  # largest difference of a logit in float32, as a share of the largest logit (and of 1 at least)
-DTYPES = ("float32", "bfloat16", "float16")
+# largest difference of a logit, computed in float32, as a share of the largest: what rounding the merged weights makes of it
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+MAX_SHARD_SIZE = "2GB"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,46 +25,100 @@ def main(argv: list[str] | None = None) -> None:
         "adapter", type=Path, metavar="ADAPTER", help="the output folder of a LoRA run, or one of its checkpoints"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the merged model")
-    parser.add_argument("--base", help="the base model, if it is no longer where it was when the adapter was trained")
     parser.add_argument(
-        "--to", choices=["auto", *DTYPES], default="auto", help="type of the weights; auto: as the base has them"
+        "--base",
+        help="the base model, if it is no longer where it was when the adapter was trained; or, for an adapter trained over "
+        "quantized weights, the 16-bit model to merge it into (default: the quantized one, dequantized)",
     )
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--to", choices=["auto", *TOLERANCES], default="auto", help="type of the weights; auto: as the base has them"
+    )
+    parser.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help="of a file of weights (default: %(default)s)")
+    options = vars(parser.parse_args(argv))
     quiet()
-    run(lambda: merge(options.adapter, options.out, base=options.base, to=options.to))
+    run(lambda: merge(**options))
 
 
-def merge(adapter: Path, out: Path, base: str | None = None, to: str = "auto") -> float:
-    """Merges `adapter` into `out`; returns the largest difference of a logit between base + adapter and the merged model."""
-    import torch
+def merge(
+    adapter: Path, out: Path, base: str | None = None, to: str = "auto", max_shard_size: str = MAX_SHARD_SIZE
+) -> float | None:
+    """Merges `adapter` into `out`.
 
-    from . import checkpoint, model, quantized
+    Returns the largest difference of a logit between base + adapter and the merged model; None where memory does not hold them.
+    """
+    from . import model, quantized
+    from .plain_weights import PlainWeights
 
     check(adapter, out)
+    max_bytes = bytes_of_shard(max_shard_size)
     base_folder = model.find_base(adapter, base)
-    quantized.check_mergeable(base_folder)
-    tokenizer = model.load_tokenizer(base_folder)
-
-    note(f"loading {base_folder} and {adapter}")
-    tuned = model.load_tuned(base_folder, adapter, torch.float32, as_trained=False)
-    prompts = probes(tokenizer)
-    expected = logits(tuned, prompts)
-    merged = tuned.merge_and_unload()
-    difference = compare(expected, logits(merged, prompts))
-    note(f"merged in float32: logits differ from the adapter's by at most {difference:.1e}")
-
-    dtype = checkpoint.stored_dtype(base_folder) if to == "auto" else getattr(torch, to)
-    merged.to(dtype)
-    staging = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(staging, ignore_errors=True)
-    made_from = {"merged": {"adapter": str(adapter.resolve()), "base": str(base_folder.resolve())}}
-    checkpoint.save_model(merged, tokenizer, staging, record=checkpoint.read_record(adapter) | made_from)
-    checkpoint.verify(staging, merged)
-    if out.is_dir():
-        out.rmdir()
-    os.replace(staging, out)
-    note(f"done: {out} ({str(dtype).removeprefix('torch.')}) loads by itself")
+    check_free(out, "the merged model", base_folder, adapter)
+    # --base means that model as it lies there; else it is what the adapter was trained over
+    over = quantized.of_adapter(adapter) if base is None else None
+    found = over or quantized.of_folder(base_folder)
+    note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
+    with PlainWeights(base_folder, over) as weights, new_folder(out) as folder:
+        dtype = write(folder, adapter, base_folder, weights, to, max_bytes)
+        difference = prove(folder, adapter, base_folder, dtype, as_trained=base is None)
+    note(f"done: {out} ({dtype}) loads by itself")
     return difference
+
+
+def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: int) -> str:
+    """Writes the merged model into `folder`; returns the type of its weights. weights: PlainWeights of the base."""
+    import torch
+
+    from . import checkpoint, merging, model, model_writer
+
+    tokenizer, changes = model.load_tokenizer(base), merging.Adapter(adapter)
+    merged = skeleton(base, adapter, tokenizer, weights)
+    expected = model_writer.tensor_shapes(merged)
+    dtype = weights.dtype if to == "auto" else getattr(torch, to)
+    record = checkpoint.read_record(adapter)
+    record |= {"merged": {"adapter": str(adapter.resolve()), "base": str(base.resolve())}}
+    model_writer.write_frame(folder, merged, tokenizer, merged.generation_config, dtype, record, card(adapter, base))
+    tensors = ((name, changes.merged(name, weights[name]).to(dtype)) for name in expected)
+    model_writer.write_weights(folder, tensors, max_bytes, expected)
+    changes.check_all_used(tied=bool(merged.all_tied_weights_keys))
+    return str(dtype).removeprefix("torch.")
+
+
+def skeleton(base: Path, adapter: Path, tokenizer, weights):
+    """The merged model without its weights: the base's config unquantized, and the chat settings of the adapter."""
+    from transformers import AutoConfig, GenerationConfig
+
+    from . import model, model_writer
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if config.model_type == "qwen" and weights.more_biases(model_writer.tensor_shapes(model_writer.skeleton(config))):
+        config.no_bias = False
+    merged = model_writer.skeleton(config)
+    own = adapter if (adapter / "generation_config.json").is_file() else base
+    if (own / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(own)
+    model.set_chat_settings(merged, tokenizer)  # of an adapter that other hands made, which has none
+    return merged
+
+
+def card(adapter: Path, base: Path) -> str:
+    """README.md of a merged model."""
+    return (
+        f"---\nbase_model: {base.name}\n---\n\n# {base.name}, fine-tuned\n\n"
+        f"The LoRA adapter {adapter.resolve().name} merged into {base.name}. training.json says how it was trained: data, settings,\n"
+        "versions. It loads with transformers; first-generation Qwen brings its own code (trust_remote_code=True), which is\n"
+        "not needed where the toolkit is installed: `python -m finetune.ask THIS_FOLDER`.\n"
+    )
+
+
+def bytes_of_shard(text: str) -> int:
+    from .shards import size_in_bytes
+
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise UserError(f"--max_shard_size: {error}") from error
 
 
 def check(adapter: Path, out: Path) -> None:
@@ -74,8 +130,45 @@ def check(adapter: Path, out: Path) -> None:
             f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run; a full model needs no merge"
         )
     checkpoint.weight_files(adapter)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty - give a new folder for the merged model")
+    check_free(out, "the merged model")
+
+
+# ---- the proof
+
+
+def prove(folder: Path, adapter: Path, base: Path, dtype: str, as_trained: bool) -> float | None:
+    """Compares the logits of base + adapter and of `folder`; more than its precision explains is a failed merge.
+
+    as_trained: over NF4, if that is what the adapter was trained over. One model at a time is in memory, in float32.
+    """
+    import torch
+
+    from . import model
+
+    tokenizer = model.load_tokenizer(base)
+    if too_large(folder):
+        note(f"no memory to compare in: python -m finetune.compare {adapter} {folder} where there is more")
+        return None
+    prompts = probes(tokenizer)
+    expected = logits(model.load_tuned(base, adapter, torch.float32, as_trained), prompts)
+    found = logits(model.load_weights(folder, torch.float32, half_on_cuda=False), prompts)
+    scale = max(1.0, *(a.abs().max().item() for a in expected))
+    difference = max((a - b).abs().max().item() for a, b in zip(expected, found))
+    if not difference <= TOLERANCES[dtype] * scale:
+        what = f"the merged model's logits differ from the adapter's by {difference:.2e}, of {scale:.1f} at most"
+        raise RuntimeError(f"{what}: nothing was written")
+    note(f"base + adapter and the merged model, both computed in float32: logits differ by at most {difference:.1e}")
+    return difference
+
+
+def too_large(folder: Path) -> bool:
+    """Whether the model in float32 takes more than the memory that is free."""
+    import psutil
+
+    from . import model_folder
+
+    numbers = sum(math.prod(shape) for shape in model_folder.shapes(folder).values())
+    return 4 * numbers > psutil.virtual_memory().available
 
 
 def probes(tokenizer) -> list:
@@ -97,17 +190,6 @@ def logits(some_model, prompts: list) -> list:
 
     with torch.no_grad():
         return [some_model(prompt.to(some_model.device)).logits.float() for prompt in prompts]
-
-
-def compare(expected: list, found: list) -> float:
-    """The largest difference; more than TOLERANCE of the largest logit is a failed merge."""
-    difference = max((a - b).abs().max().item() for a, b in zip(expected, found))
-    scale = max(1.0, max(a.abs().max().item() for a in expected))
-    if not difference <= TOLERANCE * scale:
-        raise RuntimeError(
-            f"the merged model's logits differ from the adapter's by {difference:.2e}: nothing was written"
-        )
-    return difference
 
 
 if __name__ == "__main__":

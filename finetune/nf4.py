@@ -43,10 +43,22 @@ def narrow_layers(folder: Path) -> list[str]:
     bitsandbytes 0.50.2 quantizes them rightly and, on the CPU, unpacks them wrongly (error 25% instead of 9%). No published
     Qwen has any.
     """
+    return sorted(name for name, shape in block_matrices(folder).items() if shape[1] % BLOCK)
+
+
+def block_matrices(folder: Path) -> dict[str, list[int]]:
+    """{name: shape (out, in)} of the linear layers inside the model's blocks."""
     found = model_folder.shapes(folder).items()
     matrices = {name.removesuffix(".weight"): shape for name, shape in found if len(shape) == 2}
-    inside = {name: shape for name, shape in matrices.items() if any(part.isdigit() for part in name.split("."))}
-    return sorted(name for name, shape in inside.items() if shape[1] % BLOCK)
+    return {name: shape for name, shape in matrices.items() if any(part.isdigit() for part in name.split("."))}
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """What a layer computes with in the place of its weight (out, in): quantized and unpacked again, in float32."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.float(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(packed, state)
 
 
 def layers(model) -> list:

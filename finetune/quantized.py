@@ -179,15 +179,6 @@ def of_adapter(adapter: Path) -> Quantization | None:
     return NF4 if over.get("method") == "nf4" else None
 
 
-def check_mergeable(base: Path) -> None:
-    """UserError for a base that nothing can be added to."""
-    if found := of_folder(base):
-        plain = sibling(base)
-        named = f" (the folder of {plain.name})" if plain != base else ""
-        what = f"{base} is quantized ({found}), and an adapter cannot be merged into it"
-        raise UserError(f"{what} - give the 16-bit checkpoint that it was made from with --base{named}")
-
-
 # ---- loading
 
 

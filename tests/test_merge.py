@@ -1,10 +1,15 @@
 """python -m finetune.merge: the merged folder is the adapter's model, or there is no folder."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -44,7 +49,7 @@ def test_merged_folder_gives_the_adapters_logits(trained, tmp_path, to, toleranc
     assert GenerationConfig.from_pretrained(tmp_path / "out").chat_format == "chatml"
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["merged"]["adapter"] == str(adapter.resolve())
-    assert "logits differ from the adapter's by at most" in capsys.readouterr().err
+    assert "computed in float32: logits differ by at most" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.unfinished"))
 
 
@@ -52,6 +57,7 @@ BESIDE = {
     "rows": {"train_embeddings": "chat_rows", "use_dora": True},
     "all": {"train_embeddings": "all", "lora_bias": "lora_only"},
     "pissa": {"init_lora_weights": "pissa_niter_4", "train_embeddings": "chat_rows"},
+    "rslora": {"use_rslora": True, "use_dora": True, "lora_alpha": 5},
 }
 
 
@@ -76,7 +82,7 @@ def test_what_trained_beside_the_adapters_is_merged(trained, tmp_path, tokenizer
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=0)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     changed = (merged.lm_head.weight != plain.lm_head.weight).any(1).nonzero().flatten().tolist()
-    assert changed == rows if rows else len(changed) > 100_000
+    assert changed == rows if rows or method == "rslora" else len(changed) > 100_000
 
 
 def test_the_adapter_does_something(trained):
@@ -95,6 +101,8 @@ def test_the_adapter_does_something(trained):
         (["{adapter}", "{adapter}"], "exists and is not empty"),
         (["{adapter}", "{tmp}/out", "--base", "{tmp}/nowhere"], "was not found - give it with --base"),
         (["{adapter}", "{tmp}/out", "--base", "{other}"], "made for another base"),
+        (["{adapter}", "{base}/out"], "lies in {base}, which is read - give a new folder for the merged model"),
+        (["{adapter}", "{tmp}/out", "--max_shard_size", "2"], '--max_shard_size: "2" is no size - give for example 2GB'),
     ],
 )
 def test_refusals_name_the_place_and_the_remedy(trained, tmp_path, capsys, arguments, message, monkeypatch):
@@ -106,7 +114,7 @@ def test_refusals_name_the_place_and_the_remedy(trained, tmp_path, capsys, argum
         merge.main([argument.format(**places) for argument in arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message.format(**places) in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -117,6 +125,81 @@ def test_a_merge_that_differs_is_not_written(trained, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="nothing was written"):
         merge.merge(adapter, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_of_a_merge_is_refused(trained, tmp_path):
+    _, adapter, _ = trained
+    merge.merge(adapter, tmp_path / "out")
+    with pytest.raises(UserError, match="no adapter_config.json there - .* a full model needs no merge"):
+        merge.merge(tmp_path / "out", tmp_path / "again")
+
+
+FILES = {
+    "README.md", "attention.py", "chat_template.jinja", "chatml.py", "config.json", "configuration_qwen.py",
+    "generation_config.json", "generation_qwen.py", "head_loss.py", "kv_cache.py", "modeling_qwen.py", "qwen.tiktoken",
+    "tokenization_qwen.py", "tokenizer_config.json", "training.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size,weights", [("2GB", {"model.safetensors"}), ("8MB", None)])
+def test_the_files_of_a_merged_folder(trained, tmp_path, size, weights):
+    """In shards, too; and the README says what it is."""
+    _, adapter, base = trained
+    merge.merge(adapter, tmp_path / "out", max_shard_size=size)
+    shards = {f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == FILES | (weights or shards | {"model.safetensors.index.json"})
+    assert "The LoRA adapter adapter merged into base" in (tmp_path / "out" / "README.md").read_text()
+    assert all(not path.is_symlink() for path in (tmp_path / "out").iterdir())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.float32 and loaded.config.use_cache
+
+
+def test_an_adapter_of_other_hands_chats(trained, tmp_path):
+    """No record, no chat settings, and peft's older file; its base is a base model."""
+    _, adapter, base = trained
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    torch.save(load_file(adapter / "adapter_model.safetensors"), foreign / "adapter_model.bin")
+    assert GenerationConfig.from_pretrained(base).chat_format == "raw"
+    assert merge.merge(foreign, tmp_path / "out") < 1e-4
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.chat_format == "chatml" and 151645 in settings.eos_token_id
+
+
+def test_without_memory_to_compare_in_it_says_so(trained, tmp_path, monkeypatch, capsys):
+    _, adapter, _ = trained
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**7))
+    assert merge.merge(adapter, tmp_path / "out") is None
+    assert "no memory to compare in: python -m finetune.compare" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from finetune import merge, model_writer
+replace = os.replace
+def kill(*arguments, **settings):
+    if sys.argv[1] == "proof" and not str(arguments[1]).endswith("config.json"):
+        return replace(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+module, name = {"frame": (model_writer, "write_weights"), "weights": (merge, "prove"), "proof": (os, "replace")}[sys.argv[1]]
+setattr(module, name, kill)
+merge.merge(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["frame", "weights", "proof"])
+def test_a_killed_merge_leaves_nothing_that_loads(trained, tmp_path, moment):
+    _, adapter, _ = trained
+    command = [sys.executable, "-c", KILLED, moment, str(adapter), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    assert (tmp_path / "out.unfinished" / "model.safetensors").exists() == (moment != "frame")
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out.unfinished")
 
 
 def test_refused_folders_raise_user_errors(tmp_path):

@@ -300,15 +300,19 @@ def test_ask_answers_from_a_gptq_folder_and_an_adapter_on_it(folders, saved, cap
         assert out.startswith("Q: Who are you?\nA: ") and "error" not in err
 
 
-def test_merging_needs_the_16_bit_sibling(folders, saved, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        merge.main([str(saved[4][1]), str(tmp_path / "out")])
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(
-        f"error: {folders[4][0]} is quantized (GPTQ Int4), and an adapter cannot be merged into it - "
-    )
-    assert line.endswith("with --base (the folder of Tiny)")
+@pytest.mark.parametrize("kind", [4, "nf4"])
+def test_an_adapter_merges_into_what_it_was_trained_over(saved, tmp_path, kind, capsys):
+    """Dequantized: the very weights that training saw, with the biases that only published GPTQ folders have."""
+    trained, adapter = saved[kind]
+    assert merge.merge(adapter, tmp_path / "out", to="float32") < 1e-4
+    assert ", dequantized from " + ("GPTQ Int4" if kind == 4 else "NF4") in capsys.readouterr().err
+    assert quantized.of_folder(tmp_path / "out") is None and not (tmp_path / "out" / "quantize_config.json").exists()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, trained(IDS).logits, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_merges_into_the_16_bit_sibling(folders, saved, tmp_path, capsys):
     merge.main([str(saved[4][1]), str(tmp_path / "out"), "--base", str(folders[4][1])])
     assert "taken for its 16-bit sibling" in capsys.readouterr().err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -316,12 +320,12 @@ def test_merging_needs_the_16_bit_sibling(folders, saved, tmp_path, capsys):
         torch.testing.assert_close(merged(IDS).logits, saved[4][0](IDS).logits, atol=1e-4, rtol=0)
 
 
-def test_an_nf4_adapter_merges_into_its_plain_base(saved, tmp_path):
-    merge.main([str(saved["nf4"][1]), str(tmp_path / "out")])
+def test_an_nf4_adapter_merges_into_the_weights_as_they_are_stored(folders, saved, tmp_path):
+    """Which is not what training saw: NF4 has rounded them."""
+    merge.merge(saved["nf4"][1], tmp_path / "out", base=str(folders["nf4"][0]))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert quantized.of_folder(tmp_path / "out") is None
     with torch.no_grad():
-        assert (merged(IDS).logits - saved["nf4"][0](IDS).logits).abs().max() < 0.5
+        assert 1e-4 < (merged(IDS).logits - saved["nf4"][0](IDS).logits).abs().max() < 0.5
 
 
 def test_an_adapter_of_a_plain_base_does_not_go_onto_another(folders, tmp_path):
