@@ -10,9 +10,8 @@ from threading import Thread
 
 from .errors import UserError, run
 from .model_folder import LATER_TYPES
+from .opened import GREEDY, open_named
 from .quiet import quiet
-
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # defaults: not used, and no warning
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,9 +58,10 @@ def read_questions(path: Path) -> list[str]:
 
 def open_answerer(options):
     """The Answerer of the model that options.folder holds."""
-    tokenizer, model = load(options.folder, options.base)
+    opened = open_named(options.folder, options.base)
+    model = opened.load()
     kind = LaterAnswerer if model.config.model_type in LATER_TYPES else Answerer
-    return kind(tokenizer, model, options)
+    return kind(opened.tokenizer, model, options)
 
 
 class Answerer:
@@ -126,27 +126,6 @@ class LaterAnswerer:
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         return {name: prompt[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-
-
-def load(name: str, base: str | None):
-    """(tokenizer, model on the GPU if there is one) of a model folder, a hub id, or an adapter folder."""
-    import torch
-
-    from . import checkpoint, model, model_folder
-
-    folder = Path(name)
-    if (folder / "adapter_config.json").is_file():
-        base_folder = model.find_base(folder, base)
-        tokenizer = model.load_tokenizer(base_folder)
-        loaded = model.load_tuned(base_folder, folder, checkpoint.stored_dtype(base_folder))
-    else:
-        folder = model.find_folder(name)
-        tokenizer = model.load_tokenizer(folder)
-        if problems := list(model_folder.problems(folder, may_be_quantized=True)):
-            raise UserError(*problems)
-        loaded = model.load_weights(folder, "auto", half_on_cuda=False)
-        model.set_chat_settings(loaded, tokenizer)  # a base model answers too, as well as it can
-    return tokenizer, loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def converse(answerer) -> None:

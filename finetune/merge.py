@@ -13,10 +13,10 @@ from .errors import UserError, note, run
 from .new_folder import check_free, new_folder
 from .quiet import quiet
 
-QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
 # largest difference of a logit, computed in float32, as a share of the largest: what rounding the merged weights makes of it
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 MAX_SHARD_SIZE = "2GB"
+NEW_TOKENS = 16  # of each answer in the proof
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +44,8 @@ def merge(
 ) -> float | None:
     """Merges `adapter` into `out`.
 
-    Returns the largest difference of a logit between base + adapter and the merged model; None where memory does not hold them.
+    Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit;
+    None where memory does not hold them.
     """
     from . import model, quantized
     from .plain_weights import PlainWeights
@@ -67,6 +68,7 @@ def merge(
 def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: int) -> str:
     """Writes the merged model into `folder`; returns the type of its weights. weights: PlainWeights of the base."""
     import torch
+    from tqdm import tqdm
 
     from . import checkpoint, merging, model, model_writer
 
@@ -77,7 +79,8 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
     record = checkpoint.read_record(adapter)
     record |= {"merged": {"adapter": str(adapter.resolve()), "base": str(base.resolve())}}
     model_writer.write_frame(folder, merged, tokenizer, merged.generation_config, dtype, record, card(adapter, base))
-    tensors = ((name, changes.merged(name, weights[name]).to(dtype)) for name in expected)
+    bar = tqdm(expected, desc="merging", unit=" tensors", delay=2, leave=False)
+    tensors = ((name, changes.merged(name, weights[name]).to(dtype)) for name in bar)
     model_writer.write_weights(folder, tensors, max_bytes, expected)
     changes.check_all_used(tied=bool(merged.all_tied_weights_keys))
     return str(dtype).removeprefix("torch.")
@@ -137,28 +140,29 @@ def check(adapter: Path, out: Path) -> None:
 
 
 def prove(folder: Path, adapter: Path, base: Path, dtype: str, as_trained: bool) -> float | None:
-    """Compares the logits of base + adapter and of `folder`; more than its precision explains is a failed merge.
+    """Compares base + adapter with `folder` on a few answers; more than its precision explains is a failed merge.
 
     as_trained: over NF4, if that is what the adapter was trained over. One model at a time is in memory, in float32.
     """
     import torch
 
     from . import model
+    from .agreement import measure, own_answers, question_prompts
 
-    tokenizer = model.load_tokenizer(base)
     if too_large(folder):
         note(f"no memory to compare in: python -m finetune.compare {adapter} {folder} where there is more")
         return None
-    prompts = probes(tokenizer)
-    expected = logits(model.load_tuned(base, adapter, torch.float32, as_trained), prompts)
-    found = logits(model.load_weights(folder, torch.float32, half_on_cuda=False), prompts)
-    scale = max(1.0, *(a.abs().max().item() for a in expected))
-    difference = max((a - b).abs().max().item() for a, b in zip(expected, found))
-    if not difference <= TOLERANCES[dtype] * scale:
-        what = f"the merged model's logits differ from the adapter's by {difference:.2e}, of {scale:.1f} at most"
-        raise RuntimeError(f"{what}: nothing was written")
-    note(f"base + adapter and the merged model, both computed in float32: logits differ by at most {difference:.1e}")
-    return difference
+    prompts = question_prompts(model.load_tokenizer(base))
+    loaders = [
+        lambda: model.load_tuned(base, adapter, torch.float32, as_trained),
+        lambda: model.load_weights(folder, torch.float32, half_on_cuda=False).eval(),
+    ]
+    _, found = measure(loaders, lambda tuned: own_answers(tuned, prompts, NEW_TOKENS))
+    if not found.logits_difference <= TOLERANCES[dtype]:
+        what = f"the merged model's logits differ from the adapter's by {found.logits_difference:.1e} of the largest"
+        raise RuntimeError(f"{what}, which {dtype} does not explain: nothing was written")
+    note(f"base + adapter against the merged model, on a few answers: {found}")
+    return found.logits_difference
 
 
 def too_large(folder: Path) -> bool:
@@ -182,14 +186,6 @@ def probes(tokenizer) -> list:
         for question in QUESTIONS
     ]
     return [torch.tensor([prompt]) for prompt in prompts]
-
-
-def logits(some_model, prompts: list) -> list:
-    """The logits of every position of every prompt."""
-    import torch
-
-    with torch.no_grad():
-        return [some_model(prompt.to(some_model.device)).logits.float() for prompt in prompts]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ def quiet() -> None:
     for name in ("torchao", "torch.utils._pytree", "transformers.training_args"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DELAY", "2")  # transformers' bars over what is done in a moment; seconds
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # connections that end with the process at their other end
     # deprecations between transformers and peft, which a user of this toolkit cannot mend
     warnings.filterwarnings(

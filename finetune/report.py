@@ -139,6 +139,7 @@ class Report(TrainerCallback):
             desc="training",
             dynamic_ncols=True,
             mininterval=0.5,
+            delay=0,  # unlike all others: at once
         )
 
     def on_step_end(self, args, state, control, **kwargs):

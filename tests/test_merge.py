@@ -14,7 +14,7 @@ from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
-from finetune import adapters, checkpoint, merge, model
+from finetune import adapters, checkpoint, merge, merging, model
 from finetune.args import LoraArguments
 from finetune.errors import UserError
 
@@ -49,7 +49,7 @@ def test_merged_folder_gives_the_adapters_logits(trained, tmp_path, to, toleranc
     assert GenerationConfig.from_pretrained(tmp_path / "out").chat_format == "chatml"
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["merged"]["adapter"] == str(adapter.resolve())
-    assert "computed in float32: logits differ by at most" in capsys.readouterr().err
+    assert "against the merged model, on a few answers: perplexity" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.unfinished"))
 
 
@@ -119,10 +119,11 @@ def test_refusals_name_the_place_and_the_remedy(trained, tmp_path, capsys, argum
 
 
 def test_a_merge_that_differs_is_not_written(trained, tmp_path, monkeypatch):
+    """A scale that is off by a hundredth: more than float32 explains."""
     _, adapter, _ = trained
-    answers = iter([[torch.zeros(1, 1, 4)], [torch.full((1, 1, 4), 0.01)]])
-    monkeypatch.setattr(merge, "logits", lambda *args: next(answers))
-    with pytest.raises(RuntimeError, match="nothing was written"):
+    right = merging.Adapter.scale
+    monkeypatch.setattr(merging.Adapter, "scale", lambda *arguments: 1.01 * right(*arguments))
+    with pytest.raises(RuntimeError, match="which float32 does not explain: nothing was written"):
         merge.merge(adapter, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
