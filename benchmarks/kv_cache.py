@@ -214,16 +214,18 @@ def table(report: dict, options) -> str:
     about = report["about"]
     lines = [f"Qwen {options.size} ({report['weights_gb']:.1f} GB of weights), {about['dtype']}, {about['machine']}"]
     if options.timed:
-        lines.append(f"the last {options.timed} tokens of each cell are generated, the cache holds random numbers before")
+        lines.append(f"only the last {options.timed} tokens of each cell are generated, after a cache of random numbers")
     columns = [*options.ways, *(["published: without", "with int8"] if options.size == "7B" else [])]
     lines += ["", "| batch | tokens | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     rows: dict[tuple, list[str]] = {}
     notes = []
     for cell in report["cells"]:
         problem = cell.get("problem", "")
+        text = shown(cell)
         if problem.startswith("not used"):
             notes.append(f"{cell['way']}: {problem}")
-        rows.setdefault((cell["batch"], cell["tokens"]), []).append("–" if problem.startswith("not used") else shown(cell))
+            text = "–"
+        rows.setdefault((cell["batch"], cell["tokens"]), []).append(text)
     for (batch, tokens), texts in rows.items():
         if options.size == "7B":
             texts += [x if isinstance(x, str) else f"{x} GB" for x in PUBLISHED.get((batch, tokens), ("–", "–"))]
@@ -236,10 +238,10 @@ def about(options) -> dict:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": machine,
+        "machine": torch.cuda.get_device_name() if on_gpu else cpu,
         "dtype": "bfloat16" if on_gpu else "float32",
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {name: version(name) for name in ("torch", "transformers", "triton")},
@@ -261,7 +263,8 @@ def commit() -> str | None:
     """The code's commit, with "+" if files differ from it; None outside git."""
 
     def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

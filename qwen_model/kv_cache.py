@@ -28,7 +28,8 @@ RELATIVE_FLOOR = 1e-7
 ABSOLUTE_FLOOR = 1e-20
 
 # The cache grows by 1/16, or by this many tokens: what is copied then is at most 1/32 of what attention reads meanwhile,
-# and what stands empty is at most 64 tokens or 1/16. (Joining one token at a time copies all of the cache each time.)
+# and what stands empty is at most 64 tokens or 1/16. Joining a token with torch.cat copies all of the cache each time: on one
+# CPU core, one layer of 7B, 1.15 ms a token at 1024 tokens and 16.9 ms at 4096, against less than 0.15 ms this way.
 LEAST_GROWTH = 64
 
 

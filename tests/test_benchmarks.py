@@ -62,9 +62,9 @@ def test_memory_counts_the_bundled_model():
 
 
 def test_the_kv_cache_benchmark_runs_on_a_cpu(tmp_path):
-    """Toy size: the int8 cache holds less, the kernel's column says why it is empty, the file names machine and versions."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "kv_cache.py"), "--size", "toy", "--batches", "2", "--lengths", "30"]
-    command += ["--batch_tokens", "200", "--save", str(tmp_path), "--timed", "4"]
+    """Toy size: the int8 cache holds less, the kernel's column says why it is empty, the file has machine and versions."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "kv_cache.py"), "--size", "toy", "--batches", "2"]
+    command += ["--lengths", "30", "--batch_tokens", "200", "--save", str(tmp_path), "--timed", "4"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
