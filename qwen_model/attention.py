@@ -1,19 +1,23 @@
-"""Attention over packed samples: several conversations in one row, none of which sees another.
+"""Attention: `attend` is the one call, whatever reads the keys.
 
-Three ways, one call (`packed_attention`), equal results:
+Packed samples (several conversations in one row, none of which sees another) have three ways, equal in their results:
 
 - flash-attn 2, where it is installed and asked for: transformers' own function reads the same `cu_seq_lens`;
 - torch's variable-length attention, on CUDA in half precision;
 - a loop over the samples with scaled_dot_product_attention, everywhere else. No T x T mask is made in any of them.
 
-Shapes: N heads, T tokens of the row, D head size.
+The int8 KV cache is read by its kernels where kv_cache.kernel_obstacle found none; all else is transformers' attention.
+
+Shapes: B batch, N heads, T tokens of the row, D head size.
 """
 
 import functools
 import importlib.util
 
 import torch
+from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def choose_attention(use_flash_attn: bool | str = "auto") -> tuple[str, str]:
@@ -27,6 +31,37 @@ def choose_attention(use_flash_attn: bool | str = "auto") -> tuple[str, str]:
     if importlib.util.find_spec("flash_attn") is None:
         return "sdpa", "flash-attn is not installed"
     return "flash_attention_2", "flash-attn is installed"
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention spelt out, the one way that returns its weights: -> (B, T, N, D), (B, N, T, keys)."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
+    dropped = drop(weights, dropout, training=module.training)
+    return (dropped @ value).transpose(1, 2), weights
+
+
+def attend(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, bounds=None, cache_kernel=False, **kwargs
+):  # fmt: skip
+    """(B, T, N, D), and the weights (B, N, T, keys) or None.
+
+    query, key, value (B, N, T, D). bounds: those of a packed row's samples. cache_kernel: key and value are an int8 cache's
+    (q, scale, zero point), which the kernels read as they are; a long prefill reads them dequantized.
+    """
+    if bounds is not None:
+        cu_seq_lens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        return packed_attention(query, key, value, cu_seq_lens, longest, bounds, scaling, dropout), None
+    if cache_kernel:
+        from .kv_cache_kernels import MAX_QUERIES, attend_int8, dequantize_int8
+
+        if query.shape[2] <= MAX_QUERIES:
+            return attend_int8(query, key, value, attention_mask, scaling), None
+        key, value = dequantize_int8(key, value, query.dtype)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    return interface(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 @functools.cache

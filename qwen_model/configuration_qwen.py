@@ -12,8 +12,8 @@ class QWenConfig(PretrainedConfig):
     - `seq_length` is the trained length. Beyond it, outside training, dynamic NTK (`use_dynamic_ntk`) stretches the
       rotary base and LogN (`use_logn_attn`) sharpens the queries.
     - `use_flash_attn` is "auto", True or False: whether flash-attn 2 is taken where it is installed.
-    - `use_cache_quantization` keeps the KV cache as int8. `use_cache_kernel`, of the published GPU kernel, is kept as it
-      is and has no effect: the cache is read in plain torch.
+    - `use_cache_quantization` keeps the KV cache as int8. With `use_cache_kernel` Triton kernels write and read it on a GPU;
+      where they cannot (kv_cache.kernel_obstacle), the model says why, once, and plain torch gives the same.
     - `bf16`, `fp16`, `fp32` say how the published weights were stored; what is loaded is asked for with `dtype=`.
     """
 

@@ -19,14 +19,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .attention import choose_attention, packed_attention
+from .attention import attend, choose_attention
 from .configuration_qwen import QWenConfig
 from .generation_qwen import QWenChatMixin
 from .head_loss import LMHead, summed_loss
-from .kv_cache import Int8Cache
+from .kv_cache import Int8Cache, kernel_obstacle
 
 logger = logging.get_logger(__name__)
 
@@ -75,16 +74,6 @@ def rotate(x_BNTD, cos, sin):
     return (x * cos + torch.cat((-right, left), -1) * sin).to(x_BNTD.dtype)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention spelt out, the one way that returns its weights: -> (B, T, N, D), (B, N, T, keys)."""
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
-    dropped = nn.functional.dropout(weights, dropout, training=module.training)
-    return (dropped @ value).transpose(1, 2), weights
-
-
 class QWenAttention(nn.Module):
     """Multi-head attention; c_attn holds query, key and value stacked in that order."""
 
@@ -101,7 +90,7 @@ class QWenAttention(nn.Module):
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
 
     def forward(self, x_BTH, rotary, logn, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
-        """rotary: (cos, sin); logn None or (B, 1, T, 1); the packed samples' bounds, if any, are in kwargs."""
+        """rotary: (cos, sin); logn None or (B, 1, T, 1); kwargs: bounds, cache_kernel and more, see attention.attend."""
         # (B, T, 3H) -> three of (B, N, T, D)
         query, key, value = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x_BTH).chunk(3, -1)
@@ -110,22 +99,11 @@ class QWenAttention(nn.Module):
         if logn is not None:
             query = (query * logn).to(query.dtype)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        name = self.config._attn_implementation
+            # read by the kernels, the int8 cache gives its (q, scale, zero point) instead of tensors
+            as_it_is = {"kernel": True} if kwargs.get("cache_kernel") else {}
+            key, value = past_key_values.update(key, value, self.layer_idx, **as_it_is)
         dropout_p = self.attn_dropout_prob if self.training else 0.0
-        bounds = kwargs.pop("bounds", None)
-        if bounds is not None:
-            cu_seq_lens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-            weights, out = (
-                None,
-                packed_attention(query, key, value, cu_seq_lens, longest, bounds, self.scaling, dropout_p),
-            )
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-            out, weights = attend(
-                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout_p, **kwargs
-            )  # fmt: skip
+        out, weights = attend(self, query, key, value, attention_mask, self.scaling, dropout_p, **kwargs)
         return self.c_proj(out.reshape(x_BTH.shape)), weights
 
 
@@ -245,6 +223,8 @@ class QWenModel(QWenPreTrainedModel):
                 kwargs["bounds"] = kwargs["cu_seq_lens_q"].tolist()  # once a row, not once a layer
         else:
             mask = create_causal_mask(self.config, x_BTH, attention_mask, past_key_values=past_key_values)
+            if self.config.use_cache_kernel and past_key_values is not None:
+                kwargs["cache_kernel"] = self.cache_kernel(past_key_values, x_BTH, mask)
 
         hidden_states, attentions = (x_BTH,), ()
         for block in self.h:
@@ -263,8 +243,18 @@ class QWenModel(QWenPreTrainedModel):
         )
 
     def new_cache(self) -> Cache:
-        """The cache that the config asks for: int8 or transformers' usual one."""
-        return Int8Cache() if self.config.use_cache_quantization else DynamicCache(config=self.config)
+        """The cache that the config asks for: int8, through which no gradient flows, or transformers' usual one."""
+        quantized = self.config.use_cache_quantization and not self.training
+        return Int8Cache() if quantized else DynamicCache(config=self.config)
+
+    def cache_kernel(self, cache: Cache, x_BTH, mask) -> bool:
+        """Whether the kernels read the cache in this pass. Said once, and with the reason where config.json asks in vain."""
+        obstacle = kernel_obstacle(self.config, cache, x_BTH, mask, self.training)
+        if obstacle:
+            logger.warning_once(f"use_cache_kernel has no effect: {obstacle}")
+        else:
+            logger.info_once("int8 KV cache: read by the Triton kernels")
+        return not obstacle
 
     @staticmethod
     def positions(x_BTH, past: int, cu_seq_lens):

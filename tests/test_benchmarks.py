@@ -1,6 +1,7 @@
 """The programs behind the README's figures run, and the figures hold."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,39 @@ def test_memory_counts_the_bundled_model():
     assert adapted.get_nb_trainable_parameters()[0] == adapters
     done = subprocess.run([sys.executable, "benchmarks/memory.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_kv_cache_benchmark_runs_on_a_cpu(tmp_path):
+    """Toy size: the int8 cache holds less, the kernel's column says why it is empty, the file has machine and versions."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "kv_cache.py"), "--size", "toy", "--batches", "2"]
+    command += ["--lengths", "30", "--batch_tokens", "200", "--save", str(tmp_path), "--timed", "4"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "kernel: not used: the model is on cpu" in done.stdout
+    (path,) = tmp_path.glob("kv_cache_toy_*.json")
+    report = json.loads(path.read_text())
+    assert {"machine", "versions", "commit"} <= report["about"].keys() and report["about"]["versions"]["torch"]
+    cells = {(cell["batch"], cell["tokens"], cell["way"]): cell for cell in report["cells"]}
+    assert cells.keys() == {(b, t, way) for b, t in ((2, 200), (1, 30)) for way in ("full", "int8", "kernel")}
+    full, int8 = cells[2, 200, "full"], cells[2, 200, "int8"]
+    # 2 layers, keys and values, 2 rows, 2 heads of 64: float32 against uint8 and 8 bytes, with room for 64 more at most
+    assert full["cache_gb"] == pytest.approx(2 * 2 * 2 * 2 * 207 * 64 * 4 / 1e9)
+    assert 207 <= int8["cache_gb"] * 1e9 / (2 * 2 * 2 * 2 * (64 + 8)) <= 207 + 64 + 1
+    assert full["tokens_per_second"] > 0 and int8["tokens_per_second"] > 0
+
+
+def test_the_kv_cache_benchmark_says_what_does_not_fit(monkeypatch):
+    import torch
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import kv_cache
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kv_cache, "generate", full)
+    model = kv_cache.make_model("toy")
+    assert kv_cache.measure(model, 64, 1024, "full", None) == {"problem": "out of memory"}
+    assert kv_cache.shown({"problem": "out of memory"}) == "out of memory"

@@ -87,7 +87,8 @@ def test_full_model_is_complete(base, tokenizer, tmp_path):
         "qwen.tiktoken",
         "tokenizer_config.json",
     } <= names
-    assert {"configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py", "kv_cache.py", "chatml.py"} <= code
+    assert {"configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py", "chatml.py"} <= code
+    assert {"kv_cache.py", "kv_cache_kernels.py"} <= code
     assert not any(name.startswith(".") for name in names)
     assert AutoConfig.from_pretrained(tmp_path / "out").use_cache is True
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
