@@ -192,9 +192,7 @@ def cache_gb(cache) -> float:
 
     tensors = []
     for layer in cache.layers:
-        tensors += (
-            [*layer.key_room, *layer.value_room] if isinstance(cache, Int8Cache) else [layer.keys, layer.values]
-        )
+        tensors += [*layer.key_room, *layer.value_room] if isinstance(cache, Int8Cache) else [layer.keys, layer.values]
     return sum(x.numel() * x.element_size() for x in tensors) / 1e9
 
 
@@ -202,7 +200,7 @@ def cache_gb(cache) -> float:
 
 
 def shown(cell: dict) -> str:
-    """"16.1 GB, 35 tokens/s", or what was in the way; on a CPU the cache's GB alone."""
+    """ "16.1 GB, 35 tokens/s", or what was in the way; on a CPU the cache's GB alone."""
     if "problem" in cell:
         return cell["problem"]
     gb = f"cache {cell['cache_gb']:.4f} GB" if cell["gb"] is None else f"{cell['gb']:.1f} GB"
@@ -214,7 +212,9 @@ def table(report: dict, options) -> str:
     about = report["about"]
     lines = [f"Qwen {options.size} ({report['weights_gb']:.1f} GB of weights), {about['dtype']}, {about['machine']}"]
     if options.timed:
-        lines.append(f"only the last {options.timed} tokens of each cell are generated, after a cache of random numbers")
+        lines.append(
+            f"only the last {options.timed} tokens of each cell are generated, after a cache of random numbers"
+        )
     columns = [*options.ways, *(["published: without", "with int8"] if options.size == "7B" else [])]
     lines += ["", "| batch | tokens | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     rows: dict[tuple, list[str]] = {}

@@ -67,7 +67,9 @@ class Agreement:
         return f"{shown}, same greedy token {self.same_greedy:.2%} of {self.tokens:,}"
 
 
-def measure(loaders: list[Callable], samples: list[tuple] | Callable, answer: Callable | None = None) -> list[Agreement]:
+def measure(
+    loaders: list[Callable], samples: list[tuple] | Callable, answer: Callable | None = None
+) -> list[Agreement]:
     """An Agreement for each model, the first being the reference.
 
     loaders: each returns a model in evaluation, on its device; it is called once, and what it returned is freed before the

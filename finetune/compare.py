@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m finetune.compare", description=__doc__.split("\n\n")[1])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or hub ids, the reference first")
     parser.add_argument(
-        "--data_path", help="held-out conversations; without them, the reference's own answers to a few questions are scored"
+        "--data_path",
+        help="held-out conversations; without them, the reference's own answers to a few questions are scored",
     )
     parser.add_argument("--samples", type=int, default=64, help="conversations to draw; 0: all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the draw")

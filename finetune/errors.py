@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 
-
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 

@@ -175,18 +175,5 @@ def too_large(folder: Path) -> bool:
     return 4 * numbers > psutil.virtual_memory().available
 
 
-def probes(tokenizer) -> list:
-    """A few questions as chat prompts, each a tensor (1, T)."""
-    import torch
-
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question in QUESTIONS
-    ]
-    return [torch.tensor([prompt]) for prompt in prompts]
-
-
 if __name__ == "__main__":
     main()

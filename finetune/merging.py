@@ -112,7 +112,9 @@ class Adapter:
         """Raises UserError if the base had no place for one of the adapter's tensors. tied: the head is the embedding."""
         left = sorted(name for name in self.unused if not (tied and name.split(".")[0] == "lm_head"))
         if left:
-            what = f"{self.folder}: the base has no place for {left[0]}" + f" and {len(left) - 1} more" * (len(left) > 1)
+            what = f"{self.folder}: the base has no place for {left[0]}" + f" and {len(left) - 1} more" * (
+                len(left) > 1
+            )
             raise UserError(f"{what} - give the base that the adapter was trained on with --base")
 
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from . import args as arguments
 from . import adapters, checkpoint, data, engines, kinds, model, ranks
+from . import args as arguments
 from .data import Samples
 from .errors import Findings, UserError, note, warn
 from .plan import Plan

@@ -18,7 +18,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 
 
 def size_in_bytes(text: str) -> int:
-    """"2GB" -> 2,000,000,000. ValueError for what is no size."""
+    """ "2GB" -> 2,000,000,000. ValueError for what is no size."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
     if not found or float(found[1]) <= 0:
         raise ValueError(f'"{text}" is no size - give for example 2GB, 500MB, 4GiB')

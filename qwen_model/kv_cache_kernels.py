@@ -34,7 +34,9 @@ except ImportError:  # the file travels with every saved model: kv_cache.kernel_
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 HEAD_SIZES = (64, 128)
-MAX_QUERIES = 64  # of a row: more are a prefill, for which torch's attention over the dequantized cache is the better tool
+MAX_QUERIES = (
+    64  # of a row: more are a prefill, for which torch's attention over the dequantized cache is the better tool
+)
 BLOCK_Q, BLOCK_K, BLOCK_R = 16, 64, 16  # a tile's queries (16 is the least that tl.dot takes), keys, rows
 MAX_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 4  # how many parts a GPU's multiprocessor should find

@@ -45,7 +45,17 @@ def run(place, capsys, *words: str) -> tuple[int, str, str]:
 
 def test_figures_and_answers(place, capsys, tmp_path):
     """The printed ones are those of the file; perplexity once more from the model's own loss."""
-    words = ["one", "other", "one", "--data_path", "talks.json", "--answers", "2", "--json", str(tmp_path / "found.json")]
+    words = [
+        "one",
+        "other",
+        "one",
+        "--data_path",
+        "talks.json",
+        "--answers",
+        "2",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
     code, out, _ = run(place, capsys, *words)
     assert code == 0
     found = json.loads((tmp_path / "found.json").read_text())
@@ -68,7 +78,9 @@ def test_figures_and_answers(place, capsys, tmp_path):
     assert first["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert first["tokens"] == len(losses)
     assert [answer["question"] for answer in found["answers"]] == ["How much is 0?", "How much is 1?"]
-    assert all(len(answer["answers"]) == 3 and answer["answers"][0] == answer["answers"][2] for answer in found["answers"])
+    assert all(
+        len(answer["answers"]) == 3 and answer["answers"][0] == answer["answers"][2] for answer in found["answers"]
+    )
     assert "Q: How much is 1?" in out and found["settings"]["samples"] == 64 and "torch" in found["versions"]
 
 
@@ -105,7 +117,10 @@ def test_fewer_samples_are_drawn_with_the_seed(place):
         (["one", "later", "--data_path", "talks.json"], "later: makes other tokens of the conversations than"),
         (["one", "other", "--data_path", "nowhere.json"], "error: --data_path nowhere.json: no such file"),
         (["one", "other", "--samples", "-1"], "error: --samples -1: below 0 - give a number"),
-        (["one", "other", "--json", "/no/where/x.json"], "error: --json /no/where/x.json: no folder /no/where - make it"),
+        (
+            ["one", "other", "--json", "/no/where/x.json"],
+            "error: --json /no/where/x.json: no folder /no/where - make it",
+        ),
     ],
 )
 def test_refusals(place, capsys, words, line):
@@ -118,12 +133,15 @@ def test_refusals(place, capsys, words, line):
 
 def test_columns():
     shown = side_by_side.answers(["你好？"], [["one two three"], ["一二三四五六七八九十" * 2]], "AB", width=66)
-    assert shown.splitlines() == [
-        "",
-        "Q: 你好？",
-        "  A  one two three                 B  一二三四五六七八九十一二三四",  # columns of 31, a character is two of them
-        "                                      五六七八九十",
-    ]
+    assert (
+        shown.splitlines()
+        == [
+            "",
+            "Q: 你好？",
+            "  A  one two three                 B  一二三四五六七八九十一二三四",  # columns of 31, a character is two of them
+            "                                      五六七八九十",
+        ]
+    )
 
 
 def test_one_below_another_where_the_terminal_is_narrow():

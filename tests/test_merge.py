@@ -102,7 +102,10 @@ def test_the_adapter_does_something(trained):
         (["{adapter}", "{tmp}/out", "--base", "{tmp}/nowhere"], "was not found - give it with --base"),
         (["{adapter}", "{tmp}/out", "--base", "{other}"], "made for another base"),
         (["{adapter}", "{base}/out"], "lies in {base}, which is read - give a new folder for the merged model"),
-        (["{adapter}", "{tmp}/out", "--max_shard_size", "2"], '--max_shard_size: "2" is no size - give for example 2GB'),
+        (
+            ["{adapter}", "{tmp}/out", "--max_shard_size", "2"],
+            '--max_shard_size: "2" is no size - give for example 2GB',
+        ),
     ],
 )
 def test_refusals_name_the_place_and_the_remedy(trained, tmp_path, capsys, arguments, message, monkeypatch):
@@ -137,7 +140,7 @@ def test_a_merge_of_a_merge_is_refused(trained, tmp_path):
 
 FILES = {
     "README.md", "attention.py", "chat_template.jinja", "chatml.py", "config.json", "configuration_qwen.py",
-    "generation_config.json", "generation_qwen.py", "head_loss.py", "kv_cache.py", "modeling_qwen.py", "qwen.tiktoken",
+    "generation_config.json", "generation_qwen.py", "head_loss.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py", "qwen.tiktoken",
     "tokenization_qwen.py", "tokenizer_config.json", "training.json",
 }  # fmt: skip
 
@@ -145,7 +148,7 @@ FILES = {
 @pytest.mark.parametrize("size,weights", [("2GB", {"model.safetensors"}), ("8MB", None)])
 def test_the_files_of_a_merged_folder(trained, tmp_path, size, weights):
     """In shards, too; and the README says what it is."""
-    _, adapter, base = trained
+    _, adapter, _ = trained
     merge.merge(adapter, tmp_path / "out", max_shard_size=size)
     shards = {f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
     found = {path.name for path in (tmp_path / "out").iterdir()}

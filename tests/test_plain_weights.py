@@ -20,7 +20,9 @@ def test_gptqs_format(bits):
     tensors, expected = gptq(torch.randn(64, 96, generator=generator), bits, generator)
     assert torch.equal(dequantize(**tensors, bits=bits), expected)
     as_they_are = pack(unpack(tensors["qzeros"].T.contiguous(), bits).long() + 1, bits).T.contiguous()
-    assert torch.equal(dequantize(**tensors | {"qzeros": as_they_are}, bits=bits, checkpoint_format="gptq_v2"), expected)
+    assert torch.equal(
+        dequantize(**tensors | {"qzeros": as_they_are}, bits=bits, checkpoint_format="gptq_v2"), expected
+    )
     order = torch.randperm(96, generator=generator)
     packed = pack(unpack(tensors["qweight"], bits).long()[order], bits)
     shuffled = tensors | {"qweight": packed, "g_idx": tensors["g_idx"][order]}
