@@ -15,6 +15,7 @@ Shapes: T tokens of a sample, K of its positions, H hidden size, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,13 +69,14 @@ class Agreement:
 
 
 def measure(
-    loaders: list[Callable], samples: list[tuple] | Callable, answer: Callable | None = None
+    loaders: list[Callable], samples: list[tuple] | Callable, answer: Callable | None = None, device=None
 ) -> list[Agreement]:
     """An Agreement for each model, the first being the reference.
 
     loaders: each returns a model in evaluation, on its device; it is called once, and what it returned is freed before the
     next one. samples: (ids, labels) with -100 where nothing is scored, at least one label in all; or a function that makes
-    them with the reference. answer(model): texts to keep, of each model.
+    them with the reference. answer(model): texts to keep, of each model. device: where passes are made, if not where the
+    models' parameters are (those of a streamed model come and go).
     """
     results, reference = [], None
     for number, load in enumerate(loaders):
@@ -82,8 +84,9 @@ def measure(
         if callable(samples):
             samples = samples(model)
         bar = tqdm(samples, desc=f"model {number + 1} of {len(loaders)}", unit=" samples", delay=2, leave=False)
-        result, states = Agreement(), [hidden_states(model, ids, labels) for ids, labels in bar]
-        head = head_of(model)
+        place = device or model.device
+        result, states = Agreement(), [hidden_states(model, ids, labels, place) for ids, labels in bar]
+        head = Head(head_of(model), place)
         if answer is not None:
             result.answers = answer(model)
         del model
@@ -140,25 +143,35 @@ def head_of(model):
     return plain_model(model).get_output_embeddings()
 
 
+class Head(NamedTuple):
+    """A model's head, which stays when the model is gone."""
+
+    module: torch.nn.Module
+    device: torch.device
+
+    def logits(self, states_KH: torch.Tensor) -> torch.Tensor:
+        """(K, V) in float64: a divergence of 1e-8 is the sum of 152k terms that cancel."""
+        return self.module(states_KH.to(self.device)).double()
+
+
 @torch.no_grad()
-def hidden_states(model, ids, labels) -> torch.Tensor:
+def hidden_states(model, ids, labels, device) -> torch.Tensor:
     """The head's inputs (K, H) at the positions from which labels are predicted, on the CPU."""
     inner = plain_model(model)
     inner = getattr(inner, inner.base_model_prefix)
-    out = inner(input_ids=as_ids(ids)[None].to(model.device), use_cache=False).last_hidden_state[0]
+    out = inner(input_ids=as_ids(ids)[None].to(device), use_cache=False).last_hidden_state[0]
     return out[positions(labels).to(out.device) - 1].cpu()
 
 
 @torch.no_grad()
 def score(result: Agreement, sample: int, labels, mine: tuple, reference: tuple) -> None:
-    """Adds one sample to `result`. mine, reference: (hidden states (K, H), head)."""
+    """Adds one sample to `result`. mine, reference: (hidden states (K, H), Head)."""
     places = positions(labels)
     wanted = as_ids(labels)[places]
     for begin in range(0, len(places), ROWS):
         part = slice(begin, begin + ROWS)
-        logits, expected = logits_of(mine, part), logits_of(reference, part)
-        # float64: a divergence of 1e-8 is the sum of 152k terms that cancel
-        log_q, log_p = logits.double().log_softmax(-1), expected.double().log_softmax(-1)
+        logits, expected = (head.logits(states[part]) for states, head in (mine, reference))
+        log_q, log_p = logits.log_softmax(-1), expected.log_softmax(-1)
         result.nll -= log_q.gather(1, wanted[part, None].to(log_q.device)).sum().item()
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # below 0 by rounding alone
         result.kl_sum += kl.sum().item()
@@ -169,10 +182,3 @@ def score(result: Agreement, sample: int, labels, mine: tuple, reference: tuple)
         result.largest_logit = max(result.largest_logit, expected.abs().max().item())
         result.largest_difference = max(result.largest_difference, (logits - expected).abs().max().item())
     result.tokens += len(places)
-
-
-def logits_of(model: tuple, part: slice) -> torch.Tensor:
-    """(ROWS, V) in float32, on the device of the head."""
-    states, head = model
-    device = next(head.parameters()).device
-    return head(states[part].to(device)).float()
