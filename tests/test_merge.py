@@ -179,6 +179,31 @@ def test_without_memory_to_compare_in_it_says_so(trained, tmp_path, monkeypatch,
     assert "no memory to compare in: python -m finetune.compare" in capsys.readouterr().err
 
 
+FRESH = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32")
+prompt = tokenizer.apply_chat_template(json.loads(sys.argv[2]), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**prompt, do_sample=False, max_new_tokens=8)
+assert not {"finetune", "qwen_model"} & set(sys.modules)
+print(json.dumps(answer.tolist()))
+"""
+
+
+def test_a_fresh_python_without_this_toolkit_gives_the_adapters_answer(trained, tmp_path, tokenizer):
+    lora, adapter, _ = trained
+    merge.merge(adapter, tmp_path / "out")
+    asked = [{"role": "user", "content": "你好, who are you?"}]
+    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "out"), json.dumps(asked)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    expected = lora.generate(**prompt, do_sample=False, max_new_tokens=8).tolist()
+    assert json.loads(done.stdout) == expected and len(expected[0]) > prompt["input_ids"].shape[1]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
