@@ -7,6 +7,7 @@ its place. What the adapter was trained over is dequantized first; --base names 
 
 import argparse
 import math
+import shutil
 from pathlib import Path
 
 from .errors import UserError, note, run
@@ -34,20 +35,39 @@ def main(argv: list[str] | None = None) -> None:
         "--to", choices=["auto", *TOLERANCES], default="auto", help="type of the weights; auto: as the base has them"
     )
     parser.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help="of a file of weights (default: %(default)s)")
-    options = vars(parser.parse_args(argv))
+    back = parser.add_argument_group("back to the bits of a quantized base, in the same run")
+    back.add_argument("--requantize", action="store_true", help="quantize the merged model as its GPTQ base was")
+    back.add_argument("--data_path", help="conversations to calibrate on; data/README.md: their form")
+    back.add_argument("--samples", type=int, default=128, help="of them, 64 to 512 (default: %(default)s)")
+    back.add_argument("--seed", type=int, default=42, help="which ones are drawn (default: %(default)s)")
+    options = parser.parse_args(argv)
     quiet()
-    run(lambda: merge(**options))
+    run(lambda: job(options))
+
+
+def job(options) -> None:
+    """The flags as merge() takes them."""
+    from .requantize import Wish  # not above: --help is there at once
+
+    wish = Wish(options.data_path, options.samples, options.seed) if options.requantize else None
+    kept = {name: getattr(options, name) for name in ("base", "to", "max_shard_size")}
+    merge(options.adapter, options.out, **kept, requantized=wish)
 
 
 def merge(
-    adapter: Path, out: Path, base: str | None = None, to: str = "auto", max_shard_size: str = MAX_SHARD_SIZE
+    adapter: Path,
+    out: Path,
+    base: str | None = None,
+    to: str = "auto",
+    max_shard_size: str = MAX_SHARD_SIZE,
+    requantized=None,
 ) -> float | None:
-    """Merges `adapter` into `out`.
+    """Merges `adapter` into `out`; with `requantized`, a requantize.Wish, quantizes the result as the base was.
 
     Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit;
     None where memory does not hold them.
     """
-    from . import model, quantized
+    from . import model, quantized, requantize
     from .plain_weights import PlainWeights
 
     check(adapter, out)
@@ -56,12 +76,19 @@ def merge(
     check_free(out, "the merged model", base_folder, adapter)
     # --base means that model as it lies there; else it is what the adapter was trained over
     over = quantized.of_adapter(adapter) if base is None else None
+    back_to = requantize.earlier(adapter, base_folder) if requantized else None
+    conversations = requantize.check(requantized) if requantized else None
     found = over or quantized.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
     with PlainWeights(base_folder, over) as weights, new_folder(out) as folder:
-        dtype = write(folder, adapter, base_folder, weights, to, max_bytes)
-        difference = prove(folder, adapter, base_folder, dtype, as_trained=base is None)
-    note(f"done: {out} ({dtype}) loads by itself")
+        merged = folder / "merged" if requantized else folder
+        dtype = write(merged, adapter, base_folder, weights, to, max_bytes)
+        difference = prove(merged, adapter, base_folder, dtype, as_trained=base is None)
+        if requantized:
+            name = f"{base_folder.name} with {adapter.resolve().name}"
+            requantize.requantize(merged, folder, conversations, requantized, back_to, name, max_bytes)
+            shutil.rmtree(merged)
+    note(f"done: {out} ({back_to or dtype}) loads by itself")
     return difference
 
 
@@ -72,6 +99,7 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
 
     from . import checkpoint, merging, model, model_writer
 
+    folder.mkdir(exist_ok=True)
     tokenizer, changes = model.load_tokenizer(base), merging.Adapter(adapter)
     merged = skeleton(base, adapter, tokenizer, weights)
     expected = model_writer.tensor_shapes(merged)
