@@ -16,8 +16,9 @@ CONFIG = "config.json"  # without which nothing opens a folder
 
 def check_free(out: Path, what: str, *sources: Path) -> None:
     """Raises UserError unless `out` is new or an empty folder outside of the `sources`. what: the thing that it is for."""
+    out = out.resolve()
     for source in sources:
-        if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        if out == source.resolve() or source.resolve() in out.parents:
             raise UserError(f"{out}: lies in {source}, which is read - give a new folder for {what}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty - give a new folder for {what}")
@@ -29,9 +30,13 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Write everything but the weights first, then call withhold(), then write the weights and prove them.
     """
+    out = out.resolve()
     staging = out.with_name(out.name + ".unfinished")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}) - give a folder that you may write to") from error
     try:
         yield staging
         content = (staging / CONFIG).read_bytes()  # through the link of withhold()

@@ -167,6 +167,23 @@ def test_same_losses_and_same_weights(cell, method, engine):
     assert furthest(weights(expected), weights(found)) < 1e-5
 
 
+OFFLOADED = {
+    "ZeRO-2": ["--deepspeed", "ds_config_zero2_offload.json"],
+    "ZeRO-3": ["--deepspeed", "ds_config_zero3_offload.json"],
+    "FSDP2": ["--fsdp", "full_shard offload"],
+}
+
+
+@pytest.mark.parametrize("engine", OFFLOADED)
+def test_offloading_changes_nothing(cell, launches, place, engine):
+    """What lies in main memory is the same; here all of it does, but the engines' code for it runs."""
+    expected, found = cell("LoRA", "one process"), place / f"{engine}, offloaded"
+    launches.run("LoRA", engine, found, *OFFLOADED[engine], "--save_strategy", "no")
+    losses = [[line["loss"] for line in log(folder).values()] for folder in (expected, found)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert furthest(weights(expected), weights(found)) < 1e-5
+
+
 def test_the_learning_rate_is_the_asked_curve(cell):
     """Warm-up over ceil(0.2 * 6) = 2 steps, then a cosine over the other 4."""
     from math import cos, pi

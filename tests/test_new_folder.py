@@ -67,3 +67,16 @@ def test_what_is_in_the_way(tmp_path):
     with pytest.raises(UserError, match="lies in .*full, which is read - give a new folder for the merged model"):
         check_free(full / "inside", "the merged model", full)
     check_free(tmp_path / "new", "the merged model", full)
+
+
+def test_the_current_folder_and_one_that_cannot_be_made(tmp_path, monkeypatch):
+    """OUT may be "." in an empty folder, like any other that is empty."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with new_folder(Path(".")) as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "here" / "config.json").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="out: cannot be made .Not a directory. - give a folder that you may write"):
+        with new_folder(tmp_path / "file" / "out"):
+            pass
