@@ -35,3 +35,29 @@ def dequantize(qweight, qzeros, scales, g_idx, bits: int, checkpoint_format: str
     weight_IO -= zeros_GO.float()[groups_I]
     weight_IO *= scales.float()[groups_I]
     return weight_IO.T.contiguous()
+
+
+def pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """(N, M) numbers below 2^bits -> (N * bits / 32, M) int32: the reverse of unpack()."""
+    begin = torch.arange(numbers.shape[0]) * bits
+    word, offset, numbers = begin // 32, begin % 32, numbers.long()
+    words = torch.zeros(numbers.shape[0] * bits // 32, numbers.shape[1], dtype=torch.int64)
+    words.index_add_(0, word, numbers << offset[:, None] & 0xFFFFFFFF)
+    over = (offset + bits > 32).nonzero().flatten()
+    if len(over):
+        words.index_add_(0, word[over] + 1, numbers[over] >> (32 - offset[over])[:, None])
+    return words.to(torch.int32)  # bit 31 becomes the sign
+
+
+def as_v1(qweight, qzeros, g_idx, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(qweight, qzeros) of format "gptq" from those of "gptq_v2".
+
+    v1 stores zero points less one, so there is none of 0 (a group without negative weights, if not symmetric): it becomes
+    1, and its numbers one more, the largest as they are.
+    """
+    zeros_OG = unpack(qzeros.T.contiguous(), bits)
+    none_OG = zeros_OG == 0
+    if none_OG.any():
+        numbers = unpack(qweight, bits) + none_OG.T.int()[g_idx.long()]
+        qweight = pack(numbers.clamp(max=2**bits - 1), bits)
+    return qweight, pack(torch.where(none_OG, 0, zeros_OG - 1), bits).T.contiguous()

@@ -1,0 +1,92 @@
+"""Quantizes a Qwen model with GPTQ, on conversations like those that it is to answer:
+
+    python run_gptq.py --model_name_or_path MODEL --data_path DATA.json --out_path OUT --bits 4
+
+OUT has the format of the published Int4 and Int8 folders: it loads as it lies there, and Q-LoRA trains over it.
+The job from top to bottom; its parts are in finetune/.
+"""
+
+import argparse
+from pathlib import Path
+
+from finetune.errors import Findings, note, run
+from finetune.quiet import quiet
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    quiet()
+    run(lambda: job(options))
+
+
+def job(options) -> None:
+    """Everything a user gave is checked before a weight is read."""
+    from finetune import calibration, conversations, model, quantize, quantize_checks
+    from finetune.new_folder import new_folder
+
+    findings, folder = Findings(), model.find_folder(options.model_name_or_path)
+    settings = settings_of(options)
+    with findings:
+        quantize_checks.check(folder, options.out_path, settings, options.samples, options.max_len)
+    with findings:
+        read = conversations.read(options.data_path)
+    findings.raise_if_any()
+
+    max_length = min(options.max_len, quantize_checks.trained_length(folder))
+    drawn = calibration.draw(read, model.load_tokenizer(folder), options.samples, options.seed, max_length)
+    sizes = quantize_checks.tensor_parallel_sizes(folder, settings)
+    for line in [*drawn.notes, *drawn.describe(), f"tensor parallel sizes that fit: {', '.join(map(str, sizes))}"]:
+        note(line)
+    with new_folder(options.out_path) as staging:
+        quantize.quantize(folder, staging, drawn, settings)
+    note(f"done: {options.out_path} (GPTQ Int{settings.bits}) loads by itself, and Q-LoRA trains over it")
+
+
+def settings_of(options):
+    """The flags as the library takes them."""
+    from finetune import quantize, quantize_checks
+
+    return quantize.Settings(
+        bits=options.bits,
+        group_size=options.group_size,
+        symmetric=options.sym,
+        desc_act=options.desc_act,
+        damp_percent=options.damp_percent,
+        dtype=options.dtype,
+        max_shard_bytes=quantize_checks.shard_bytes(options.max_shard_size),
+    )
+
+
+def parse(argv: list[str] | None):
+    """The flags; the published ones have their names and defaults."""
+    parser = argparse.ArgumentParser(prog="python run_gptq.py", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("-m", "--model_name_or_path", required=True, metavar="MODEL", help="a 16-bit model: folder, or id on the hub")
+    add("-d", "--data_path", required=True, metavar="DATA", help="conversations to calibrate on (data/README.md)")
+    add("-o", "--out_path", required=True, type=Path, metavar="OUT", help="a new folder for the quantized model")
+    add("--bits", type=int, default=4, help="2, 3, 4 or 8 (default 4)")
+    add("--group-size", "--group_size", type=int, default=128, help="weights that share a scale; -1: a whole row (128)")
+    add("--max_len", "--max-len", type=int, default=8192, help="tokens of a sample, up to the model's length (8192)")
+    add("--samples", type=int, default=128, help="conversations to calibrate on, 64 to 512 (128)")
+    add("--seed", type=int, default=42, help="which ones are drawn (42)")
+    add("--desc_act", type=truth, nargs="?", const=True, default=False, help="in order of activations' size (false)")
+    add("--sym", type=truth, nargs="?", const=True, default=True, help="zero in the middle of the range (true)")
+    add("--damp_percent", type=float, default=0.01, help="added to the diagonal, as a share of its mean (0.01)")
+    add("--max_shard_size", default="2GB", help="of the files written (2GB)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the passes (auto: as stored; on CPUs float32)")
+    return parser.parse_args(argv)
+
+
+def truth(text: str) -> bool:
+    """true or false, as people write them."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r}: give true or false")
+
+
+if __name__ == "__main__":
+    main()
