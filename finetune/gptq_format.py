@@ -52,8 +52,8 @@ def pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 def as_v1(qweight, qzeros, g_idx, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(qweight, qzeros) of format "gptq" from those of "gptq_v2".
 
-    v1 stores zero points less one, so there is none of 0 (a group without negative weights, if not symmetric): it becomes
-    1, and its numbers one more, the largest as they are.
+    v1 stores zero points less one, so there is none of 0 (of a group without negative weights, if not symmetric): it
+    becomes 1, and the group's numbers one more, the largest as they are.
     """
     zeros_OG = unpack(qzeros.T.contiguous(), bits)
     none_OG = zeros_OG == 0

@@ -4,9 +4,6 @@ The folder is whole: weights, config, code, tokenizer, chat settings, and the re
 read again and compared, and the quantized model is loaded and asked, before the folder is put into its place.
 """
 
-import contextlib
-import ctypes
-import gc
 import importlib.metadata
 import json
 import shutil
@@ -17,10 +14,12 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, gptq_tensors, model, model_writer
+from .agreement import Agreement
 from .calibration import Calibration
 from .errors import note, on_first_rank, warn
-from .quantize_proof import WORSE, Proof, proof
+from .quantize_proof import WORSE, lines, proof
 from .quiet import contained, errors_only
+from .streamed import give_back
 
 VERSIONS = ("gptqmodel", "torch", "transformers", "optimum")
 
@@ -62,11 +61,12 @@ class Settings:
 
 def quantize(
     folder: Path, staging: Path, calibration: Calibration, settings: Settings, made_from: dict | None = None
-) -> Proof:
+) -> tuple[Agreement, Agreement]:
     """Writes the quantized model of `folder` into `staging`, a folder of new_folder.new_folder(), and proves it.
 
     Check first: quantize_checks.check(). folder may lie in staging. made_from: for the record, instead of `folder` and
-    its fingerprint. Raises RuntimeError where what was written is not what was made, or gives no numbers.
+    its fingerprint. Returns how the plain and the quantized model do on answers. Raises RuntimeError where what was
+    written is not what was made, or gives no numbers.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = pass_dtype(folder, settings, device)
@@ -83,13 +83,12 @@ def quantize(
     check_written(staging, gptq_tensors.tensors(folder, made, plain, layers, settings.bits))
     shutil.rmtree(made)
 
-    half_on_gpu = torch.float16 if device.type == "cuda" else torch.float32
-    found = proof(folder, staging, calibration.samples, device, half_on_gpu)
-    for line in found.lines():
+    before, after = proof(folder, staging, calibration.samples, device, dtype)
+    for line in lines(before, after):
         note(line)
-    if found.quantized > WORSE * found.plain:
+    if after.perplexity > WORSE * before.perplexity:
         warn("that is much worse than before - more samples, more bits or a smaller --group-size may help")
-    return found
+    return before, after
 
 
 def pass_dtype(folder: Path, settings: Settings, device) -> torch.dtype:
@@ -117,13 +116,6 @@ def run(folder: Path, source: Path, made: Path, calibration, settings, dtype, de
         gptq_run.run(source, made, calibration.samples, settings, dtype, device, block_done)
     shutil.rmtree(source)
     give_back()
-
-
-def give_back() -> None:
-    """Memory that was freed, to the system: the embedding and the head, which malloc would keep."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries than glibc have no such call
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory(device) -> str:

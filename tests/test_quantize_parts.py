@@ -1,7 +1,9 @@
 """The parts of run_gptq.py: what is drawn, what fits, the format, and a model that passes through memory."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import quantizing
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qwen_model
 from finetune import calibration, conversations, gptq_format, gptq_tensors, quantize, quantize_checks, quantize_proof
+from finetune.agreement import Agreement
 from finetune.errors import UserError
 from finetune.shards import Shards
 from finetune.streamed import streamed
@@ -157,34 +160,47 @@ def test_streamed_logits_are_the_models(tmp_path, kind):
     with Shards(folder) as shards, torch.no_grad():
         passing = streamed(shards, torch.float32, CPU)
         found = passing(IDS).logits
-        assert all(parameter.device.type == "meta" for parameter in passing.parameters())  # nothing stays
+        blocks = [parameter for name, parameter in passing.named_parameters() if ".0." in name or ".1." in name]
+        assert blocks and all(parameter.device.type == "meta" for parameter in blocks)  # nothing of them stays
+        assert torch.equal(passing(IDS).logits, found)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
     assert torch.equal(found, expected)
 
 
-def test_answers_are_those_of_each_sample_alone():
-    """Padding changes nothing; log-probabilities and tokens by hand."""
-    import numpy as np
+def test_a_proof_of_equal_and_of_different_models(tmp_path, monkeypatch):
+    """What stands in for the quantized one: the same weights, others, none."""
+    qwen_model.register()
+    folder = tiny_later_qwen(tmp_path / "model")
+    ids = np.arange(3, 23, dtype=np.int32)
+    samples = [(ids + i, np.where(np.arange(20) < 5, -100, ids + i).astype(np.int32)) for i in range(9)]
 
-    some = later_model()
-    samples = [(np.arange(3, 3 + n, dtype=np.int32), np.full(n, -100, np.int32)) for n in (5, 9)]
-    for ids, labels in samples:
-        labels[[0, 2, 4]] = ids[[0, 2, 4]]  # position 0 is predicted by nothing
-    found, likeliest = quantize_proof.answers(some, samples, CPU)
-    expected, tokens = [], []
-    for ids, _ in samples:
-        with torch.no_grad():
-            chances = some(torch.from_numpy(ids).long()[None]).logits[0].log_softmax(-1)
-        expected += [chances[at - 1, ids[at]] for at in (2, 4)]
-        tokens += [chances[at - 1].argmax() for at in (2, 4)]
-    torch.testing.assert_close(found, torch.stack(expected).double(), atol=1e-5, rtol=1e-5)
-    assert torch.equal(likeliest, torch.stack(tokens))
+    def proof_with(other):
+        monkeypatch.setattr(quantize_proof.quantized, "of_folder", lambda folder: None)
+        monkeypatch.setattr(quantize_proof.quantized, "load", lambda *args, **settings: other)
+        return quantize_proof.proof(folder, tmp_path, samples, CPU, torch.float32)
+
+    same = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before, after = proof_with(same)
+    assert (after.same_greedy, after.tokens, after.perplexity) == (1.0, 3 * 15, before.perplexity)
+    _, after = proof_with(later_model(seed=1))
+    assert after.same_greedy < 1
+    same.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="answers are not numbers - nothing was written"):
+        proof_with(same)
+
+
+def test_samples_of_a_proof():
+    """Four from beginning to end; none without an answer, or whose answer is cut off."""
+    answered = [(np.full(10, i), np.array([-100] * 9 + [1])) for i in range(10)]
+    silent = [(np.arange(2000), np.array([-100] * 1999 + [1])), (np.arange(10), np.full(10, -100))]
+    assert [int(ids[0]) for ids, _ in quantize_proof.choose(silent + answered)] == [0, 3, 6, 9]
 
 
 def test_lines_of_a_proof():
-    lines = quantize_proof.Proof(samples=8, tokens=1234, plain=2.0, quantized=2.1, same=0.975).lines()
-    assert lines == [
-        "perplexity on the answers: 2 before, 2.1 quantized (+5.0%), on 1,234 tokens of 8 calibration samples",
-        "the same likeliest token at 97.5% of them",
+    before = Agreement(tokens=100, nll=100 * math.log(2))
+    after = Agreement(tokens=100, nll=100 * math.log(2.1), equal=97)
+    assert quantize_proof.lines(before, after) == [
+        "perplexity on answers of the calibration: 2 before, 2.1 quantized (+5.0%)",
+        "the same likeliest token at 97.0% of 100 places",
     ]
