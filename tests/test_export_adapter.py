@@ -145,6 +145,18 @@ def test_the_rank_of_a_diagonal(bases, tmp_path):
         assert B.shape == (48, rank) and B[16:32].any() == (rank == 12) and not B[:16, 4:].any()
 
 
+def test_one_A_at_different_scales(bases, tmp_path):
+    """An exported adapter whose query somebody has made stronger is no longer one layer's."""
+    folder = saved(trained(bases["qwen"], target_modules=["c_attn"]), tmp_path / "first")
+    moved(folder, bases["qwen2"], "qwen", tmp_path / "qwen2")
+    change_json(tmp_path / "qwen2" / "adapter_config.json", alpha_pattern={"q_proj": 30})
+    expected = logits(PeftModel.from_pretrained(loaded(bases["qwen2"]), tmp_path / "qwen2").eval())
+    config = moved(tmp_path / "qwen2", bases["qwen"], "qwen2", tmp_path / "qwen")
+    there = PeftModel.from_pretrained(loaded(bases["qwen"]), tmp_path / "qwen").eval()
+    torch.testing.assert_close(logits(there), expected, atol=2e-5, rtol=1e-5)
+    assert config["r"] == 12
+
+
 def test_names_that_mean_one_c_proj(bases, tmp_path):
     lora = trained(bases["qwen2"], target_modules=["o_proj"])
     config = moved(saved(lora, tmp_path / "a"), bases["qwen"], "qwen2", tmp_path / "b")

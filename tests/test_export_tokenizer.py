@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer
 
-from finetune import export_tokenizer
+from finetune import export_proof, export_tokenizer
 from finetune.errors import UserError
 from qwen_model import chatml
 from qwen_model.tokenization_qwen import QWenTokenizer
@@ -218,3 +218,13 @@ def test_qwen15s_files(folder, tmp_path, tokenizer):
     listed = {str(tokenizer.special_tokens[name]): {"content": name} for name in ("<|endoftext|>", "<|im_end|>")}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
     assert export_tokenizer.first_generation(tmp_path).mergeable_ranks == tokenizer.mergeable_ranks
+
+
+def test_another_chat_template_is_said(folder, tokenizer, capsys):
+    """Qwen1.5's and Qwen2's lay out conversations as ChatML does; others may not."""
+    reader = AutoTokenizer.from_pretrained(folder)
+    export_proof.check_tokens(reader, tokenizer)
+    assert capsys.readouterr().err == ""
+    reader.chat_template = reader.chat_template.replace("a helpful", "an unhelpful")
+    export_proof.check_tokens(reader, tokenizer)
+    assert "lays out conversations otherwise than ChatML, which takes its place" in capsys.readouterr().err
