@@ -137,12 +137,12 @@ def card(folder: Path, config) -> str:
     lines = [f"---\nbase_model: {folder.name}\n---\n\n# {folder.name}, in the layout of {config.model_type}\n"]
     if config.model_type == QWEN2:
         lines += [
-            f"The weights of {folder.name} (first-generation Qwen) as transformers' own Qwen2 has them: it loads without",
-            "remote code and without tiktoken, in any server that knows Qwen2. It computes the same numbers up to",
-            f"{config.max_position_embeddings} tokens. Conversations go through the chat template (ChatML).\n",
+            f"The weights of {folder.name} (first-generation Qwen) as transformers' own Qwen2 has them: it loads",
+            "without remote code and without tiktoken, in any server that knows Qwen2. It computes the same numbers",
+            f"up to {config.max_position_embeddings} tokens. Conversations go through the chat template (ChatML).\n",
             "What a server may do otherwise than first-generation Qwen's own chat: it takes control tokens such as",
-            "<|im_end|> for such in contents, too, unless it is told not to; and of a content that begins with an empty",
-            "line it makes other tokens, because that line melts into the newline before it.",
+            "<|im_end|> for such in contents, too, unless it is told not to; and of a content that begins with an",
+            "empty line it makes other tokens, because that line melts into the newline before it.",
         ]
     else:
         lines += [

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .agreement import question_prompts
 from .errors import note
 from .export_tokenizer import PROBES
-from .merge import QUESTIONS
 from .model_folder import config_of, trained_length
 
 TALK = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
@@ -74,9 +74,7 @@ def let_through(module: nn.Module, names: dict[str, str], weights: Callable, bar
 def prompts(tokenizer, folder) -> list[list[int]]:
     """A few questions as chat prompts, none longer than the model was trained on."""
     longest = trained_length(config_of(folder))
-    settings = {"add_generation_prompt": True, "return_dict": False}
-    found = [tokenizer.apply_chat_template([{"role": "user", "content": text}], **settings) for text in QUESTIONS]
-    return [prompt[:longest] for prompt in found]
+    return [prompt[:longest] for prompt in question_prompts(tokenizer)]
 
 
 def check_tokens(one, other) -> None:

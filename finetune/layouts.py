@@ -77,7 +77,7 @@ def is_outside(kind: str) -> bool:
 
 
 def split(tensor: torch.Tensor, part: str) -> list[torch.Tensor]:
-    """Query's, key's and value's share of c_attn's tensor `part`. Copies: files do not take two names for one memory."""
+    """Query's, key's and value's share of c_attn's tensor `part`, copied: files take no two names for one memory."""
     axis = OUTPUT_AXIS[part]
     pieces = [tensor] * 3 if axis is None else tensor.chunk(3, axis)
     return [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]

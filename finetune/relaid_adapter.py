@@ -195,7 +195,7 @@ def thirds(parts: Parts) -> list[Parts]:
 
 
 def short(kind: str) -> str:
-    """A short name that means this kind alone: two of first-generation Qwen's end in c_proj, three of Qwen2's in norm."""
+    """A name that means this kind alone: two of first-generation Qwen's end in c_proj, three of Qwen2's in norm."""
     name = kind.split(".")[-1]
     return kind if name in ("c_proj", "norm") else name
 

@@ -13,7 +13,7 @@ TRAINED = 48  # tokens: the trained length
 
 
 def lively_checkpoint(folder: Path, seed: int = 0, **config) -> Path:
-    """A base model with the real vocabulary, none of whose tensors is at a neutral value (20 MB). config: what else it says."""
+    """A base model (20 MB) with the real vocabulary, no tensor of which is neutral. config: more of config.json."""
     new_checkpoint(folder, hidden_size=16, heads=2, layers=2, seed=seed, seq_length=TRAINED)
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(folder / "model.safetensors")
@@ -24,7 +24,7 @@ def lively_checkpoint(folder: Path, seed: int = 0, **config) -> Path:
 
 
 def published_gptq(folder: Path, bits: int, twin: Path | None = None) -> Path:
-    """tiny_gptq in the published style, with biases of zero where the model has none, as published folders have them."""
+    """tiny_gptq in the published style, with biases of zero where the model has none, as in published folders."""
     tiny_gptq(folder, bits, twin=twin)
     for place in (folder, twin) if twin else (folder,):
         for file in place.glob("*.safetensors"):

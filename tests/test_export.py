@@ -1,4 +1,4 @@
-"""python -m finetune.export: the same numbers in the other layout, without our code; there and back; and what is refused."""
+"""python -m finetune.export: the same numbers in the other layout, without our code; there and back; refusals."""
 
 import json
 import os
@@ -28,8 +28,8 @@ QWEN2_FILES = {
 }  # fmt: skip
 QWEN_FILES = {
     "README.md", "attention.py", "chat_template.jinja", "chatml.py", "config.json", "configuration_qwen.py",
-    "generation_config.json", "generation_qwen.py", "head_loss.py", "kv_cache.py", "modeling_qwen.py", "qwen.tiktoken",
-    "tokenization_qwen.py", "tokenizer_config.json", "training.json",
+    "generation_config.json", "generation_qwen.py", "head_loss.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py",
+    "qwen.tiktoken", "tokenization_qwen.py", "tokenizer_config.json", "training.json",
 }  # fmt: skip
 
 
@@ -269,8 +269,8 @@ def refused(capsys, *words) -> str:
     "arguments,line",
     [
         (["{chat-q2}", "{tmp}/o", "--to", "qwen2"], "{chat-q2}: is in that layout already (model_type qwen2) - use it"),
-        (["{chat}", "{tmp}/o", "--to", "qwen"], "{chat}: is in that layout already (model_type qwen) - use it as it is"),
-        (["{tmp}", "{tmp}-o", "--to", "qwen2"], "no config.json there - give the folder of a model, or of a LoRA adapter"),
+        (["{chat}", "{tmp}/o", "--to", "qwen"], "{chat}: is in that layout already (model_type qwen) - use it"),
+        (["{tmp}", "{tmp}-o", "--to", "qwen2"], "no config.json there - give the folder of a model, or of a LoRA"),
         (["{chat}", "{chat-q2}", "--to", "qwen2"], "exists and is not empty - give a new folder for what is exported"),
         (["{chat}", "{chat}/o", "--to", "qwen2"], "lies in {chat}, which is read - give a new folder"),
         (["{chat}", "{tmp}/o", "--to", "qwen2", "--base", "x"], "--base x: {chat} is a whole model, which has none"),
@@ -284,9 +284,9 @@ def test_arguments_that_cannot_work(place, tmp_path, capsys, arguments, line):
 
 
 QWEN2_ONLY = {
-    "use_sliding_window": ({"use_sliding_window": True, "layer_types": None}, "attend within a window (use_sliding_win"),
+    "use_sliding_window": ({"use_sliding_window": True, "layer_types": None}, "attend within a window (use_sliding_"),
     "tied": ({"tie_word_embeddings": True}, "embedding and head are one matrix (tie_word_embeddings)"),
-    "groups": ({"num_key_value_heads": 1}, "2 heads share 1 of key and value, and first-generation Qwen has one for each"),
+    "groups": ({"num_key_value_heads": 1}, "2 heads share 1 of key and value, and first-generation Qwen has one for"),
     "act": ({"hidden_act": "gelu"}, "hidden_act is gelu, and first-generation Qwen has silu"),
     "rope": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},

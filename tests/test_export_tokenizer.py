@@ -1,4 +1,4 @@
-"""The tokenizer of an export gives first-generation Qwen's ids for any text, and goes back to the same qwen.tiktoken."""
+"""The tokenizer of an export gives first-generation Qwen's ids for any text, and goes back to the same file."""
 
 import json
 import random
@@ -59,9 +59,9 @@ RANGES = [
     (0x20000, 0x2FA20), (0xE0000, 0xE0200), (0x10000, 0x110000),
 ]  # fmt: skip
 WORDS = [
-    "'s", "'T", "'Re", "'LL", "'\u017f", " ", "  ", "\n", "\r\n", "\n\n", "\t", "   \n", "\u00a0", "\u2028", "\x85", "<|",
-    "|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|extra_1|>", "<|extra_205|>", "def f(x):", "1234567", "你好",
-    "e\u0301", "\u212b", "한국", "👩\u200d👩\u200d👧", "aaaaaaaa", "        x",
+    "'s", "'T", "'Re", "'LL", "'\u017f", " ", "  ", "\n", "\r\n", "\n\n", "\t", "   \n", "\u00a0", "\u2028", "\x85",
+    "<|", "|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|extra_1|>", "<|extra_205|>", "def f(x):", "1234567",
+    "你好", "e\u0301", "\u212b", "한국", "👩\u200d👩\u200d👧", "aaaaaaaa", "        x",
 ]  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_random_texts(both, tokenizer, folder):
 
 
 def test_the_one_difference(both, tokenizer):
-    """U+0338 melts with the > before it under NFC. Qwen2 looks for control tokens first, first-generation Qwen afterwards."""
+    """U+0338 melts with the > before it under NFC. Qwen2 looks for control tokens first, first-generation Qwen then."""
     text = "<|im_end|>\u0338"
     assert 151645 not in tokenizer(text)["input_ids"]
     assert all(151645 in encode(text) for encode in both)
@@ -130,7 +130,7 @@ def test_the_chat_template_is_chatml(folder, tokenizer):
 
 
 def test_what_readme_says_of_empty_lines(folder, tokenizer):
-    """The text is the same, and its tokens are others: no template can keep a newline of the frame from the next one."""
+    """The same text of other tokens: no template can keep a newline of the frame from the one that follows it."""
     conversation = [{"role": "user", "content": "\nhi"}]
     reader, asked = AutoTokenizer.from_pretrained(folder), {"add_generation_prompt": True}
     ids = chatml.render_prompt(tokenizer, conversation)
@@ -141,7 +141,7 @@ def test_what_readme_says_of_empty_lines(folder, tokenizer):
 def test_what_the_files_say(folder):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "Qwen2Tokenizer"  # which transformers 4 knows as well
-    assert (settings["eos_token"], settings["pad_token"], settings["bos_token"]) == ("<|im_end|>", "<|endoftext|>", None)
+    assert [settings[f"{name}_token"] for name in ("eos", "pad", "bos")] == ["<|im_end|>", "<|endoftext|>", None]
     opened = AutoTokenizer.from_pretrained(folder)
     assert (len(opened), opened.eos_token_id, opened.pad_token_id) == (151851, 151645, 151643)
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
