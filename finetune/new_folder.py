@@ -25,10 +25,11 @@ def check_free(out: Path, what: str, *sources: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
     """Yields a folder to write into; it becomes `out` when the block ends well, and is removed when it does not.
 
-    Write everything but the weights first, then call withhold(), then write the weights and prove them.
+    Write everything but the weights first, then call withhold(), then write the weights and prove them. config: the file
+    without which nothing opens the folder.
     """
     out = out.resolve()
     staging = out.with_name(out.name + ".unfinished")
@@ -39,9 +40,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be made ({error.strerror}) - give a folder that you may write to") from error
     try:
         yield staging
-        content = (staging / CONFIG).read_bytes()  # through the link of withhold()
-        (staging / f"{CONFIG}.whole").write_bytes(content)
-        os.replace(staging / f"{CONFIG}.whole", staging / CONFIG)
+        content = (staging / config).read_bytes()  # through the link of withhold()
+        (staging / f"{config}.whole").write_bytes(content)
+        os.replace(staging / f"{config}.whole", staging / config)
         if out.is_dir():
             out.rmdir()
         os.replace(staging, out)
@@ -50,13 +51,13 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def withhold(staging: Path) -> None:
+def withhold(staging: Path, config: str = CONFIG) -> None:
     """From here on the folder loads, for a proof of what it holds, but only as long as this process lives.
 
-    config.json becomes a link to a file in this process's memory: should it be killed, the link leads nowhere.
+    Its config becomes a link to a file in this process's memory: should it be killed, the link leads nowhere.
     """
-    path = staging / CONFIG
-    descriptor = os.memfd_create(CONFIG)  # closed by the end of the process
+    path = staging / config
+    descriptor = os.memfd_create(config)  # closed by the end of the process
     os.write(descriptor, path.read_bytes())
     path.unlink()
     path.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")

@@ -60,7 +60,11 @@ class Shards:
 
     def shape(self, name: str) -> list[int]:
         """Without reading the tensor."""
-        return self.files[name].get_slice(name).get_shape()
+        return self.slice(name).get_shape()
+
+    def slice(self, name: str):
+        """What reads, indexed, a part of the tensor."""
+        return self.files[name].get_slice(name)
 
 
 class Mapped(dict):
@@ -81,6 +85,9 @@ class MappedSlice:
 
     def get_shape(self) -> list[int]:
         return list(self.tensor.shape)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self.tensor[index]
 
 
 class ShardWriter:
