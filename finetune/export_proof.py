@@ -1,4 +1,4 @@
-"""Do both layouts compute the same? The logits of a few prompts, in float32; memory holds the layer that is at work."""
+"""Do both layouts compute the same? The logits of a few prompts, in float32, block by block."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,7 @@ from .agreement import question_prompts
 from .errors import note
 from .export_tokenizer import PROBES
 from .model_folder import config_of, trained_length
+from .streamed import streamed
 
 TALK = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
 # largest difference of a logit, as a share of the largest: what float32 makes of another order of sums
@@ -34,41 +35,12 @@ def compare(one: tuple, other: tuple, prompts: list[list[int]]) -> float:
 @torch.no_grad()
 def logits(config, weights: Callable, prompts: list[list[int]]) -> list[torch.Tensor]:
     """The logits (T, V) of each prompt. They go through the model side by side, so that each weight is read once."""
-    model = streamed(config, weights)
-    ids_BT = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    found = model(ids_BT, use_cache=False).logits  # padding lies on the right, where nobody looks
+    what = f"comparing, {config.model_type}"
+    with tqdm(total=config.num_hidden_layers, desc=what, unit=" blocks", delay=2, leave=False) as bar:
+        model = streamed(config, weights, block_done=bar.update)
+        ids_BT = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        found = model(ids_BT, use_cache=False).logits  # padding lies on the right, where nobody looks
     return [row[: len(prompt)] for row, prompt in zip(found, prompts)]
-
-
-def streamed(config, weights: Callable):
-    """A model that holds no weights but those of the layer that is at work."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-    layers = {name: list(module._parameters) for name, module in model.named_modules() if module._parameters}
-    bar = tqdm(total=len(layers), desc=f"comparing, {config.model_type}", unit=" layers", delay=2, leave=False)
-    for name, own in layers.items():
-        let_through(model.get_submodule(name), {part: f"{name}.{part}" for part in own}, weights, bar)
-    return model
-
-
-def let_through(module: nn.Module, names: dict[str, str], weights: Callable, bar) -> None:
-    """Hooks that bring a module's own parameters before its pass and drop them after it. names: {own: in the file}."""
-    empty = dict(module._parameters)
-
-    def bring(*_):
-        for part, name in names.items():
-            if empty[part] is not None:
-                module._parameters[part] = nn.Parameter(weights(name).float(), requires_grad=False)
-
-    def drop(*_):
-        module._parameters.update(empty)
-        bar.update()
-
-    module.register_forward_pre_hook(bring)
-    module.register_forward_hook(drop)
 
 
 def prompts(tokenizer, folder) -> list[list[int]]:

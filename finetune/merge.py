@@ -61,11 +61,10 @@ def merge(
     to: str = "auto",
     max_shard_size: str = MAX_SHARD_SIZE,
     requantized=None,
-) -> float | None:
+) -> float:
     """Merges `adapter` into `out`; with `requantized`, a requantize.Wish, quantizes the result as the base was.
 
-    Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit;
-    None where memory does not hold them.
+    Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit.
     """
     from . import model, quantized, requantize
     from .plain_weights import PlainWeights
@@ -83,7 +82,7 @@ def merge(
     with PlainWeights(base_folder, over) as weights, new_folder(out) as folder:
         merged = folder / "merged" if requantized else folder
         dtype = write(merged, adapter, base_folder, weights, to, max_bytes)
-        difference = prove(merged, adapter, base_folder, dtype, as_trained=base is None)
+        difference = prove(merged, adapter, base_folder, weights, dtype, as_trained=base is None)
         if requantized:
             name = f"{base_folder.name} with {adapter.resolve().name}"
             requantize.requantize(merged, folder, conversations, requantized, back_to, name, max_bytes)
@@ -167,30 +166,57 @@ def check(adapter: Path, out: Path) -> None:
 # ---- the proof
 
 
-def prove(folder: Path, adapter: Path, base: Path, dtype: str, as_trained: bool) -> float | None:
-    """Compares base + adapter with `folder` on a few answers; more than its precision explains is a failed merge.
+def prove(folder: Path, adapter: Path, base: Path, weights, dtype: str, as_trained: bool) -> float:
+    """Compares base + adapter with `folder`, in float32; more than its precision explains is a failed merge.
 
-    as_trained: over NF4, if that is what the adapter was trained over. One model at a time is in memory, in float32.
+    weights: PlainWeights of the base. as_trained: over NF4, if that is what the adapter was trained over.
     """
-    import torch
-
     from . import model
     from .agreement import measure, own_answers, question_prompts
 
-    if too_large(folder):
-        note(f"no memory to compare in: python -m finetune.compare {adapter} {folder} where there is more")
-        return None
     prompts = question_prompts(model.load_tokenizer(base))
-    loaders = [
-        lambda: model.load_tuned(base, adapter, torch.float32, as_trained),
-        lambda: model.load_weights(folder, torch.float32, half_on_cuda=False).eval(),
-    ]
-    _, found = measure(loaders, lambda tuned: own_answers(tuned, prompts, NEW_TOKENS))
+    if too_large(folder):
+        loaders, what = block_by_block(folder, adapter, weights), "on a few questions, block by block"
+        samples = [(prompt, prompt) for prompt in prompts]
+    else:
+        loaders, what = whole(folder, adapter, base, as_trained), "on a few answers"
+
+        def samples(tuned):
+            return own_answers(tuned, prompts, NEW_TOKENS)
+
+    _, found = measure(loaders, samples, device="cpu")
     if not found.logits_difference <= TOLERANCES[dtype]:
         what = f"the merged model's logits differ from the adapter's by {found.logits_difference:.1e} of the largest"
         raise RuntimeError(f"{what}, which {dtype} does not explain: nothing was written")
-    note(f"base + adapter against the merged model, on a few answers: {found}")
+    note(f"base + adapter against the merged model, {what}: {found}")
     return found.logits_difference
+
+
+def whole(folder: Path, adapter: Path, base: Path, as_trained: bool) -> list:
+    """Loads base + adapter with peft, which has formulas of its own, and then the merged model."""
+    import torch
+
+    from . import model
+
+    return [
+        lambda: model.load_tuned(base, adapter, torch.float32, as_trained).to("cpu"),
+        lambda: model.load_weights(folder, torch.float32, half_on_cuda=False).to("cpu").eval(),
+    ]
+
+
+def block_by_block(folder: Path, adapter: Path, weights) -> list:
+    """For models that memory does not hold: the sums once more from base and adapter, against the files that were written."""
+    from transformers import AutoConfig
+
+    from .merging import Adapter
+    from .plain_weights import PlainWeights
+    from .streamed import streamed
+
+    config, changes = AutoConfig.from_pretrained(folder, trust_remote_code=False), Adapter(adapter)
+    return [
+        lambda: streamed(config, lambda name: changes.merged(name, weights[name])),
+        lambda: streamed(config, PlainWeights(folder).__getitem__),
+    ]
 
 
 def too_large(folder: Path) -> bool:

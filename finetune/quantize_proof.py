@@ -1,10 +1,12 @@
 """The 16-bit and the quantized model on a few of the calibration samples: what the answers have lost."""
 
+import functools
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from . import quantized
 from .agreement import Agreement, measure
@@ -28,8 +30,10 @@ def proof(
         half = torch.float16 if device.type == "cuda" else torch.float32
         return quantized.load(made, quantized.of_folder(made), half, device, attn_implementation="sdpa").eval()
 
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with Shards(source) as shards:
-        before, after = measure([lambda: streamed(shards, dtype, device), loaded], choose(samples), device=device)
+        plain = functools.partial(streamed, config, shards.__getitem__, dtype, device)
+        before, after = measure([plain, loaded], choose(samples), device=device)
     if not math.isfinite(after.nll):
         raise RuntimeError(f"{made}: the quantized model's answers are not numbers - nothing was written")
     return before, after

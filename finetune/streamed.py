@@ -3,29 +3,29 @@
 import contextlib
 import ctypes
 import gc
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .shards import Shards
 
+def streamed(config, weights: Callable, dtype=torch.float32, device="cpu", block_done: Callable = lambda: None):
+    """The model of a config, for passes without gradients. weights(name): the tensor of a parameter, while it is used.
 
-def streamed(shards: Shards, dtype: torch.dtype, device: torch.device):
-    """The model of shards.folder, for passes without gradients; `shards` must stay open as long as it is used.
-
-    Memory: one block, and what lies outside of them, embedding and head, which stays once it was read.
+    Memory: one block, and what lies outside of them, embedding and head, which stays once it was read. block_done() is
+    called after each block of each pass.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(shards.folder, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     tied = getattr(model, "all_tied_weights_keys", {})
     for name, part, stays in parts(model):
-        stored = {own: f"{name}.{own}" for own, _ in part.named_parameters()}
-        stored = {own: full if full in shards else tied[full] for own, full in stored.items()}
-        let_through(part, stored, stays, shards, dtype, device)
+        names = {own: f"{name}.{own}" for own, _ in part.named_parameters()}
+        names = {own: tied.get(full, full) for own, full in names.items()}
+        done = None if stays else block_done
+        let_through(part, lambda own, names=names: weights(names[own]), list(names), dtype, device, done)
     move_buffers(model, device)
     return model
 
@@ -43,25 +43,26 @@ def parts(model) -> list[tuple[str, nn.Module, bool]]:
     return [(name, model.get_submodule(name), name in outside) for name in (*blocks, *outside)]
 
 
-def let_through(part: nn.Module, stored: dict[str, str], stays: bool, shards: Shards, dtype, device) -> None:
-    """Hooks that bring the part's parameters before its pass, and drop them after it. stored: {own name: in shards}.
+def let_through(part: nn.Module, weight: Callable, own: list[str], dtype, device, done: Callable | None) -> None:
+    """Hooks that bring the part's own parameters before its pass, and drop them after it; then done() is called.
 
-    stays: they are brought once and not dropped.
+    weight(name): the tensor of one of them. done: None for a part that is brought once and not dropped.
     """
     from accelerate.utils import set_module_tensor_to_device
 
     def bring(*_):
-        for own, name in stored.items():
-            set_module_tensor_to_device(part, own, device, value=shards[name], dtype=dtype)
-        if stays:
+        for name in own:
+            set_module_tensor_to_device(part, name, device, value=weight(name), dtype=dtype)
+        if done is None:
             bringing.remove()
 
     def drop(*_):
-        for own in stored:
-            set_module_tensor_to_device(part, own, "meta")
+        for name in own:
+            set_module_tensor_to_device(part, name, "meta")
+        done()
 
     bringing = part.register_forward_pre_hook(bring)
-    if not stays:
+    if done is not None:
         part.register_forward_hook(drop)
 
 

@@ -14,7 +14,7 @@ from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
-from finetune import adapters, checkpoint, merge, merging, model
+from finetune import adapters, checkpoint, merge, merging, model, shards
 from finetune.args import LoraArguments
 from finetune.errors import UserError
 
@@ -172,11 +172,16 @@ def test_an_adapter_of_other_hands_chats(trained, tmp_path):
     assert settings.chat_format == "chatml" and 151645 in settings.eos_token_id
 
 
-def test_without_memory_to_compare_in_it_says_so(trained, tmp_path, monkeypatch, capsys):
+def test_a_model_that_memory_does_not_hold_is_compared_block_by_block(trained, tmp_path, monkeypatch, capsys):
+    """And what was written wrong is found."""
     _, adapter, _ = trained
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**7))
-    assert merge.merge(adapter, tmp_path / "out") is None
-    assert "no memory to compare in: python -m finetune.compare" in capsys.readouterr().err
+    assert merge.merge(adapter, tmp_path / "out") < 1e-5
+    assert "on a few questions, block by block: perplexity" in capsys.readouterr().err
+    right = shards.ShardWriter.add
+    monkeypatch.setattr(shards.ShardWriter, "add", lambda self, name, tensor: right(self, name, tensor * 1.01))
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        merge.merge(adapter, tmp_path / "wrong")
 
 
 FRESH = """
