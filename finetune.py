@@ -17,7 +17,7 @@ def main() -> None:
         from finetune import args as arguments
 
         args = arguments.parse()  # before the imports that take seconds: --help is there at once
-    from finetune import checkpoint, engines, preparation, quantized, ranks, report
+    from finetune import checkpoint, engines, preparation, ranks, report
 
     out = Path(args.training.output_dir)
     with meeting.as_one("checks and data"):
@@ -32,7 +32,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
     trainer.save_result()
     if ranks.rank() == 0:
-        report.farewell(out, args.lora.use_lora, over_gptq=quantized.of_folder(job.folder) is not None)
+        report.farewell(out, args.lora.use_lora)
     engines.disconnect()
 
 

@@ -226,8 +226,8 @@ def take_over(trainer) -> None:
     trainer.add_callback(Report(trainer.args.output_dir))
 
 
-def farewell(out: Path, is_adapter: bool, over_gptq: bool = False) -> None:
-    """What is there now, and what to type next. over_gptq: the base is quantized, and the adapter merges into its sibling."""
+def farewell(out: Path, is_adapter: bool) -> None:
+    """What is there now, and what to type next."""
     try:
         draw(out)
         note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
@@ -236,8 +236,7 @@ def farewell(out: Path, is_adapter: bool, over_gptq: bool = False) -> None:
         note(f"done: {out}")
     note(f"try it:    {command('finetune.ask', out)}")
     if is_adapter:
-        base = " --base THE_16_BIT_MODEL" if over_gptq else ""
-        note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}{base}")
+        note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}")
     if (out / "runs").is_dir():
         note(f"its curves: tensorboard --logdir {shlex.quote(str(out / 'runs'))}")
 
