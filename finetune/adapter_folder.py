@@ -7,6 +7,7 @@ from . import model_folder
 from .errors import UserError
 
 PREFIX = "base_model.model."
+EMBEDDINGS = {"wte", "lm_head", "embed_tokens"}
 
 
 def check(folder: Path, base: Path | None = None, flag: str = "") -> None:
@@ -15,10 +16,9 @@ def check(folder: Path, base: Path | None = None, flag: str = "") -> None:
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         what = f"{flag} {folder}: adapter misses {', '.join(missing[:4])}{more}".strip()
-        raise UserError(
-            f"{what}, which adapter_config.json lists (the published finetune.py's last save leaves embeddings out) - "
-            "give a checkpoint-N of that run, or train again"
-        )
+        published = " (the published finetune.py's last save leaves embeddings out)" if set(missing) & EMBEDDINGS else ""
+        what = f"{what}, which adapter_config.json lists{published}"
+        raise UserError(f"{what} - give a checkpoint-N of that run, or train again")
 
 
 def missing_tensors(folder: Path, base: Path | None = None) -> list[str]:

@@ -141,7 +141,7 @@ class TrainingFlags:
     bf16_weights: bool = flag(
         False,
         "Full-parameter: hold the trained weights themselves in bfloat16 and round each update stochastically, so that "
-        "small ones count on average: 6 bytes a parameter instead of 16. Needs --bf16 and --optim adamw_torch_8bit.",
+        "small ones count on average: 6 bytes a parameter instead of 18. Needs --bf16 and --optim adamw_torch_8bit.",
     )
     num_train_epochs: float = flag(3.0, "How often the data is gone through.", metavar="N")
     max_steps: int = flag(-1, "Optimizer steps; wins over --num_train_epochs where positive.", metavar="N")

@@ -9,14 +9,26 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import ranks
 
 ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP = "one process", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"
-SHARDED = (ZERO3, FSDP)  # no process holds the model as a whole
+FSDP_WORDS = ("true", "1", "full_shard", "auto_wrap", "offload")
 HERE = Path(__file__).parent
+KNOWN = {"bf16": {"enabled"}, "optimizer": {"type", "params"}, "scheduler": {"type", "params"}}
+PARAMS = {
+    "optimizer": {"lr", "betas", "eps", "weight_decay"},
+    "scheduler": {"warmup_max_lr", "warmup_min_lr", "warmup_num_steps", "total_num_steps"},
+}
+FLAGS = {
+    "bf16": "--bf16 is the flag",
+    "optimizer": "--optim, --learning_rate, --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay are the flags",
+    "scheduler": "--lr_scheduler_type, --learning_rate, --warmup_ratio and --warmup_steps are the flags",
+}
 CURVES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -24,7 +36,7 @@ def name_of(values: dict) -> str:
     """The engine that flags ask for. values: of TrainingArguments, where --deepspeed may be a file or its content."""
     if values.get("deepspeed"):
         return zero_stage(values["deepspeed"])
-    if values.get("fsdp"):
+    if fsdp_words(values):
         return FSDP
     return DDP if ranks.count() > 1 else ONE
 
@@ -72,6 +84,9 @@ def deepspeed_config(name: str, values: dict) -> tuple[dict, list[str]]:
         return {}, findings
     if importlib.util.find_spec("deepspeed") is None:
         findings.append("--deepspeed: the package is missing - pip install deepspeed")
+    if ((config.get("zero_optimization") or {}).get("stage") or 0) not in (1, 2, 3):
+        findings.append(f"--deepspeed {name}: no zero_optimization.stage of 1, 2 or 3 - use --deepspeed none for plain DDP")
+    findings += lost(name, config)
     for key, theirs, flag, ours in settings_of_flags(config, values):
         if theirs is not None and theirs != "auto" and not equal(theirs, ours):
             findings.append(
@@ -110,10 +125,28 @@ def settings_of_flags(config: dict, values: dict):
     if optimizer is not None:
         asked = str(values["optim"])
         yield key, optimizer, "--optim", optimizer if optimizer.lower() in asked.lower() else asked
+    yield *at("scheduler", "params", "warmup_max_lr"), "--learning_rate", values["learning_rate"]
+    yield *at("scheduler", "params", "warmup_min_lr"), "the beginning of every warm-up", 0
+    yield *at("scheduler", "params", "warmup_num_steps"), "--warmup_steps", values["warmup_steps"]
+    yield *at("scheduler", "params", "total_num_steps"), "--max_steps", values["max_steps"]
     key, schedule = at("scheduler", "type")
     if schedule is not None:
         asked = str(values["lr_scheduler_type"])
         yield key, asked if CURVES.get(schedule) == asked else schedule, "--lr_scheduler_type", asked
+
+
+def lost(name: str, config: dict) -> Iterator[str]:
+    """What stands in blocks that completed() replaces, and no flag sets: it would be dropped without a word."""
+    for block, keys in KNOWN.items():
+        content = config.get(block)
+        if content is not None and not isinstance(content, dict):
+            yield f"--deepspeed {name}: {block} is {json.dumps(content)}, not an object - leave it out, flags set it"
+            continue
+        more = set(content or {}) - keys
+        more |= {f"params.{key}" for key in set((content or {}).get("params") or {}) - PARAMS.get(block, set())}
+        if more:
+            what = f"--deepspeed {name}: {block} has {', '.join(sorted(more))}, which no run here reads"
+            yield f"{what} - leave it out; {FLAGS[block]}"
 
 
 def equal(theirs, ours) -> bool:
@@ -152,14 +185,32 @@ def completed(config: dict, values: dict) -> dict:
 # ---- FSDP2
 
 
-def fsdp_settings(values: dict) -> dict:
-    """--fsdp in any of its spellings (True, "full_shard auto_wrap", "... offload") as FSDP2's settings."""
-    config = values.get("fsdp_config") or {}
-    if isinstance(config, str):
-        config = json.loads(config) if config.lstrip().startswith("{") else json.loads(Path(config).read_text())
-    words = str(values["fsdp"]).replace(",", " ").lower().split()
-    config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": "offload" in words} | config
-    return {"fsdp": True, "fsdp_config": config}
+def fsdp_words(values: dict) -> list[str]:
+    """--fsdp as words, in lower case; [] where it says no."""
+    words = re.sub(r"[\[\]',]", " ", str(values.get("fsdp") or "")).lower().split()
+    return [] if words in (["false"], ["none"], ["no"], ["0"]) else words
+
+
+def fsdp_settings(values: dict) -> tuple[dict, list[str]]:
+    """(--fsdp as FSDP2's settings, findings). It may say True, or "full_shard auto_wrap", each with offload."""
+    if unknown := [word for word in fsdp_words(values) if word not in FSDP_WORDS]:
+        what = f"--fsdp {values['fsdp']}: {unknown[0]} is not among what FSDP2 does here"
+        return values, [f'{what} - give True, "full_shard offload", or False']
+    config, findings = fsdp_config(values.get("fsdp_config") or {})
+    usual = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": "offload" in fsdp_words(values)}
+    return values | {"fsdp": True, "fsdp_config": usual | config}, findings
+
+
+def fsdp_config(given) -> tuple[dict, list[str]]:
+    """(content, findings) of --fsdp_config: an object, its text, or a file."""
+    if isinstance(given, dict):
+        return given, []
+    try:
+        content = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, [f"--fsdp_config {given}: {error} - give a JSON file that is there, or leave it out"]
+    wrong = [] if isinstance(content, dict) else [f"--fsdp_config {given}: holds no JSON object - leave it out"]
+    return (content, []) if not wrong else ({}, wrong)
 
 
 # ---- the process group

@@ -9,7 +9,7 @@
 model=Qwen/Qwen-7B
 output=output_qwen
 
-# An optimizer step takes per_device_train_batch_size x gradient_accumulation_steps conversations. Where memory allows 16
+# An optimizer step takes per_device_train_batch_size x gradient_accumulation_steps conversations. Where memory allows 18
 # bytes a parameter, `--bf16_weights False --optim adamw_torch` trains float32 weights.
 hyperparameters=(
     --bf16 True

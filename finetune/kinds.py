@@ -30,7 +30,13 @@ def kind(folder: Path) -> str | None:
 
 
 def embeddings_of_run(args, folder: Path) -> str:
-    """--train_embeddings, with auto decided: "chat_rows" for a base model, "none" for a chat model; else as given."""
+    """--train_embeddings, with auto decided: "chat_rows" for a base model, "none" for a chat model; else as given.
+
+    Of an adapter that is gone on with, what it says itself ("chat_rows" for rows of any tokens).
+    """
+    if args.lora.lora_weight_path is not None:  # an adapter knows what trains in it
+        config = read(Path(args.lora.lora_weight_path) / "adapter_config.json")
+        return "all" if config.get("modules_to_save") else "chat_rows" if config.get("trainable_token_indices") else "none"
     if args.lora.train_embeddings != "auto":
         return args.lora.train_embeddings
     given = args.model.model_kind
@@ -56,8 +62,7 @@ def kind_problems(args, folder: Path) -> Iterator[str]:
 
 def kind_in_name(folder: Path) -> str | None:
     """What the folder's own name says, or that of the model in the Hub's cache: Qwen2.5-7B-Instruct, Qwen3-8B-Base."""
-    name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
-    words = re.split(r"[^a-z0-9]+", name.lower())
+    words = re.split(r"[^a-z0-9]+", model_folder.name_of(folder).lower())
     says = {
         "chat": {"chat", "instruct"} & set(words),
         "base": "base" in words[1:],

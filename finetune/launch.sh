@@ -99,6 +99,15 @@ switched_on() {
     return 1
 }
 
+# Whether the user takes a flag back.
+switched_off() {
+    local i
+    for i in "${!extra[@]}"; do
+        [[ ${extra[i]} == "$1" && ${extra[i+1]:-} == [Ff]alse || ${extra[i]} == "$1"=[Ff]alse ]] && return
+    done
+    return 1
+}
+
 # Whether the user gives a flag, with or without a value.
 given() {
     local word

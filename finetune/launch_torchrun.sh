@@ -95,7 +95,7 @@ NODE_RANK=0, as the others reach it" ;;
 # The DeepSpeed config: the user's file, or ours of that name.
 find_deepspeed() {
     local wish=${chosen_deepspeed:-$deepspeed}
-    if [[ -z $chosen_deepspeed ]] && given --fsdp; then wish=none; fi # the user's engine wins over the script's
+    if [[ -z $chosen_deepspeed ]] && given --fsdp && ! switched_off --fsdp; then wish=none; fi # the user's engine wins over the script's
     if [[ $wish == none ]]; then return; fi
     if [[ -n $chosen_deepspeed && -f $wish ]]; then
         config=$wish

@@ -1,9 +1,11 @@
 """What can be wrong with the method asked for: full-parameter, LoRA and its kinds, over which weights, on which engine."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from . import engines, kinds, methods, model_folder
 from .errors import note, warn
@@ -15,6 +17,7 @@ def method(args) -> Iterator[str]:
     """Full-parameter or LoRA, and its settings."""
     lora = args.lora
     yield from half_weights(args)
+    yield from optimizer(args)
     yield from combination(args)
     if not lora.use_lora:
         usual = type(lora)()
@@ -44,14 +47,27 @@ def combination(args) -> Iterator[str]:
         yield from problems
         return
     found = quantized.of_run(folder, lora) if there else None
+    if found and found.method not in quantized.PACKAGES:
+        return  # AWQ and the like: model_folder's finding
     weights = {None: methods.PLAIN, "nf4": methods.NF4, "gptq": methods.GPTQ}[found and found.method]
     engine = engines.name_of(vars(args.training))
     # a quantized folder without --q_lora is model_folder's finding
     tied = bool(model_folder.config_of(folder).get("tie_word_embeddings"))
     embeddings = kinds.embeddings_of_run(args, folder)
-    asked = methods.of_run(args, embeddings, tied) if lora.q_lora or found is None else []
+    own = SimpleNamespace(lora=as_the_adapter_says(lora), training=args.training)
+    asked = methods.of_run(own, embeddings, tied) if lora.q_lora or found is None else []
     for line in methods.refused(asked, weights, engine):
         yield f"{methods.named(asked, weights, engine)}: {line}"
+
+
+def as_the_adapter_says(lora):
+    """The LoRA flags, with the kind of adapter from --lora_weight_path where that is given."""
+    if lora.lora_weight_path is None:
+        return lora
+    config = kinds.read(Path(lora.lora_weight_path) / "adapter_config.json")
+    # PiSSA's result is plain LoRA; its checkpoints are gone on with by --resume_from_checkpoint
+    kind = {"lora_bias": config.get("bias", "none"), "use_dora": config.get("use_dora", False), "train_tokens": []}
+    return dataclasses.replace(lora, init_lora_weights="default", **kind)
 
 
 def variants(lora) -> Iterator[str]:
@@ -86,13 +102,20 @@ def half_weights(args) -> Iterator[str]:
     if word(training.optim) not in optimizers.ROUNDING:
         wanted = " or ".join(f"--optim {name}" for name in optimizers.ROUNDING)
         yield f"--bf16_weights with --optim {word(training.optim)}: small updates would be lost - give {wanted}"
-    elif missing := optimizers.missing():
-        yield f"--optim {word(training.optim)}: {missing}"
+
+
+def optimizer(args) -> Iterator[str]:
+    """What the optimizer asked for lacks on this machine."""
+    from . import optimizers
+
+    asked = word(args.training.optim)
+    if asked in optimizers.ROUNDING and (missing := optimizers.missing()):
+        yield f"--optim {asked}: {missing}"
 
 
 def adapter(args) -> Iterator[str]:
     """An adapter to go on from: whole, with every tensor that it lists."""
-    from . import adapter_folder
+    from . import adapter_folder, checkpoint
 
     folder = Path(args.lora.lora_weight_path)
     if not (folder / "adapter_config.json").is_file():
@@ -105,7 +128,10 @@ def adapter(args) -> Iterator[str]:
     else:
         config = model_folder.read_json(folder / "adapter_config.json")
         base = Path(args.model.model_name_or_path or "")
-        adapter_folder.check(folder, base if (base / "config.json").is_file() else None, "--lora_weight_path")
+        there = (base / "config.json").is_file()
+        if there:  # first: of a larger base it would seem to lack tensors
+            checkpoint.check_base(folder, base, remedy="give that one with -m")
+        adapter_folder.check(folder, base if there else None, "--lora_weight_path")
         note(f"going on from {folder}: its own settings hold ({describe(config)}), not --lora_r and the like")
 
 

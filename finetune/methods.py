@@ -1,6 +1,7 @@
 """The table: which method trains over which weights under which engine, and why not where it does not.
 
-Everything not listed in RULES works; tests/test_engines.py runs it. A rule names sets of methods, weights and engines; where
+What RULES does not list is allowed; tests/test_engines.py runs the main
+methods on every engine, tests/test_adapters_on_ranks.py others on some. A rule names sets of methods, weights and engines; where
 all three meet, the run is refused with the rule's reason and way out, before weights are loaded.
 """
 
@@ -16,7 +17,7 @@ METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, BIASES, TIED_ROWS, DORA, PIS
 PLAIN, GPTQ, NF4 = "16-bit", "GPTQ", "NF4"
 WEIGHTS = (PLAIN, GPTQ, NF4)
 ENGINES = (ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP)
-SEVERAL, ZERO = (DDP, ZERO1, ZERO2, ZERO3, FSDP), (ZERO1, ZERO2, ZERO3)
+SEVERAL = (DDP, ZERO1, ZERO2, ZERO3, FSDP)
 QUANTIZED, CUT = (GPTQ, NF4), (ZERO3, FSDP)
 
 

@@ -84,6 +84,13 @@ def config_of(folder: Path) -> dict:
         return {}
 
 
+def name_of(folder: Path) -> str:
+    """What people call the model in a folder: in the Hub's cache the folder itself has a hash for a name."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.split("--")[-1]
+    return folder.name
+
+
 # ---- config.json
 
 

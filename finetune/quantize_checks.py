@@ -31,7 +31,7 @@ def check_model(folder: Path) -> None:
         raise UserError(f"{folder}: holds a LoRA adapter - merge first: python -m finetune.merge {folder} MERGED")
     if found := quantized.of_folder(folder):
         plain = quantized.sibling(folder)
-        named = f" ({plain.name})" if plain != folder else ""
+        named = f" ({plain})" if plain != model_folder.name_of(folder) else ""
         what = f"{folder}: is already quantized ({found})"
         raise UserError(f"{what} - give the 16-bit model that it was made from{named}")
     if problems := model_folder.problems(folder):

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import model_folder
 from .errors import UserError
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -62,21 +63,12 @@ def of_folder(folder: Path) -> Quantization | None:
 
 def settings_of(folder: Path) -> tuple[dict, str]:
     """(the quantization's settings or {}, the file that holds them). quantize_config.json is the older place."""
-    from . import model_folder
-
     settings = model_folder.config_of(folder).get("quantization_config")
     if settings is None and (folder / "quantize_config.json").is_file():
         return model_folder.read_json(folder / "quantize_config.json"), "quantize_config.json"
     if settings is not None and not isinstance(settings, dict):
         raise UserError(f"{folder}/config.json: quantization_config is no JSON object - take the published file")
     return settings or {}, "config.json"
-
-
-def model_type(folder: Path) -> str | None:
-    """As config.json says."""
-    from . import model_folder
-
-    return model_folder.config_of(folder).get("model_type")
 
 
 def of_run(folder: Path, lora) -> Quantization | None:
@@ -102,14 +94,14 @@ def folder_problems(folder: Path) -> list[str]:
 
 def needs_q_lora(folder: Path) -> str:
     """The line for --use_lora or full-parameter training on a quantized folder."""
-    plain = sibling(folder)
-    other = f", or give the 16-bit checkpoint ({plain.name})" if plain.name != folder.name else ""
+    name, plain = model_folder.name_of(folder), sibling(folder)
+    other = f", or give the 16-bit checkpoint ({plain})" if plain != name else ""
     return f"{folder} is GPTQ-quantized: use finetune_qlora_*.sh (--q_lora){other}"
 
 
-def sibling(folder: Path) -> Path:
-    """The 16-bit checkpoint's folder, by the name that published ones have."""
-    return folder.with_name(re.sub(r"-(GPTQ-)?Int[48]$", "", folder.name))
+def sibling(folder: Path) -> str:
+    """What the 16-bit checkpoint is called, by the name that published ones have; its own name where that is all."""
+    return re.sub(r"-(GPTQ-)?Int[48]$", "", model_folder.name_of(folder))
 
 
 def flag_problems(lora) -> list[str]:
@@ -123,9 +115,9 @@ def run_problems(folder: Path, lora) -> list[str]:
     """--q_lora (lora.q_lora is True) on this folder, and with the other flags of `lora`."""
     found = of_folder(folder)
     if found is None and lora.quant == "none":
-        infix = "" if model_type(folder) == "qwen" else "-GPTQ"  # as published ones are called
+        infix = "" if model_folder.config_of(folder).get("model_type") == "qwen" else "-GPTQ"  # as published ones are called
         what = f"{folder} is not quantized"
-        return [f"{what}; Q-LoRA needs an Int4 model ({folder.name}{infix}-Int4) or --quant nf4"]
+        return [f"{what}; Q-LoRA needs an Int4 model ({model_folder.name_of(folder)}{infix}-Int4) or --quant nf4"]
     if found is not None and lora.quant != "none":
         return [f"--quant {lora.quant}: {folder} is quantized already ({found}) - leave out --quant"]
     return folder_problems(folder) or missing_packages(found or NF4)

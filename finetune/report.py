@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from qwen_model.attention import torch_has_varlen
 
-from . import engines, later_qwen, quantized, ranks
+from . import engines, later_qwen, method_checks, pissa, quantized, ranks
 from .engines import size_of
 from .errors import note, on_first_rank, warn
 from .model import compute_dtype
@@ -72,9 +72,9 @@ def method(model) -> str:
     if not hasattr(model, "peft_config"):
         return "full-parameter"
     config = model.peft_config["default"]
-    kind = "DoRA" if config.use_dora else "LoRA"
-    targets = ", ".join(sorted(config.target_modules))
-    said = f"{kind} r={config.r} alpha={config.lora_alpha} on {targets}, bias {config.bias}{beside(config)}"
+    kinds = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, "PiSSA": pissa.is_asked_for(config.init_lora_weights)}
+    kind = ", ".join(name for name, asked in kinds.items() if asked) or "LoRA"
+    said = f"{kind} {method_checks.describe(vars(config))}{beside(config)}"
     over = getattr(model.config, "quantization_config", None)
     return f"Q-{said}" if over else said
 

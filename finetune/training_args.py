@@ -124,14 +124,14 @@ def build(values: dict):
 
 def with_engine(values: dict) -> tuple[dict, list[str]]:
     """(the flags with --deepspeed read and --fsdp in transformers' form, findings)."""
-    if values.get("deepspeed") and values.get("fsdp"):
+    if values.get("deepspeed") and engines.fsdp_words(values):
         return values, ["--deepspeed and --fsdp: two engines for one run - leave out one"]
     if values.get("deepspeed"):
         config, findings = engines.deepspeed_config(values["deepspeed"], values)
         return values | {"deepspeed": config}, findings
-    if values.get("fsdp"):
-        return values | engines.fsdp_settings(values), []
-    return values, []
+    if engines.fsdp_words(values):
+        return engines.fsdp_settings(values)
+    return values | ({"fsdp": None} if "fsdp" in values else {}), []
 
 
 def precision(values: dict) -> list[str]:

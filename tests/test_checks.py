@@ -390,6 +390,33 @@ def test_resuming_with_another_method(world):
     assert line.startswith(f"{full} is full-parameter, this run is LoRA r=64")
 
 
+def test_resuming_from_a_hubs_model_that_is_not_here_yet(world):
+    """Its layers are not known before it is downloaded: then it is checked again."""
+    write_checkpoint(world.out / "checkpoint-5", adapter={"r": 64})
+    assert found(world, "-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto", "--use_lora") == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_lora"]])
+def test_weights_quantized_in_another_way(world, flags):
+    write_config(world.model, quantization_config={"quant_method": "awq", "bits": 4})
+    assert any("is quantized (awq) - give another checkpoint" in line for line in found(world, *flags))
+
+
+# ---- an adapter to go on from
+
+
+def test_the_adapter_says_what_trains_in_it(world, monkeypatch):
+    """Not the kind of the base: that would be refused here, as rows of a tied embedding under FSDP2."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    write_config(world.model, tie_word_embeddings=True)
+    (world.model / "generation_config.json").write_text(json.dumps({"chat_format": "raw"}))
+    plain = write_adapter(world.out / "plain")
+    flags = ["--use_lora", "--fsdp", "True", "--lora_weight_path"]
+    assert not any("cannot shard a matrix" in line for line in found(world, *flags, str(plain)))
+    rows = write_adapter(world.out / "rows", trainable_token_indices={"wte": [1]})
+    assert any("cannot shard a matrix" in line for line in found(world, *flags, str(rows)))
+
+
 # ---- room on the disk
 
 PARAMETERS = 300 * 32 * 2 + 32 + 96 * 32 + 96 + 32 * 32 + 2 * 48 * 32 + 32 * 48

@@ -132,6 +132,54 @@ def test_fsdp_in_its_spellings(world, monkeypatch, spelling, offload):
     assert args.training.fsdp_plugin_args.get("cpu_offload", False) is offload
 
 
+@pytest.mark.parametrize("word", ["False", "false", "none"])
+def test_fsdp_can_be_refused(world, monkeypatch, word):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert read(world, "--fsdp", word).training.engine == engines.DDP
+
+
+@pytest.mark.parametrize("word", ["shard_grad_op", "ful_shard", "full_shard hybrid_shard"])
+def test_what_fsdp2_does_not_do_here(world, word):
+    line = only(world, "--fsdp", word)
+    assert line.startswith(f"--fsdp {word}: {word.split()[-1]} is not among what FSDP2 does here - give True, ")
+
+
+@pytest.mark.parametrize(
+    "text,why", [(None, "No such file"), ("{", "Expecting property name"), ("[]", "holds no JSON object")]
+)
+def test_fsdp_config_files_that_cannot_be(world, config, tmp_path, text, why):
+    path = str(tmp_path / "none.json") if text is None else config(None, text)
+    line = only(world, "--fsdp", "True", "--fsdp_config", path)
+    assert line.startswith(f"--fsdp_config {path}: ") and why in line
+
+
+@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 0}}])
+def test_a_file_without_a_stage(world, config, zero):
+    line = only(world, "--deepspeed", config({"gradient_clipping": 1.0} | zero))
+    assert line.endswith("no zero_optimization.stage of 1, 2 or 3 - use --deepspeed none for plain DDP")
+
+
+@pytest.mark.parametrize(
+    "block,named",
+    [
+        ({"bf16": {"enabled": "auto", "immediate_grad_update": True}}, "bf16 has immediate_grad_update, which no run"),
+        ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "optimizer has params.amsgrad, which no run here"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}}, "scheduler has params.warmup_type, which"),
+        ({"optimizer": "AdamW"}, 'optimizer is "AdamW", not an object - leave it out, flags set it'),
+    ],
+)
+def test_what_would_be_dropped_from_a_file_is_named(world, config, block, named):
+    lines = found(world, "--deepspeed", config(ZERO2 | block), "--lr_scheduler_type", "constant_with_warmup")
+    assert any(named in line for line in lines), lines
+
+
+def test_the_schedulers_own_numbers_against_the_flags(world, config):
+    scheduler = {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 100}}
+    lines = found(world, "--deepspeed", config(ZERO2 | {"scheduler": scheduler}), "--learning_rate", "1e-5")
+    assert any("scheduler.params.warmup_max_lr is 0.001 there, and --learning_rate is 1e-05" in line for line in lines)
+    assert any("scheduler.params.warmup_num_steps is 100 there, and --warmup_steps is 0" in line for line in lines)
+
+
 def test_engine_names(monkeypatch):
     assert engines.name_of({}) == engines.ONE
     assert [engines.zero_stage({"zero_optimization": {"stage": stage}}) for stage in (1, 2, 3)] == [

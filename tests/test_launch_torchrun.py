@@ -318,3 +318,6 @@ def test_fsdp_takes_the_place_of_the_scripts_deepspeed_config(dry):
     for wish in (["--fsdp", "True"], ["--fsdp=True"], ["--fsdp"]):
         words = dry("-d", "talks.json", *wish, script=ROOT / "finetune" / "finetune_lora_ds.sh")
         assert "--deepspeed" not in words and wish[0] in words
+    for wish in (["--fsdp", "False"], ["--fsdp=False"]):
+        words = dry("-d", "talks.json", *wish, script=ROOT / "finetune" / "finetune_lora_ds.sh")
+        assert "--deepspeed" in words
