@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,36 @@ def test_a_rank_that_waits_for_a_failed_one_ends():
     assert done == [(1, f"error: rank 1 on {host} failed: no number\n"), (1, "error: no number\n")]
 
 
+def test_a_rank_that_fails_before_all_have_met_says_so():
+    done = together("""
+        def main():
+            if ranks.rank() == 1:
+                raise RuntimeError("the disk is gone")
+        errors.run(main, speak=meeting.speak)
+    """)
+    assert done[0] == (0, "") and done[1][0] == 1 and "RuntimeError: the disk is gone" in done[1][1]
+
+
+def test_ranks_wait_for_the_last(tmp_path):
+    """Nobody goes on before all have come, as often as they do; a long wait is told."""
+    done = together(
+        """
+        from pathlib import Path
+        meeting.begin()
+        ranks.PATIENCE_SECONDS = 0.5
+        for i in range(3):
+            time.sleep(1.5 * (ranks.rank() == i))
+            Path(os.environ["FOLDER"], f"{i}-{ranks.rank()}").touch()
+            meeting.wait("a result is written")
+            assert len(list(Path(os.environ["FOLDER"]).glob(f"{i}-*"))) == 3
+        meeting.exchange("end", 0)
+    """,
+        count=3,
+        FOLDER=str(tmp_path),
+    )
+    assert done == [(0, "note: waiting for the other ranks (a result is written)\n" * 2), (0, ""), (0, "")]
+
+
 def test_a_restart_of_any_rank_is_known_to_all():
     done = together("""
         if ranks.rank() == 1:
@@ -158,15 +189,36 @@ def test_shared_and_own_folders(tmp_path):
 
 
 def test_one_at_a_time(tmp_path):
-    """Three processes add their line at a pause's end; none begins before the one before it has ended."""
+    """Three processes, each begun while the one before it is inside or waiting; none goes in before that one has ended."""
     script = """
+        time.sleep(float(os.environ["BEGIN"]) + 0.3 * ranks.rank() - time.time())
         with ranks.one_at_a_time(os.environ["NAME"]):
             begin = time.time()
-            time.sleep(0.4)
+            time.sleep(0.5)
             print(begin, time.time())
     """
-    spans = sorted(tuple(map(float, text.split())) for _, text in together(script, NAME=tmp_path.name))
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+    told = together(script, count=3, NAME=tmp_path.name, BEGIN=str(time.time() + 4))
+    spans = sorted(tuple(map(float, text.split())) for _, text in told)
+    assert len(spans) == 3 and all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+
+
+def test_a_lock_is_on_the_file_that_others_will_open(tmp_path):
+    """One holds the lock, another waits for it; the first removes the file, and a third that comes then must wait, too."""
+    script = """
+        import fcntl
+        from pathlib import Path
+        def flock(file, how, locks=fcntl.flock):
+            locks(file, how)
+            if os.environ.pop("REMOVE", ""):  # by the one that held it, between opening and locking
+                Path(file.name).unlink()
+        fcntl.flock = flock
+        os.environ["REMOVE"] = "1"
+        path = Path(os.environ["FOLDER"], "lock")
+        with ranks.locked(path, "test"):
+            print(path.exists())
+    """
+    [(code, told)] = together(script, count=1, FOLDER=str(tmp_path))
+    assert (code, told) == (0, "True\n")
 
 
 def test_a_waiting_rank_says_for_whom():
