@@ -83,12 +83,13 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
     stored = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     name = name or stored
+    folder, why = None, ""
     try:
         folder = find_folder(name) if name else None
-    except UserError:
-        folder = None
+    except hub.NotFetched as error:
+        why = f" ({error.why})"
     if folder is None or not (folder / "config.json").is_file():
-        raise UserError(f"{adapter}: its base {name} was not found - give it with --base")
+        raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
     checkpoint.check_base(adapter, folder)
     adapter_folder.check(adapter, folder)
     return folder

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from . import adapters, checkpoint, data, engines, kinds, model, ranks
 from . import args as arguments
 from .data import Samples
-from .errors import Findings, UserError, note, warn
+from .errors import Findings, UserError, each_line_once, note, warn
 from .plan import Plan
 
 
@@ -52,6 +52,12 @@ def prepare(args, out: Path, restarted: bool = False) -> Job:
 
 def check(args) -> Path:
     """The model's folder, or one UserError with all findings. What has to be downloaded comes last."""
+    with each_line_once():  # a model from a hub is checked twice: as an id, and as a folder
+        return checked(args)
+
+
+def checked(args) -> Path:
+    """As check(), which sees to the lines."""
     findings, name = Findings(), args.model.model_name_or_path
     with findings:
         arguments.check(args)
