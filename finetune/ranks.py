@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -47,6 +48,16 @@ def machines() -> int:
 def name() -> str:
     """Of this process, for people."""
     return f"rank {rank()} on {socket.gethostname()}"
+
+
+def launch() -> str | None:
+    """Stands for the agent that has started this process, and starts it again; None where it was started by hand."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent = os.getppid()
+    with contextlib.suppress(OSError):  # numbers of processes are used again, so its start counts (ticks, field 22)
+        agent = f"{agent} {Path(f'/proc/{agent}/stat').read_text().rsplit(')', 1)[1].split()[19]}"
+    return hashlib.sha256(f"{socket.gethostname()} {agent}".encode()).hexdigest()[:12]
 
 
 class Meeting:
@@ -182,18 +193,32 @@ def merged(told: list[tuple[str, list[str]]]) -> list[str]:
 meeting = Meeting()
 
 
-def agree(card: dict) -> None:
-    """All ranks hold equal cards (what: value), or a UserError says which differ, and where."""
-    cards = meeting.exchange("what they have", [name(), card])
-    (first, expected), findings = cards[0], []
-    for who, other in cards[1:]:
-        for what, value in other.items():
-            if value != expected[what]:
-                findings.append(
-                    f"{what}: {expected[what]} for {first}, but {value} for {who} - start all machines alike"
-                )
+ALIKE = "start all machines alike"
+
+
+def agree(card: dict, remedies: dict[str, str] | None = None) -> None:
+    """All ranks hold equal cards (what: value, or a dict of them), or a UserError says which differ, and where first.
+
+    remedies: what to do where a thing differs, if that is not to start all machines alike.
+    """
+    cards, findings = meeting.exchange("what they have", [name(), card]), {}
+    (first, expected), *others = cards
+    for who, other in others:
+        for what in {**expected, **other}:
+            remedy = (remedies or {}).get(what, ALIKE)
+            for part, one, two in differences(what, expected.get(what), other.get(what)):
+                findings.setdefault(part, f"{part}: {one} for {first}, {two} for {who} - {remedy}")
     if findings:
-        raise UserError(*dict.fromkeys(findings))
+        raise UserError(*findings.values())
+
+
+def differences(what: str, one, two):
+    """Yields (name, value here, value there): of a dict, its differing entries under their own names."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in {**one, **two}:
+            yield from differences(key, one.get(key), two.get(key))
+    elif one != two:
+        yield what, "none" if one is None else one, "none" if two is None else two
 
 
 def sees_the_same(folder: Path) -> bool:

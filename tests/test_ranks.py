@@ -71,7 +71,7 @@ def test_a_difference_is_named_once():
     done = together(
         """
         def main():
-            ranks.agree({"data as rendered": "ab12" if ranks.rank() < 2 else "cd34", "--learning_rate": 1e-4})
+            ranks.agree({"data as rendered": "ab12" if ranks.rank() < 1 else "cd34", "--learning_rate": 1e-4})
         errors.run(main, speak=meeting.speak)
     """,
         count=3,
@@ -80,7 +80,35 @@ def test_a_difference_is_named_once():
     printed = "".join(text for _, text in done)
     assert printed.count("error:") == 1 and "learning_rate" not in printed
     host = socket.gethostname()
-    assert f"data as rendered: ab12 for rank 0 on {host}, but cd34 for rank 2 on {host} - start all mach" in printed
+    assert f"data as rendered: ab12 for rank 0 on {host}, cd34 for rank 1 on {host} - start all machines alike" in printed
+
+
+def test_differing_parts_and_what_to_do(monkeypatch):
+    """Of a dict the parts that differ, by themselves, also where only one rank has them."""
+    there = {"versions": {"torch": "2.11.0", "peft": "0.21"}, "point": None, "deepspeed": {"zero": {"stage": 3}}}
+    here = {"versions": {"torch": "2.13.0", "peft": "0.21", "deepspeed": "0.19"}, "point": "checkpoint-3"}
+    here["deepspeed"] = {"zero": {"stage": 2}}
+    told = [["rank 0 on a", here], ["rank 8 on b", there], ["rank 9 on b", there]]
+    monkeypatch.setattr(ranks.meeting, "exchange", lambda what, card: told)
+    with pytest.raises(UserError) as error:
+        ranks.agree(here, {"versions": "install the same", "point": "share the folder"})
+    assert error.value.findings == [
+        "torch: 2.13.0 for rank 0 on a, 2.11.0 for rank 8 on b - install the same",
+        "deepspeed: 0.19 for rank 0 on a, none for rank 8 on b - install the same",
+        "point: checkpoint-3 for rank 0 on a, none for rank 8 on b - share the folder",
+        "stage: 2 for rank 0 on a, 3 for rank 8 on b - start all machines alike",
+    ]
+
+
+def test_an_agent_is_the_same_over_its_restarts(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert ranks.launch() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "finetune")
+    assert ranks.launch() == ranks.launch() != None  # noqa: E711
+    print_one = "from finetune import ranks; print(ranks.launch())"
+    words = [sys.executable, "-c", print_one]
+    started = [subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert started[0] == started[1] != f"{ranks.launch()}\n"  # this process is their agent, and has one of its own
 
 
 @pytest.mark.parametrize("error,code", [("errors.UserError('no such file')", 2), ("RuntimeError('no such file')", 1)])
