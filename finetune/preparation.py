@@ -107,7 +107,7 @@ def make_plans(args, samples, eval_samples):
 
 
 def card(args, job) -> dict:
-    """What all ranks must have alike, for ranks.agree(): what decides the order and the sizes of their collective operations."""
+    """What all ranks must have alike, for ranks.agree(): what decides which collective operations they meet in."""
     base, point, training = job.record["base"]["fingerprint"]["sha256"], job.resume_from, args.training
     same = {"base model": base[:12], "data as rendered": in_short(job.samples)}
     if job.eval_samples is not None:

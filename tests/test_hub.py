@@ -53,7 +53,8 @@ def test_the_base_of_an_adapter_is_fetched_from_there(asked, tmp_path, monkeypat
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/missing"}')
-    with pytest.raises(UserError, match=r"its base Qwen/missing was not found \(ModelScope: OSError: .*No space left on device\) - give it with --base"):
+    why = r"\(ModelScope: OSError: .*No space left on device\)"
+    with pytest.raises(UserError, match=f"its base Qwen/missing was not found {why} - give it with --base"):
         model.find_base(adapter)
     assert asked[0][:2] == ("ModelScope", "Qwen/missing")
 
