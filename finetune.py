@@ -17,18 +17,18 @@ def main() -> None:
         from finetune import args as arguments
 
         args = arguments.parse()  # before the imports that take seconds: --help is there at once
-    from finetune import checkpoint, engines, preparation, ranks, report
+    from finetune import engines, preparation, ranks, report
 
     out = Path(args.training.output_dir)
+    launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
     with meeting.as_one("checks and data"):
-        job = preparation.prepare(args, out, restarted=meeting.restarted)
-    ranks.agree(preparation.card(args, job))
+        job = preparation.prepare(args, out, meeting.restarted, launches)
+    ranks.agree(preparation.card(args, job), preparation.REMEDIES)
     preparation.check_storage(args, out)
+    preparation.make_room(args, job, out)
 
     engines.connect(args.training)
     trainer = make_trainer(args, job)
-    if job.resume_from is None and args.training.overwrite_output_dir and ranks.rank() == 0:
-        checkpoint.remove_all(out)
     trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
     trainer.save_result()
     if ranks.rank() == 0:

@@ -6,7 +6,7 @@ It is torch's elastic agent with its c10d rendezvous, and differs from torchrun 
 - What ends one machine's run for good ends all of them, with one line that says what it was, and no traceback of the agent.
 - A user error (exit code 2) is not tried again.
 - A machine that comes back finds the others, also machine 0, which keeps the store that all of them meet in.
-- Workers cannot outlive their agent (tied.py).
+- Workers cannot outlive their agent (dies_with_parent.py).
 
 Keys in the store: "ended" (JSON: code, line), "left" (how many have read it), "arrived/N" (machine N waits for the others);
 and for each round of the rendezvous: "machines/N", "machines", "workers" (a port), "finished".
@@ -158,8 +158,9 @@ class Agent(LocalElasticAgent):
     """Watches this machine's workers and looks after the other machines while it does."""
 
     def __init__(self, job: Job, rendezvous: Rendezvous, restarts: int, folder: str):
-        tie = ["-I", "-S", str(Path(__file__).with_name("tied.py")), str(os.getpid()), sys.executable, "-u"]
-        words = [word.replace("$", "$$") for word in [*tie, *job.command]]  # torch replaces $local_rank in them
+        program = Path(__file__).with_name("dies_with_parent.py")
+        starter = ["-I", "-S", str(program), str(os.getpid()), sys.executable, "-u"]
+        words = [word.replace("$", "$$") for word in [*starter, *job.command]]  # torch replaces $local_rank in them
         spec = WorkerSpec(
             role="worker", local_world_size=job.nproc_per_node, rdzv_handler=rendezvous, entrypoint=sys.executable,
             args=tuple(words), max_restarts=restarts,
@@ -295,7 +296,7 @@ def run(job: Job) -> int:
             restarts = lost.restarts - 1
             warn(f"{what}; starting again, restarts left: {restarts}")
             if job.node_rank > 0:
-                wait_for_master(job)
+                wait_for_master(job, patient=True)
 
 
 def attempt(job: Job, restarts: int, folder: str) -> int:

@@ -149,13 +149,25 @@ def fingerprint(folder: Path) -> dict:
     Sharding and file format do not matter, nor does a type that holds the same values.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    found = {key: config.get(key) for key in keys} | {"sha256": hash_of_tensors(folder)}
+    quantization = quantized.describe(quantized.of_folder(folder))
+    return found | ({"quantization": quantization} if quantization else {})
+
+
+def hash_of_tensors(folder: Path) -> str:
+    """Of the names, shapes and first values of all."""
     digest = hashlib.sha256()
     for line in sorted(beginnings(folder)):
         digest.update(line.encode())
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    found = {key: config.get(key) for key in keys} | {"sha256": digest.hexdigest()}
-    quantization = quantized.describe(quantized.of_folder(folder))
-    return found | ({"quantization": quantization} if quantization else {})
+    return digest.hexdigest()
+
+
+def hash_of_adapter(folder: Path) -> str:
+    """Of its tensors and its settings, but for where its base lay."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = None
+    return hashlib.sha256((hash_of_tensors(folder) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
 
 def beginnings(folder: Path, values: int = 8):
@@ -218,6 +230,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def of_launch(output_dir: Path, launches: list[str]) -> bool:
+    """Whether checkpoints lie there, whole or not, that processes of these agents (see ranks.launch) have written."""
+    records = [read_record(path.parent) for path in output_dir.glob(f"checkpoint-*/{RECORD}")]
+    return any(set(launches) & set(record.get("launches", ())) for record in records)
+
+
 def is_complete(path: Path) -> bool:
     """Whether a run can go on from there to the same weights: not from an interrupted save, nor from --save_only_model.
 
@@ -228,7 +246,7 @@ def is_complete(path: Path) -> bool:
 
 
 def check_same_run(path: Path, now: dict) -> None:
-    """Refuses to go on from the checkpoint of a run with another base, other data or other steps."""
+    """Refuses to go on from the checkpoint of a run with another base, other data, other steps or another optimizer."""
     before = read_record(path)
     kept = {
         "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
@@ -236,6 +254,10 @@ def check_same_run(path: Path, now: dict) -> None:
         "samples per step": lambda record: record["samples_per_step"],
         "seed": lambda record: record["seed"],
         "engine": engine_of,
+        "precision": lambda record: record.get("precision"),
+        # a record without these is older than they are
+        "--bf16_weights": lambda record: record.get("bf16_weights", now.get("bf16_weights")),
+        "--optim": lambda record: record.get("optim", now.get("optim")),
         "quantization": lambda record: record.get("method", {}).get("quantization"),
         "what trains": what_trains,
     }

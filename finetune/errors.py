@@ -52,14 +52,34 @@ def on_first_rank() -> bool:
 
 def note(line: str) -> None:
     """Something worth knowing."""
-    if on_first_rank():
-        print(f"note: {line}", file=sys.stderr, flush=True)
+    say(f"note: {line}")
 
 
 def warn(line: str) -> None:
     """Something that the user probably wants to change."""
-    if on_first_rank():
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+    say(f"warning: {line}")
+
+
+def say(line: str) -> None:
+    """Prints on the first rank; within each_line_once(), nothing that has been printed there."""
+    if on_first_rank() and (said is None or line not in said):
+        print(line, file=sys.stderr, flush=True)
+    if said is not None:
+        said.add(line)
+
+
+said: set[str] | None = None  # within each_line_once()
+
+
+@contextlib.contextmanager
+def each_line_once():
+    """For checks that are made twice: what they note or warn of is said the first time."""
+    global said
+    said = set()
+    try:
+        yield
+    finally:
+        said = None
 
 
 def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> None:

@@ -1,11 +1,20 @@
 """Models that are no folder yet: fetched from the Hugging Face Hub, or with USE_MODELSCOPE=1 from ModelScope."""
 
 import os
+import textwrap
 from pathlib import Path
 
 from .errors import UserError
 
 PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.tiktoken", "*.txt", "*.jinja", "*.model"]  # no code
+
+
+class NotFetched(UserError):
+    """why: from where, and for what reason."""
+
+    def __init__(self, finding: str, why: str):
+        super().__init__(finding)
+        self.why = why
 
 
 def fetch(name: str, cache_dir: str | None = None) -> Path:
@@ -19,10 +28,10 @@ def fetch(name: str, cache_dir: str | None = None) -> Path:
     try:
         return Path(download(name, cache_dir=cache_dir, allow_patterns=PATTERNS))
     except Exception as error:
-        raise UserError(
-            f"--model_name_or_path {name}: no such folder, and it could not be fetched from {source} "
-            f"({type(error).__name__}) - give the folder of a checkpoint with -m"
-        ) from error
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        what = f"--model_name_or_path {name}: no such folder, and it could not be fetched from {source}"
+        remedy = "mend that, or give the folder of a checkpoint with -m"
+        raise NotFetched(f"{what} ({reason}) - {remedy}", f"{source}: {reason}") from error
 
 
 def modelscope_download():

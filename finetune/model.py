@@ -1,5 +1,6 @@
 """The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
 
+import importlib.metadata as metadata
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from . import adapter_folder, adapters, checkpoint, hub, later_qwen, quantized
+from . import adapter_folder, adapters, checkpoint, hub, later_qwen, optimizers, quantized
 from .errors import UserError
 from .model_folder import LATER_TYPES
 
@@ -83,12 +84,13 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
     stored = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     name = name or stored
+    folder, why = None, ""
     try:
         folder = find_folder(name) if name else None
-    except UserError:
-        folder = None
+    except hub.NotFetched as error:
+        why = f" ({error.why})"
     if folder is None or not (folder / "config.json").is_file():
-        raise UserError(f"{adapter}: its base {name} was not found - give it with --base")
+        raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
     checkpoint.check_base(adapter, folder)
     adapter_folder.check(adapter, folder)
     return folder
@@ -127,23 +129,40 @@ def set_chat_settings(model, tokenizer) -> None:
 
 def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dict:
     """What a saved folder says of its making: base, method, data, versions."""
-    import importlib.metadata as metadata
-
-    packages = ("torch", "transformers", "peft", "accelerate", "tiktoken")
+    training, quantization = args.training, quantized.of_run(folder, args.lora)
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
         # settings of the adapter, but for a place, which may move
         "method": vars(args.lora)
-        | {"lora_weight_path": None, "quantization": quantized.describe(quantized.of_run(folder, args.lora))},
+        | {"lora_weight_path": None, "quantization": quantized.describe(quantization)},
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,
             "supervise": args.data.supervise,
         },
         "samples_per_step": samples_per_step,
-        "engine": args.training.engine,
-        "ranks": args.training.world_size,
-        "precision": str(compute_dtype(args.training)).removeprefix("torch."),
-        "seed": args.training.seed,
-        "versions": {package: metadata.version(package) for package in packages},
+        "engine": training.engine,
+        "ranks": training.world_size,
+        "precision": str(compute_dtype(training)).removeprefix("torch."),
+        "bf16_weights": training.bf16_weights,
+        "optim": optim_of(training),
+        "seed": training.seed,
+        "versions": versions(training, quantization),
     }
+
+
+def optim_of(training) -> str:
+    """--optim, as the user writes it."""
+    return str(getattr(training.optim, "value", training.optim))
+
+
+def versions(training, quantization) -> dict[str, str]:
+    """Of the packages that this run computes with."""
+    packages = ["torch", "transformers", "peft", "accelerate", "tiktoken"]
+    packages += ["deepspeed"] if training.deepspeed else []
+    packages += quantized.PACKAGES.get(quantization.method, ()) if quantization else ()
+    optim = optim_of(training)
+    packages += ["torchao"] if optim in optimizers.ROUNDING else []
+    elsewhere = optim not in optimizers.ROUNDING and any(word in optim for word in ("8bit", "paged", "bnb"))
+    packages += ["bitsandbytes"] if elsewhere else []
+    return {package: metadata.version(package) for package in dict.fromkeys(packages) if quantized.installed(package)}

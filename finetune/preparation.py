@@ -7,7 +7,7 @@ from typing import NamedTuple
 from . import adapters, checkpoint, data, engines, kinds, model, ranks
 from . import args as arguments
 from .data import Samples
-from .errors import Findings, UserError, note, warn
+from .errors import Findings, UserError, each_line_once, note, warn
 from .plan import Plan
 
 
@@ -24,13 +24,15 @@ class Job(NamedTuple):
     resume_from: Path | None
 
 
-def prepare(args, out: Path, restarted: bool = False) -> Job:
+def prepare(args, out: Path, restarted: bool = False, launches: list[str] = ()) -> Job:
     """The checks, the data, the plan of the steps, and where to go on from. restarted: by torchrun, after a failure.
 
+    launches: the agents of this run (see ranks.launch). A run that one of them has started before goes on by itself; an
+    earlier run's checkpoints are another matter, which --resume_from_checkpoint and --overwrite_output_dir decide.
     Raises UserError with everything that is wrong. Writes nothing but the cache of rendered data.
     """
     training = args.training
-    if restarted and training.resume_from_checkpoint is None:
+    if training.resume_from_checkpoint is None and checkpoint.of_launch(out, launches):
         training.resume_from_checkpoint = "auto"
     folder = check(args)
     args.lora.train_embeddings = kinds.embeddings_of_run(args, folder)
@@ -41,6 +43,8 @@ def prepare(args, out: Path, restarted: bool = False) -> Job:
     samples, eval_samples = load_data(args, tokenizer)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     record = model.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
+    if launches:
+        record["launches"] = list(launches)
     resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
     if resume_from is not None:
         checkpoint.check_same_run(resume_from, record)
@@ -52,6 +56,12 @@ def prepare(args, out: Path, restarted: bool = False) -> Job:
 
 def check(args) -> Path:
     """The model's folder, or one UserError with all findings. What has to be downloaded comes last."""
+    with each_line_once():  # a model from a hub is checked twice: as an id, and as a folder
+        return checked(args)
+
+
+def checked(args) -> Path:
+    """As check(), which sees to the lines."""
     findings, name = Findings(), args.model.model_name_or_path
     with findings:
         arguments.check(args)
@@ -97,12 +107,39 @@ def make_plans(args, samples, eval_samples):
 
 
 def card(args, job) -> dict:
-    """What all ranks must have alike, for ranks.agree()."""
-    base, point = job.record["base"]["fingerprint"]["sha256"], job.resume_from
-    data = f"{job.samples.fingerprint[:12]} ({len(job.samples):,} samples, {job.samples.total_tokens:,} tokens)"
-    same = {"base model": base[:12], "data as rendered": data}
-    same |= {"checkpoint to go on from": point and point.name, "versions": job.record["versions"]}
+    """What all ranks must have alike, for ranks.agree(): what decides which collective operations they meet in."""
+    base, point, training = job.record["base"]["fingerprint"]["sha256"], job.resume_from, args.training
+    same = {"base model": base[:12], "data as rendered": in_short(job.samples)}
+    if job.eval_samples is not None:
+        same["evaluation data as rendered"] = in_short(job.eval_samples)
+    if args.lora.lora_weight_path:
+        same["adapter of --lora_weight_path"] = checkpoint.hash_of_adapter(Path(args.lora.lora_weight_path))[:12]
+    if training.deepspeed:
+        same[DEEPSPEED] = training.deepspeed
+    same |= {"engine": training.engine, CHECKPOINT: point and point.name, VERSIONS: job.record["versions"]}
     return same | arguments.shared_flags(args)
+
+
+CHECKPOINT, VERSIONS, DEEPSPEED = "checkpoint to go on from", "versions", "content of --deepspeed"
+REMEDIES = {
+    DEEPSPEED: "give the same --deepspeed file on all machines",
+    CHECKPOINT: "give an --output_dir on storage that all machines share, or copy the checkpoint to all of them",
+    VERSIONS: "install the same versions on all machines",
+}
+
+
+def in_short(samples: Samples) -> str:
+    """A fingerprint for people, too."""
+    return f"{samples.fingerprint[:12]} ({len(samples):,} samples, {samples.total_tokens:,} tokens)"
+
+
+def make_room(args, job, out: Path) -> None:
+    """Removes an earlier run's checkpoints, where --overwrite_output_dir says so and this run does not go on from one.
+
+    Before a model is loaded: what dies there is started again, and this run's checkpoints must be the only ones then.
+    """
+    if job.resume_from is None and args.training.overwrite_output_dir and ranks.rank() == 0:
+        checkpoint.remove_all(out)
 
 
 def check_storage(args, out: Path) -> None:

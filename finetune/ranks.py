@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from .errors import PEER_GONE, UserError, note
 PATIENCE_SECONDS = 20  # after which a rank says what it is waiting for
 WAKE_SECONDS = 3  # for which a rank that only misses another keeps silent
 WATCH_SECONDS = 5  # from one look for a failure of others to the next
+LEAVE_SECONDS = 10  # for which a process that ends waits for the look it is taking
 
 
 def rank() -> int:
@@ -48,6 +50,16 @@ def name() -> str:
     return f"rank {rank()} on {socket.gethostname()}"
 
 
+def launch() -> str | None:
+    """Stands for the agent that has started this process, and starts it again; None where it was started by hand."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent = os.getppid()
+    with contextlib.suppress(OSError):  # numbers of processes are used again, so its start counts (ticks, field 22)
+        agent = f"{agent} {Path(f'/proc/{agent}/stat').read_text().rsplit(')', 1)[1].split()[19]}"
+    return hashlib.sha256(f"{socket.gethostname()} {agent}".encode()).hexdigest()[:12]
+
+
 class Meeting:
     """What the ranks tell each other through the store; of one process alone, nothing happens.
 
@@ -68,7 +80,7 @@ class Meeting:
         watcher = threading.Thread(target=self.watch, daemon=True)
         watcher.start()
         # A thread that the interpreter's end finds inside the store's C++ code would abort the process (SIGABRT).
-        atexit.register(lambda: (self.over.set(), watcher.join(2 * WATCH_SECONDS)))
+        atexit.register(lambda: (self.over.set(), watcher.join(LEAVE_SECONDS)))
 
     def watch(self) -> None:
         """Ends this rank when another has failed: in a collective operation it would wait for that one until a time-out."""
@@ -94,12 +106,28 @@ class Meeting:
         self.store.set(f"{topic}/{rank()}", json.dumps(value))
         return [json.loads(self.get(f"{topic}/{other}", what, other)) for other in range(count())]
 
+    def wait(self, what: str) -> None:
+        """Until all ranks have come here. For as long as it takes: waiting inside a collective operation times out."""
+        if count() == 1:
+            return
+        if self.store is None:
+            self.begin()
+        self.topics += 1
+        topic = f"finetune/{self.topics}/{what}"
+        if self.store.add(f"{topic}/arrived", 1) == count():
+            self.store.set(f"{topic}/all", "")
+        self.comes(f"{topic}/all", f"the other ranks ({what})")
+
     def get(self, key: str, what: str, other: int) -> bytes:
-        """Waits for a value of another rank; says so when that takes long."""
-        if not self.appears(key, PATIENCE_SECONDS):
-            note(f"waiting for rank {other} ({what})")
-            self.appears(key, math.inf)
+        """Waits for a value of another rank."""
+        self.comes(key, f"rank {other} ({what})")
         return self.store.get(key)
+
+    def comes(self, key: str, whom: str) -> None:
+        """Waits for a key, and says for whom when that takes long."""
+        if not self.appears(key, PATIENCE_SECONDS):
+            note(f"waiting for {whom}")
+            self.appears(key, math.inf)
 
     def appears(self, key: str, seconds: float) -> bool:
         """Whether a key is there within so many seconds. Asks again and again: torch's own waiting prints when it gives up."""
@@ -135,8 +163,8 @@ class Meeting:
 
         Else torchrun, which ends all ranks with the first that ends, might cut it short.
         """
-        if self.store is None:
-            return say() if rank() == 0 else None
+        if self.store is None:  # alone, or not together yet: nobody else can say it
+            return say()
         if any(word in line for word in PEER_GONE):
             time.sleep(WAKE_SECONDS)  # the cause is elsewhere: let that rank speak, or torchrun end this one
         with contextlib.suppress(Exception):  # the store may be gone with the machine that kept it
@@ -165,18 +193,32 @@ def merged(told: list[tuple[str, list[str]]]) -> list[str]:
 meeting = Meeting()
 
 
-def agree(card: dict) -> None:
-    """All ranks hold equal cards (what: value), or a UserError says which differ, and where."""
-    cards = meeting.exchange("what they have", [name(), card])
-    (first, expected), findings = cards[0], []
-    for who, other in cards[1:]:
-        for what, value in other.items():
-            if value != expected[what]:
-                findings.append(
-                    f"{what}: {expected[what]} for {first}, but {value} for {who} - start all machines alike"
-                )
+ALIKE = "start all machines alike"
+
+
+def agree(card: dict, remedies: dict[str, str] | None = None) -> None:
+    """All ranks hold equal cards (what: value, or a dict of them), or a UserError says which differ, and where first.
+
+    remedies: what to do where a thing differs, if that is not to start all machines alike.
+    """
+    cards, findings = meeting.exchange("what they have", [name(), card]), {}
+    (first, expected), *others = cards
+    for who, other in others:
+        for what in {**expected, **other}:
+            remedy = (remedies or {}).get(what, ALIKE)
+            for part, one, two in differences(what, expected.get(what), other.get(what)):
+                findings.setdefault(part, f"{part}: {one} for {first}, {two} for {who} - {remedy}")
     if findings:
-        raise UserError(*dict.fromkeys(findings))
+        raise UserError(*findings.values())
+
+
+def differences(what: str, one, two):
+    """Yields (name, value here, value there): of a dict, its differing entries under their own names."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in {**one, **two}:
+            yield from differences(key, one.get(key), two.get(key))
+    elif one != two:
+        yield what, "none" if one is None else one, "none" if two is None else two
 
 
 def sees_the_same(folder: Path) -> bool:
@@ -199,18 +241,34 @@ def one_at_a_time(what: str):
     The lock is a file in the system's temporary folder; for a process that dies, the operating system unlocks it.
     """
     path = Path(tempfile.gettempdir(), f"finetune-{os.getuid()}-{what}.lock")
-    with open(path, "w") as file:
-        begin = time.monotonic()
-        while True:
+    with locked(path, what):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str):
+    """The lock on the file that is at `path` now: who held it before has removed the one that others were waiting for."""
+    begin = time.monotonic()
+    while True:
+        with open(path, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 if time.monotonic() - begin > PATIENCE_SECONDS:
                     note(f"waiting for another process of this machine ({what})")
                     begin = float("inf")
                 time.sleep(0.2)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+                continue
+            if lies_at(path, file):
+                yield
+                return
+
+
+def lies_at(path: Path, file) -> bool:
+    """Is it this open file that others find at `path`?"""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False

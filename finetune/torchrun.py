@@ -104,25 +104,30 @@ def check_own_address(job: Job) -> None:
             )
 
 
-def wait_for_master(job: Job) -> None:
-    """Returns once machine 0 listens. Raises UserError at once where it cannot be reached, else after the time-out."""
+def wait_for_master(job: Job, patient: bool = False) -> None:
+    """Returns once machine 0 listens. Raises UserError at once where it cannot be reached, else after the time-out.
+
+    patient: it was there before, and may be starting up again: until the time-out, no answer at all is no reason to end.
+    """
     from finetune.errors import UserError, note
 
-    resolve(job)
+    if not patient:
+        resolve(job)
     deadline, told = time.monotonic() + job.master_timeout, False
     while True:
         try:
             socket.create_connection((job.master_addr, job.master_port), timeout=CONNECT_SECONDS).close()
             return
         except ConnectionRefusedError:
-            pass  # the machine is there, the run is not
+            why = ""  # the machine is there, the run is not
         except OSError as error:
-            why = "no answer" if isinstance(error, TimeoutError) else error.strerror or error
-            what = f"machine 0 cannot be reached at {job.place} ({why})"
-            remedy = f"check MASTER_ADDR, and that no firewall shuts port {job.master_port} there"
-            raise UserError(f"{what} - {remedy}") from None
+            why = f" ({'no answer' if isinstance(error, TimeoutError) else error.strerror or error})"
+            if not patient:
+                what = f"machine 0 cannot be reached at {job.place}{why}"
+                remedy = f"check MASTER_ADDR, and that no firewall shuts port {job.master_port} there"
+                raise UserError(f"{what} - {remedy}") from None
         if time.monotonic() > deadline:
-            what = f"nothing listens at {job.place} after {job.master_timeout} s"
+            what = f"nothing listens at {job.place} after {job.master_timeout} s{why}"
             raise UserError(f"{what} - start the run with NODE_RANK=0 there; MASTER_TIMEOUT gives it more seconds")
         if not told:
             how = "start the same command there, with NODE_RANK=0"

@@ -20,6 +20,7 @@ from .batches import StepBatch, step_loader
 from .engines import size_of
 from .model import compute_dtype
 from .plan import Plan
+from .ranks import meeting
 
 
 class FollowEpoch(TrainerCallback):
@@ -184,12 +185,16 @@ class PlannedTrainer(Trainer):
     # ---- saving
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
-        """The model of a checkpoint. All ranks take part: where they hold shards, these are put together."""
+        """The model of a checkpoint. All ranks take part: where they hold shards, these are put together.
+
+        The others wait at the store while the first writes, which may take longer than a collective operation waits.
+        """
         model = self.accelerator.unwrap_model(self.model)
         tensors = engines.gather(model, self.engine)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             checkpoint.save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
+        meeting.wait("a model is written")
 
     def save_result(self) -> None:
         """What the run was for, in --output_dir. A full model in the precision of the passes: its float32 masters have done."""
@@ -201,7 +206,7 @@ class PlannedTrainer(Trainer):
                 model.to(dtype)
             out = Path(self.args.output_dir)
             checkpoint.save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
-        self.accelerator.wait_for_everyone()
+        meeting.wait("the result is written")
 
     def _save_checkpoint(self, model, trial) -> None:
         """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""
@@ -209,10 +214,10 @@ class PlannedTrainer(Trainer):
         staging = Path(self.args.output_dir) / ".unfinished"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        meeting.wait("there is room for a checkpoint")
         with self.redirected(staging), self.throughput.paused():
             super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        meeting.wait("a checkpoint is written")
         if self.args.should_save:
             written = staging / place.name
             if self.state.best_model_checkpoint == str(written):
@@ -221,7 +226,7 @@ class PlannedTrainer(Trainer):
             checkpoint.move_into_place(written, place)
             staging.rmdir()
             checkpoint.keep_newest(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        meeting.wait("a checkpoint is in its place")
 
     @contextlib.contextmanager
     def redirected(self, folder: Path):

@@ -208,6 +208,50 @@ def test_going_on_with_other_tensors_is_refused(tmp_path):
         checkpoint.check_same_run(tmp_path, changed)
 
 
+def test_going_on_with_another_optimizer_or_precision_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+        "precision": "bfloat16",
+    }
+    now = record | {"optim": "adamw_torch_fused", "bf16_weights": False}
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    checkpoint.check_same_run(tmp_path, now)  # of before there was a record of these
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(now))
+    checkpoint.check_same_run(tmp_path, now)
+    changed = now | {"precision": "float32", "optim": "adamw_torch_8bit", "bf16_weights": True}
+    line = "precision: bfloat16, now float32; --bf16_weights: False, now True; --optim: adamw_torch_fused, now adamw_to"
+    with pytest.raises(UserError, match=line):
+        checkpoint.check_same_run(tmp_path, changed)
+
+
+def test_checkpoints_of_this_launch(tmp_path):
+    """Whole or not; with one of the run's agents in common, as the others may have come back as new ones."""
+    (tmp_path / "checkpoint-3").mkdir()
+    assert not checkpoint.of_launch(tmp_path, ["a"])
+    (tmp_path / "checkpoint-3" / checkpoint.RECORD).write_text('{"launches": ["a", "b"]}')
+    assert checkpoint.of_launch(tmp_path, ["b", "c"])
+    assert not checkpoint.of_launch(tmp_path, ["c"]) and not checkpoint.of_launch(tmp_path, [])
+
+
+def test_adapters_are_told_apart_by_tensors_and_settings(adapter):
+    lora, folder = adapter
+    before = checkpoint.hash_of_adapter(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    assert checkpoint.hash_of_adapter(folder) == before
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    assert checkpoint.hash_of_adapter(folder) != before
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        next(p for name, p in lora.named_parameters() if "lora_A" in name).add_(1)
+    lora.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert checkpoint.hash_of_adapter(folder) != before
+
+
 def test_fingerprint_tells_models_apart(base, tmp_path):
     other = small_checkpoint(tmp_path / "other", seed=1)
     assert checkpoint.fingerprint(other) != checkpoint.fingerprint(base)

@@ -204,19 +204,25 @@ def test_stopped_and_gone_on_is_the_same(cell, launches, place, method, engine):
     assert difference == 0 if engine == "one process" else difference < 1e-6
 
 
-def test_a_machine_that_dies_and_comes_back(cell, launches, place):
-    """Its agent and worker are killed in mid-run and started again: the run goes on, to the same weights."""
-    out, port = place / "killed", free_port()
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_machine_that_dies_and_comes_back(cell, launches, place, killed):
+    """Its agent and worker are killed in mid-run and started again: the run goes on, to the same weights.
+
+    Nobody has asked for that, nor does --overwrite_output_dir stand against it: these are the run's own checkpoints.
+    """
+    out, port = place / f"killed {killed}", free_port()
     words = [*flags(2), *ENGINES["two machines"], *METHODS["LoRA"], "--save_steps", "1", "--max_restarts", "3"]
+    words += ["--overwrite_output_dir"]
 
     def start(i):
         return launches.start(out, *words, machine=i, MASTER_PORT=port)
 
-    stays, dies = start(0), start(1)
+    processes = [start(0), start(1)]
+    stays, dies = processes[1 - killed], processes[killed]
     wait_for(out / "checkpoint-2")
     os.killpg(dies.pid, signal.SIGKILL)
     dies.wait()
-    printed = ended_well(stays, start(1))
+    printed = ended_well(stays, start(killed))
     assert "continuing from" in printed and "checkpoint-" in printed
     assert furthest(weights(cell("LoRA", "two machines")), weights(out)) < 1e-6
     assert sorted(log(out)) == list(range(1, STEPS + 1))  # each step once, in the log too

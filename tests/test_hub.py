@@ -19,7 +19,7 @@ def asked(tmp_path, monkeypatch):
         def snapshot_download(name, **settings):
             calls.append((hub, name, settings))
             if "missing" in name:
-                raise OSError("404")
+                raise OSError(28, "No space left\non device")
             return str(tmp_path)
 
         return snapshot_download
@@ -53,16 +53,18 @@ def test_the_base_of_an_adapter_is_fetched_from_there(asked, tmp_path, monkeypat
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/missing"}')
-    with pytest.raises(UserError, match="its base Qwen/missing was not found - give it with --base"):
+    why = r"\(ModelScope: OSError: .*No space left on device\)"
+    with pytest.raises(UserError, match=f"its base Qwen/missing was not found {why} - give it with --base"):
         model.find_base(adapter)
     assert asked[0][:2] == ("ModelScope", "Qwen/missing")
 
 
 def test_failures_are_one_line(asked, monkeypatch):
-    with pytest.raises(UserError, match="could not be fetched from the Hugging Face Hub .OSError. - give the folder"):
+    reason = r"\(OSError: .Errno 28. No space left on device\) - mend that, or give the folder"
+    with pytest.raises(UserError, match="could not be fetched from the Hugging Face Hub " + reason):
         model.find_folder("Qwen/missing")
     monkeypatch.setenv("USE_MODELSCOPE", "1")
-    with pytest.raises(UserError, match="could not be fetched from ModelScope .OSError. - give the folder"):
+    with pytest.raises(UserError, match="could not be fetched from ModelScope " + reason):
         model.find_folder("Qwen/missing")
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(UserError) as error:

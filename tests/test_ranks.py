@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_difference_is_named_once():
     done = together(
         """
         def main():
-            ranks.agree({"data as rendered": "ab12" if ranks.rank() < 2 else "cd34", "--learning_rate": 1e-4})
+            ranks.agree({"data as rendered": "ab12" if ranks.rank() < 1 else "cd34", "--learning_rate": 1e-4})
         errors.run(main, speak=meeting.speak)
     """,
         count=3,
@@ -79,7 +80,35 @@ def test_a_difference_is_named_once():
     printed = "".join(text for _, text in done)
     assert printed.count("error:") == 1 and "learning_rate" not in printed
     host = socket.gethostname()
-    assert f"data as rendered: ab12 for rank 0 on {host}, but cd34 for rank 2 on {host} - start all mach" in printed
+    assert f"data as rendered: ab12 for rank 0 on {host}, cd34 for rank 1 on {host} - start all machines alike" in printed
+
+
+def test_differing_parts_and_what_to_do(monkeypatch):
+    """Of a dict the parts that differ, by themselves, also where only one rank has them."""
+    there = {"versions": {"torch": "2.11.0", "peft": "0.21"}, "point": None, "deepspeed": {"zero": {"stage": 3}}}
+    here = {"versions": {"torch": "2.13.0", "peft": "0.21", "deepspeed": "0.19"}, "point": "checkpoint-3"}
+    here["deepspeed"] = {"zero": {"stage": 2}}
+    told = [["rank 0 on a", here], ["rank 8 on b", there], ["rank 9 on b", there]]
+    monkeypatch.setattr(ranks.meeting, "exchange", lambda what, card: told)
+    with pytest.raises(UserError) as error:
+        ranks.agree(here, {"versions": "install the same", "point": "share the folder"})
+    assert error.value.findings == [
+        "torch: 2.13.0 for rank 0 on a, 2.11.0 for rank 8 on b - install the same",
+        "deepspeed: 0.19 for rank 0 on a, none for rank 8 on b - install the same",
+        "point: checkpoint-3 for rank 0 on a, none for rank 8 on b - share the folder",
+        "stage: 2 for rank 0 on a, 3 for rank 8 on b - start all machines alike",
+    ]
+
+
+def test_an_agent_is_the_same_over_its_restarts(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert ranks.launch() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "finetune")
+    assert ranks.launch() == ranks.launch() != None  # noqa: E711
+    print_one = "from finetune import ranks; print(ranks.launch())"
+    words = [sys.executable, "-c", print_one]
+    started = [subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert started[0] == started[1] != f"{ranks.launch()}\n"  # this process is their agent, and has one of its own
 
 
 @pytest.mark.parametrize("error,code", [("errors.UserError('no such file')", 2), ("RuntimeError('no such file')", 1)])
@@ -135,6 +164,36 @@ def test_a_rank_that_waits_for_a_failed_one_ends():
     assert done == [(1, f"error: rank 1 on {host} failed: no number\n"), (1, "error: no number\n")]
 
 
+def test_a_rank_that_fails_before_all_have_met_says_so():
+    done = together("""
+        def main():
+            if ranks.rank() == 1:
+                raise RuntimeError("the disk is gone")
+        errors.run(main, speak=meeting.speak)
+    """)
+    assert done[0] == (0, "") and done[1][0] == 1 and "RuntimeError: the disk is gone" in done[1][1]
+
+
+def test_ranks_wait_for_the_last(tmp_path):
+    """Nobody goes on before all have come, as often as they do; a long wait is told."""
+    done = together(
+        """
+        from pathlib import Path
+        meeting.begin()
+        ranks.PATIENCE_SECONDS = 0.5
+        for i in range(3):
+            time.sleep(1.5 * (ranks.rank() == i))
+            Path(os.environ["FOLDER"], f"{i}-{ranks.rank()}").touch()
+            meeting.wait("a result is written")
+            assert len(list(Path(os.environ["FOLDER"]).glob(f"{i}-*"))) == 3
+        meeting.exchange("end", 0)
+    """,
+        count=3,
+        FOLDER=str(tmp_path),
+    )
+    assert done == [(0, "note: waiting for the other ranks (a result is written)\n" * 2), (0, ""), (0, "")]
+
+
 def test_a_restart_of_any_rank_is_known_to_all():
     done = together("""
         if ranks.rank() == 1:
@@ -158,15 +217,36 @@ def test_shared_and_own_folders(tmp_path):
 
 
 def test_one_at_a_time(tmp_path):
-    """Three processes add their line at a pause's end; none begins before the one before it has ended."""
+    """Three processes, each begun while the one before it is inside or waiting; none goes in before that one has ended."""
     script = """
+        time.sleep(float(os.environ["BEGIN"]) + 0.3 * ranks.rank() - time.time())
         with ranks.one_at_a_time(os.environ["NAME"]):
             begin = time.time()
-            time.sleep(0.4)
+            time.sleep(0.5)
             print(begin, time.time())
     """
-    spans = sorted(tuple(map(float, text.split())) for _, text in together(script, NAME=tmp_path.name))
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+    told = together(script, count=3, NAME=tmp_path.name, BEGIN=str(time.time() + 4))
+    spans = sorted(tuple(map(float, text.split())) for _, text in told)
+    assert len(spans) == 3 and all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
+
+
+def test_a_lock_is_on_the_file_that_others_will_open(tmp_path):
+    """One holds the lock, another waits for it; the first removes the file, and a third that comes then must wait, too."""
+    script = """
+        import fcntl
+        from pathlib import Path
+        def flock(file, how, locks=fcntl.flock):
+            locks(file, how)
+            if os.environ.pop("REMOVE", ""):  # by the one that held it, between opening and locking
+                Path(file.name).unlink()
+        fcntl.flock = flock
+        os.environ["REMOVE"] = "1"
+        path = Path(os.environ["FOLDER"], "lock")
+        with ranks.locked(path, "test"):
+            print(path.exists())
+    """
+    [(code, told)] = together(script, count=1, FOLDER=str(tmp_path))
+    assert (code, told) == (0, "True\n")
 
 
 def test_a_waiting_rank_says_for_whom():

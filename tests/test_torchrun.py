@@ -1,6 +1,7 @@
 """finetune/torchrun.py: what is told before torch is imported, and, slow, real launches of small workers."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -200,6 +201,33 @@ def test_an_address_that_does_not_answer(monkeypatch):
         torchrun.check_network(on_machine_1("127.0.0.1"))
 
 
+def test_a_machine_0_that_was_there_is_waited_for(monkeypatch, capsys):
+    """While it starts up again its name may be unknown, no route lead there, or nobody answer."""
+    refusals = [
+        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        TimeoutError("timed out"),
+        ConnectionRefusedError(),
+    ]
+    left = list(refusals)
+
+    def starting_up(place, timeout):
+        if left:
+            raise left.pop(0)
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", starting_up)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    job = on_machine_1("no-such-host.invalid", master_timeout=60)
+    torchrun.wait_for_master(job, patient=True)
+    assert left == [] and capsys.readouterr().err.count("waiting up to 60 s") == 1
+    for error, why in zip(refusals[1:], (" (No route to host)", " (no answer)", "")):
+        left[:] = [error] * 2
+        with pytest.raises(UserError) as raised:
+            torchrun.wait_for_master(on_machine_1("a", master_timeout=-1), patient=True)
+        assert f"nothing listens at a:6001 after -1 s{why} - start the run" in str(raised.value)
+
+
 def test_machine_0_has_not_started(capsys):
     port = free_port()
     with pytest.raises(
@@ -251,10 +279,10 @@ def test_what_the_workers_inherit(monkeypatch):
 
 
 def test_a_worker_dies_with_its_agent(tmp_path):
-    """The parent starts a sleeper through tied.py, and is killed."""
-    tied = str(ROOT / "finetune" / "tied.py")
+    """The parent starts a sleeper through dies_with_parent.py, and is killed."""
+    program = str(ROOT / "finetune" / "dies_with_parent.py")
     code = f"""import os, subprocess, sys, time
-subprocess.Popen([sys.executable, "-I", "-S", {tied!r}, str(os.getpid()), sys.executable, "-c",
+subprocess.Popen([sys.executable, "-I", "-S", {program!r}, str(os.getpid()), sys.executable, "-c",
     "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"])
 time.sleep(60)"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
@@ -265,9 +293,9 @@ time.sleep(60)"""
 
 
 def test_a_worker_whose_agent_is_gone_does_not_start():
-    tied = str(ROOT / "finetune" / "tied.py")
+    program = str(ROOT / "finetune" / "dies_with_parent.py")
     done = subprocess.run(
-        [sys.executable, tied, "1", sys.executable, "-c", "print(1)"], capture_output=True, check=False
+        [sys.executable, program, "1", sys.executable, "-c", "print(1)"], capture_output=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, b"")
 
@@ -495,3 +523,29 @@ def test_a_machine_comes_back(agents, machines, adding, killed):
     printed, told = back.communicate(timeout=60)
     assert (back.returncode, printed.split()[:4]) == (0, ["world", str(killed), str(killed), "2"]), told
     assert int(count.read_text()) == 150
+
+
+@pytest.mark.slow
+def test_machine_0_is_off_for_a_while(agents, machines, adding):
+    """Its agent is killed and the cable taken out: the other machine gets no answer at all, and waits for it."""
+
+    def cable(state):
+        [name] = (word for word in machines[0][0] if word.startswith("finetune"))
+        listed = subprocess.run(["ip", "-n", name, "-o", "link"], check=True, capture_output=True, text=True).stdout
+        [own] = (line.split()[1].partition("@")[0] for line in listed.splitlines() if ": ft" in line)
+        subprocess.run(["ip", "-n", name, "link", "set", own, state], check=True)
+
+    count = adding.parent / "count"
+    first, second = (machine(agents, machines, rank, adding, 100) for rank in (0, 1))
+    wait_until(lambda: count.exists() and int(count.read_text()) > 5, 90)
+    first.kill()
+    while "is lost; starting again" not in (line := second.stderr.readline()):
+        assert line, "it has ended"
+    cable("down")
+    time.sleep(12)  # longer than a connection is tried for
+    assert second.poll() is None, second.communicate()
+    cable("up")
+    back = machine(agents, machines, 0, adding, 100)
+    code, told = end_of(second, 180)
+    assert code == 0, told
+    assert end_of(back)[0] == 0 and int(count.read_text()) == 100

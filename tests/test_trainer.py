@@ -9,7 +9,9 @@ import torch
 from tiny import random_samples, tiny_model
 from transformers import TrainingArguments
 
+from finetune import checkpoint
 from finetune.plan import Plan
+from finetune.ranks import meeting
 from finetune.trainer import PlannedTrainer
 
 
@@ -259,3 +261,17 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
     best = max(evaluations, key=evaluations.get)
     assert best < 6 and trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluations[best], rel=1e-6)
+
+
+def test_nobody_waits_inside_a_collective_while_a_model_is_written(tmp_path, monkeypatch):
+    """Writing may take longer than --ddp_timeout: the ranks that do not write wait at the store."""
+    waited, written = [], []
+    monkeypatch.setattr(meeting, "wait", waited.append)
+    monkeypatch.setattr(checkpoint, "save_final", lambda model, tokenizer, folder, **_: written.append(folder))
+    trainer = make_trainer(tmp_path, num_train_epochs=1, save_strategy="epoch")
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: pytest.fail("a collective operation"))
+    trainer.train()
+    names = ["there is room for a checkpoint", "a model is written", "a checkpoint is written"]
+    assert waited == [*names, "a checkpoint is in its place"]
+    trainer.save_result()
+    assert written == [tmp_path] and waited[4:] == ["the result is written"]

@@ -1,4 +1,6 @@
-"""Runs a command that cannot outlive the process that started it (Linux): python tied.py PARENT_PID COMMAND...
+"""Runs a command that cannot outlive the process that started it (Linux):
+
+    python dies_with_parent.py PARENT_PID COMMAND...
 
 A worker whose agent was killed would go on holding its GPU. The kernel keeps the wish over exec, so nothing of this
 file stays in the worker.
