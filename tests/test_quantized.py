@@ -213,7 +213,7 @@ def later_qwen_gptq(place: Path, tied: bool):
 
 def test_sizes_are_those_of_the_plain_model(folders):
     """For the summary of a run, the disk that it needs, and --lora_target_modules."""
-    for kind in (4, "nf4"):
+    for kind in (4, 8, "nf4"):
         loaded = quantized.load(
             folders[kind][0], quantized.of_folder(folders[kind][0]) or quantized.NF4, torch.float32, CPU
         )
@@ -269,7 +269,7 @@ def test_transformers_trainer_takes_it(folders, tokenizer, kind, tmp_path):
 def saved(folders, tokenizer, tmp_path_factory):
     """{kind: (the model after four steps, its folder)}"""
     found = {}
-    for kind in (4, "nf4"):
+    for kind in (4, 8, "nf4"):
         base, out = folders[kind][0], tmp_path_factory.mktemp("saved")
         trained = steps.load(base, tokenizer, quant_of(kind))
         steps.one_process(trained)
@@ -300,12 +300,12 @@ def test_ask_answers_from_a_gptq_folder_and_an_adapter_on_it(folders, saved, cap
         assert out.startswith("Q: Who are you?\nA: ") and "error" not in err
 
 
-@pytest.mark.parametrize("kind", [4, "nf4"])
+@pytest.mark.parametrize("kind", [4, 8, "nf4"])
 def test_an_adapter_merges_into_what_it_was_trained_over(saved, tmp_path, kind, capsys):
     """Dequantized: the very weights that training saw, with the biases that only published GPTQ folders have."""
     trained, adapter = saved[kind]
     assert merge.merge(adapter, tmp_path / "out", to="float32") < 1e-4
-    assert ", dequantized from " + ("GPTQ Int4" if kind == 4 else "NF4") in capsys.readouterr().err
+    assert ", dequantized from " + ("NF4" if kind == "nf4" else f"GPTQ Int{kind}") in capsys.readouterr().err
     assert quantized.of_folder(tmp_path / "out") is None and not (tmp_path / "out" / "quantize_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
