@@ -12,7 +12,7 @@ import qwen_model
 
 from . import adapter_folder, adapters, checkpoint, hub, later_qwen, optimizers, quantized
 from .errors import UserError
-from .model_folder import LATER_TYPES
+from .model_folder import LATER_TYPES, is_hub_id
 
 
 def find_folder(name: str, cache_dir: str | None = None) -> Path:
@@ -88,7 +88,7 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     try:
         folder = find_folder(name) if name else None
     except hub.NotFetched as error:
-        why = f" ({error.why})"
+        why = f" ({error.why})" if is_hub_id(name) else ""
     if folder is None or not (folder / "config.json").is_file():
         raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
     checkpoint.check_base(adapter, folder)
