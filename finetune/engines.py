@@ -19,16 +19,16 @@ from . import ranks
 ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP = "one process", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"
 FSDP_WORDS = ("true", "1", "full_shard", "auto_wrap", "offload")
 HERE = Path(__file__).parent
-KNOWN = {"bf16": {"enabled"}, "optimizer": {"type", "params"}, "scheduler": {"type", "params"}}
-PARAMS = {
-    "optimizer": {"lr", "betas", "eps", "weight_decay"},
-    "scheduler": {"warmup_max_lr", "warmup_min_lr", "warmup_num_steps", "total_num_steps"},
+# the blocks of a DeepSpeed file that flags replace, and of them the keys that are compared with a flag
+REPLACED = {
+    "bf16": {"enabled"},
+    "bfloat16": {"enabled"},
+    "optimizer": {"type", "params"},
+    "optimizer.params": {"lr", "betas", "eps", "weight_decay"},
+    "scheduler": {"type", "params"},
+    "scheduler.params": {"warmup_max_lr", "warmup_min_lr", "warmup_num_steps", "total_num_steps"},
 }
-FLAGS = {
-    "bf16": "--bf16 is the flag",
-    "optimizer": "--optim, --learning_rate, --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay are the flags",
-    "scheduler": "--lr_scheduler_type, --learning_rate, --warmup_ratio and --warmup_steps are the flags",
-}
+AS_HERE = {"torch_adam": True, "adam_w_mode": True, "warmup_type": "linear", "last_batch_iteration": -1}
 CURVES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -42,10 +42,10 @@ def name_of(values: dict) -> str:
 
 
 def zero_stage(config) -> str:
-    """The engine of a DeepSpeed configuration: its content, or a file (ZeRO-2 where that cannot be read)."""
+    """The engine of a DeepSpeed configuration: its content, or a file (ZeRO-2 where that does not tell)."""
     content = config if isinstance(config, dict) else read(config)[0]
-    stage = ((content or {}).get("zero_optimization") or {}).get("stage", 0)
-    return {1: ZERO1, 2: ZERO2, 3: ZERO3}.get(stage, ZERO1 if content else ZERO2)
+    stage = at(content, "zero_optimization", "stage")
+    return next((name for number, name in ((1, ZERO1), (2, ZERO2), (3, ZERO3)) if stage == number), ZERO2)
 
 
 # ---- DeepSpeed's file
@@ -84,10 +84,16 @@ def deepspeed_config(name: str, values: dict) -> tuple[dict, list[str]]:
         return {}, findings
     if importlib.util.find_spec("deepspeed") is None:
         findings.append("--deepspeed: the package is missing - pip install deepspeed")
-    if ((config.get("zero_optimization") or {}).get("stage") or 0) not in (1, 2, 3):
-        findings.append(f"--deepspeed {name}: no zero_optimization.stage of 1, 2 or 3 - use --deepspeed none for plain DDP")
-    findings += lost(name, config)
-    for key, theirs, flag, ours in settings_of_flags(config, values):
+    if malformed := [block for block in (*REPLACED, "fp16", "zero_optimization") if not is_object(config, block)]:
+        what = [f"{block} is {json.dumps(at(config, *block.split('.')))}, not an object" for block in malformed]
+        return {}, [*findings, *(f"--deepspeed {name}: {line} - see {HERE}/ds_config_*.json" for line in what)]
+    if at(config, "zero_optimization", "stage") not in (1, 2, 3):
+        what = f"--deepspeed {name}: no zero_optimization.stage of 1, 2 or 3, so nothing is split"
+        findings.append(f"{what} - use --deepspeed none (finetune.py by hand: leave it out), or a file with a stage")
+    for key, theirs in unread(config):
+        what = f"--deepspeed {name}: {key} is {json.dumps(theirs)} there, and nothing here reads it"
+        findings.append(f"{what} - leave it out of the file; the flags set precision, optimizer and learning rate")
+    for (key, theirs), flag, ours in settings_of_flags(config, values):
         if theirs is not None and theirs != "auto" and not equal(theirs, ours):
             findings.append(
                 f"--deepspeed {name}: {key} is {json.dumps(theirs)} there, and {flag} is {json.dumps(ours)} - "
@@ -97,56 +103,61 @@ def deepspeed_config(name: str, values: dict) -> tuple[dict, list[str]]:
 
 
 def settings_of_flags(config: dict, values: dict):
-    """Yields (key, its value in the file or None, flag, the flag's value) for all that both could set."""
+    """Yields ((key, its value in the file or None), flag, the flag's value) for all that both could set."""
 
-    def at(*keys):
-        node = config
-        for key in keys:
-            node = node.get(key) if isinstance(node, dict) else None
-        return ".".join(keys), node
+    def file(*keys):
+        return ".".join(keys), at(config, *keys)
 
     samples = values["per_device_train_batch_size"]
     steps = values["gradient_accumulation_steps"]
-    yield *at("bf16", "enabled"), "--bf16", values["bf16"]
-    yield *at("fp16", "enabled"), "--fp16", values["fp16"]
-    yield *at("gradient_clipping"), "--max_grad_norm", values["max_grad_norm"]
-    yield *at("train_micro_batch_size_per_gpu"), "--per_device_train_batch_size", samples
-    yield *at("gradient_accumulation_steps"), "--gradient_accumulation_steps", steps
-    yield *at("train_batch_size"), "batch x accumulation x ranks", samples * steps * ranks.count()
-    yield *at("optimizer", "params", "lr"), "--learning_rate", values["learning_rate"]
-    yield (
-        *at("optimizer", "params", "betas"),
-        "--adam_beta1 and --adam_beta2",
-        [values["adam_beta1"], values["adam_beta2"]],
-    )
-    yield *at("optimizer", "params", "eps"), "--adam_epsilon", values["adam_epsilon"]
-    yield *at("optimizer", "params", "weight_decay"), "--weight_decay", values["weight_decay"]
-    key, optimizer = at("optimizer", "type")
-    if optimizer is not None:
-        asked = str(values["optim"])
-        yield key, optimizer, "--optim", optimizer if optimizer.lower() in asked.lower() else asked
-    yield *at("scheduler", "params", "warmup_max_lr"), "--learning_rate", values["learning_rate"]
-    yield *at("scheduler", "params", "warmup_min_lr"), "the beginning of every warm-up", 0
-    yield *at("scheduler", "params", "warmup_num_steps"), "--warmup_steps", values["warmup_steps"]
-    yield *at("scheduler", "params", "total_num_steps"), "--max_steps", values["max_steps"]
-    key, schedule = at("scheduler", "type")
-    if schedule is not None:
-        asked = str(values["lr_scheduler_type"])
-        yield key, asked if CURVES.get(schedule) == asked else schedule, "--lr_scheduler_type", asked
+    yield file("bf16", "enabled"), "--bf16", values["bf16"]
+    yield file("bfloat16", "enabled"), "--bf16", values["bf16"]
+    yield file("fp16", "enabled"), "--fp16", values["fp16"]
+    yield file("gradient_clipping"), "--max_grad_norm", values["max_grad_norm"]
+    yield file("train_micro_batch_size_per_gpu"), "--per_device_train_batch_size", samples
+    yield file("gradient_accumulation_steps"), "--gradient_accumulation_steps", steps
+    yield file("train_batch_size"), "batch x accumulation x ranks", samples * steps * ranks.count()
+    yield file("optimizer", "params", "lr"), "--learning_rate", values["learning_rate"]
+    betas = [values["adam_beta1"], values["adam_beta2"]]
+    yield file("optimizer", "params", "betas"), "--adam_beta1 and --adam_beta2", betas
+    yield file("optimizer", "params", "eps"), "--adam_epsilon", values["adam_epsilon"]
+    yield file("optimizer", "params", "weight_decay"), "--weight_decay", values["weight_decay"]
+    key, optimizer = file("optimizer", "type")
+    asked = str(values["optim"])
+    yield (key, optimizer), "--optim", optimizer if str(optimizer).lower() in asked.lower() else asked
+    yield file("scheduler", "params", "warmup_max_lr"), "--learning_rate", values["learning_rate"]
+    yield file("scheduler", "params", "warmup_min_lr"), "the beginning of every warm-up", 0
+    yield file("scheduler", "params", "warmup_num_steps"), *warmup(values)
+    yield file("scheduler", "params", "total_num_steps"), "--max_steps", values["max_steps"]
+    key, schedule = file("scheduler", "type")
+    asked = str(values["lr_scheduler_type"])
+    yield (key, schedule), "--lr_scheduler_type", schedule if CURVES.get(str(schedule)) == asked else asked
 
 
-def lost(name: str, config: dict) -> Iterator[str]:
-    """What stands in blocks that completed() replaces, and no flag sets: it would be dropped without a word."""
-    for block, keys in KNOWN.items():
-        content = config.get(block)
-        if content is not None and not isinstance(content, dict):
-            yield f"--deepspeed {name}: {block} is {json.dumps(content)}, not an object - leave it out, flags set it"
-            continue
-        more = set(content or {}) - keys
-        more |= {f"params.{key}" for key in set((content or {}).get("params") or {}) - PARAMS.get(block, set())}
-        if more:
-            what = f"--deepspeed {name}: {block} has {', '.join(sorted(more))}, which no run here reads"
-            yield f"{what} - leave it out; {FLAGS[block]}"
+def warmup(values: dict) -> tuple[str, float]:
+    """The flag that says how long the warm-up is, and its value."""
+    name = "warmup_ratio" if values["warmup_ratio"] and not values["warmup_steps"] else "warmup_steps"
+    return f"--{name}", values[name]
+
+
+def unread(config: dict) -> Iterator[tuple[str, object]]:
+    """(key, value) of what stands in replaced blocks and is compared with no flag: it would be dropped in silence."""
+    for block, compared in REPLACED.items():
+        for key, value in (at(config, *block.split(".")) or {}).items():
+            if key not in compared and value != "auto" and value != AS_HERE.get(key):
+                yield f"{block}.{key}", value
+
+
+def at(config, *keys):
+    """The value below these keys, or None."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def is_object(config: dict, block: str) -> bool:
+    """May be left out, too."""
+    return isinstance(at(config, *block.split(".")) or {}, dict)
 
 
 def equal(theirs, ours) -> bool:
@@ -186,18 +197,21 @@ def completed(config: dict, values: dict) -> dict:
 
 
 def fsdp_words(values: dict) -> list[str]:
-    """--fsdp as words, in lower case; [] where it says no."""
+    """--fsdp as words, in lower case; [] where it is left out or says no. launch_torchrun.sh reads it alike."""
     words = re.sub(r"[\[\]',]", " ", str(values.get("fsdp") or "")).lower().split()
     return [] if words in (["false"], ["none"], ["no"], ["0"]) else words
 
 
 def fsdp_settings(values: dict) -> tuple[dict, list[str]]:
-    """(--fsdp as FSDP2's settings, findings). It may say True, or "full_shard auto_wrap", each with offload."""
-    if unknown := [word for word in fsdp_words(values) if word not in FSDP_WORDS]:
-        what = f"--fsdp {values['fsdp']}: {unknown[0]} is not among what FSDP2 does here"
-        return values, [f'{what} - give True, "full_shard offload", or False']
+    """(the flags with --fsdp as FSDP2's settings, findings). full_shard and auto_wrap mean what True means."""
+    words = fsdp_words(values)
+    if not words:
+        return values | {"fsdp": None}, []
+    if unknown := [word for word in words if word not in FSDP_WORDS]:
+        what = f"--fsdp {values['fsdp']}: {' '.join(unknown)} is nothing that FSDP2 does here"
+        return values | {"fsdp": None}, [f"{what} - give True, full_shard, auto_wrap, offload or False"]
     config, findings = fsdp_config(values.get("fsdp_config") or {})
-    usual = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": "offload" in fsdp_words(values)}
+    usual = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": "offload" in words}
     return values | {"fsdp": True, "fsdp_config": usual | config}, findings
 
 
@@ -208,9 +222,12 @@ def fsdp_config(given) -> tuple[dict, list[str]]:
     try:
         content = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return {}, [f"--fsdp_config {given}: {error} - give a JSON file that is there, or leave it out"]
-    wrong = [] if isinstance(content, dict) else [f"--fsdp_config {given}: holds no JSON object - leave it out"]
-    return (content, []) if not wrong else ({}, wrong)
+        why = error.strerror if isinstance(error, OSError) else f"is not JSON ({error})"
+        return {}, [f"--fsdp_config {given}: {why} - give a JSON file, or leave it out"]
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        return {}, [f"--fsdp_config {given}: holds a {kind}, not an object - give a JSON object, or leave it out"]
+    return content, []
 
 
 # ---- the process group

@@ -92,10 +92,23 @@ NODE_RANK=0, as the others reach it" ;;
     esac
 }
 
+# Whether the user asks for FSDP: the last --fsdp counts, and nothing or False behind it means no.
+wants_fsdp() {
+    local i value=false
+    for i in "${!extra[@]}"; do
+        case ${extra[i]} in
+            --fsdp=*) value=${extra[i]#*=} ;;
+            --fsdp) value=${extra[i+1]-true}; if [[ $value == --* ]]; then value=true; fi ;;
+        esac
+    done
+    value=${value// /}
+    [[ ! ${value,,} =~ ^(false|none|no|0|)$ ]]
+}
+
 # The DeepSpeed config: the user's file, or ours of that name.
 find_deepspeed() {
     local wish=${chosen_deepspeed:-$deepspeed}
-    if [[ -z $chosen_deepspeed ]] && given --fsdp && ! switched_off --fsdp; then wish=none; fi # the user's engine wins over the script's
+    if [[ -z $chosen_deepspeed ]] && wants_fsdp; then wish=none; fi # the user's engine wins over the script's
     if [[ $wish == none ]]; then return; fi
     if [[ -n $chosen_deepspeed && -f $wish ]]; then
         config=$wish

@@ -124,14 +124,13 @@ def build(values: dict):
 
 def with_engine(values: dict) -> tuple[dict, list[str]]:
     """(the flags with --deepspeed read and --fsdp in transformers' form, findings)."""
-    if values.get("deepspeed") and engines.fsdp_words(values):
-        return values, ["--deepspeed and --fsdp: two engines for one run - leave out one"]
+    values, findings = engines.fsdp_settings(values)
+    if values.get("deepspeed") and values["fsdp"]:
+        return values, [*findings, "--deepspeed and --fsdp: two engines for one run - leave out one"]
     if values.get("deepspeed"):
-        config, findings = engines.deepspeed_config(values["deepspeed"], values)
-        return values | {"deepspeed": config}, findings
-    if engines.fsdp_words(values):
-        return engines.fsdp_settings(values)
-    return values | ({"fsdp": None} if "fsdp" in values else {}), []
+        config, more = engines.deepspeed_config(values["deepspeed"], values)
+        return values | {"deepspeed": config}, findings + more
+    return values, findings
 
 
 def precision(values: dict) -> list[str]:
