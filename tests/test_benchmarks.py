@@ -61,6 +61,25 @@ def test_memory_counts_the_bundled_model():
     assert done.stdout in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_scripts_say_what_the_arithmetic_says():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import memory
+
+    from finetune.args import TrainingFlags
+
+    table = memory.table(8)
+    rows = {method: {size: f"{needed:.0f} GB" for size, needed in row.items()} for method, row in table.items()}
+    several, single = ((ROOT / "finetune" / f"finetune_{name}.sh").read_text() for name in ("ds", "full_single_gpu"))
+    whole, shared = rows["full, one process"]["7B"], rows["full, ZeRO-3 on 8 GPUs"]["7B"]
+    assert f"{memory.DEEPSPEED} bytes a parameter" in several and f"about {whole}, so {shared} on each of 8" in several
+    half = rows["full, --bf16_weights, 8-bit AdamW"]
+    assert f"{half['1.8B']} and" in single and f"7B about {half['7B']}" in single
+    assert f"at {memory.HALF} bytes" in single
+    assert f"memory allows {2 + memory.TRAINED}\n# bytes a parameter" in single
+    said = TrainingFlags.__dataclass_fields__["bf16_weights"].metadata["help"]
+    assert f"{memory.HALF} bytes a parameter instead of {2 + memory.TRAINED}." in said
+
+
 def test_the_kv_cache_benchmark_runs_on_a_cpu(tmp_path):
     """Toy size: the int8 cache holds less, the kernel's column says why it is empty, the file has machine and versions."""
     command = [sys.executable, str(ROOT / "benchmarks" / "kv_cache.py"), "--size", "toy", "--batches", "2"]

@@ -243,7 +243,8 @@ def test_configs_set_nothing_that_a_flag_sets(path):
 def test_the_published_sharding():
     two, three = (json.loads(path_of(f"ds_config_zero{n}.json").read_text())["zero_optimization"] for n in (2, 3))
     assert two["allgather_bucket_size"] == two["reduce_bucket_size"] == 2e8
-    assert two["overlap_comm"] and two["contiguous_gradients"] and three["stage3_gather_16bit_weights_on_model_save"]
+    assert two["overlap_comm"] and two["contiguous_gradients"]
+    assert "stage3_gather_16bit_weights_on_model_save" not in three  # the trainer gathers, and saves
     assert three["sub_group_size"] == three["stage3_max_live_parameters"] == three["stage3_max_reuse_distance"] == 1e9
 
 
@@ -272,6 +273,19 @@ def test_weights_are_kept_in_bf16_only_with_bf16(dry):
     assert (given["--bf16_weights"], given["--optim"]) == (["True"], ["adamw_torch_8bit"])
     given = flags(dry("-d", "D", "--optim", "sgd", script=script, gpus=0))
     assert given["--optim"] == ["sgd"]
+
+
+def test_what_float32_weights_take_is_said(start, tmp_path):
+    """A GPU without bf16 may be too small then."""
+    full, lora = path_of("finetune_full_single_gpu.sh"), path_of("finetune_lora_single_gpu.sh")
+    said = "float32: 16 bytes a parameter instead of 6, in fp16 2 more"
+    listing = "echo 'GPU 0: Tesla T4 (UUID: GPU-0)'"
+    program(tmp_path / "own" / "nvidia-smi", f"#!/bin/sh\ncase $1 in -L) {listing};; *) echo 7.5;; esac\n")
+    path = f"{tmp_path / 'own'}:{os.environ['PATH']}"
+    for flags_, script, count in (((), full, 1), (("--fp16",), full, 1), (("--bf16",), full, 0), ((), lora, 0)):
+        done = start("-d", "D", *flags_, script=script, DRY_RUN="1", PATH=path)
+        assert done.stderr.count(said) == count, flags_
+    assert said in start("-d", "D", "--fp16", script=full, gpus=1, DRY_RUN="1").stderr
 
 
 @pytest.mark.parametrize("name", ["finetune_qlora_ds.sh", "finetune_qlora_single_gpu.sh"])
@@ -315,9 +329,10 @@ def test_the_slurm_example(start, tmp_path):
 
 
 def test_fsdp_takes_the_place_of_the_scripts_deepspeed_config(dry):
-    for wish in (["--fsdp", "True"], ["--fsdp=True"], ["--fsdp"]):
+    asking = (["--fsdp", "True"], ["--fsdp=True"], ["--fsdp"], ["--fsdp", "--seed", "1"], ["--fsdp", "False", "--fsdp"])
+    for wish in asking:
         words = dry("-d", "talks.json", *wish, script=ROOT / "finetune" / "finetune_lora_ds.sh")
         assert "--deepspeed" not in words and wish[0] in words
-    for wish in (["--fsdp", "False"], ["--fsdp=False"]):
+    for wish in (["--fsdp", "False"], ["--fsdp=false"], ["--fsdp", ""], ["--fsdp="], ["--fsdp", "--fsdp=False"], []):
         words = dry("-d", "talks.json", *wish, script=ROOT / "finetune" / "finetune_lora_ds.sh")
         assert "--deepspeed" in words
