@@ -12,8 +12,8 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 LATER_TYPES = ("qwen2", "qwen3")  # Qwen1.5, Qwen2 and Qwen2.5 are qwen2
 TRAINED_TYPES = ("qwen", *LATER_TYPES)
 # The linear layers of a block, which LoRA adapts. First-generation Qwen's c_proj is attention's and the MLP's.
-BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")}
 LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")} | dict.fromkeys(LATER_TYPES, LATER_LAYERS)
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 SPECIAL_TOKENS = 208  # of first-generation Qwen, above the ranks of qwen.tiktoken
 # What a config.json may say beyond QWenConfig's own fields.
@@ -87,7 +87,7 @@ def config_of(folder: Path) -> dict:
 def name_of(folder: Path) -> str:
     """What people call the model in a folder: in the Hub's cache the folder itself has a hash for a name."""
     if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.split("--")[-1]
+        return folder.parent.parent.name.split("--", 2)[-1]  # models--Qwen--Qwen-7B
     return folder.name
 
 
@@ -224,9 +224,9 @@ def vocabulary_problems(folder: Path, config: dict) -> list[str]:
 # ---- LoRA's layers
 
 
-def block_layers(model_type: str) -> list[str]:
-    """The names of the linear layers in a block of this kind of model."""
-    return list(BLOCK_LAYERS.get(model_type, LATER_LAYERS))
+def block_layers(model_type: str | None) -> list[str]:
+    """The names of the linear layers in a block of this kind of model; [] for a kind that is not trained here."""
+    return list(BLOCK_LAYERS.get(model_type, ()))
 
 
 def adaptable_layers(folder: Path) -> list[str]:

@@ -360,6 +360,15 @@ def test_q_lora_needs_quantized_weights(folders, tmp_path):
     assert "(Qwen2.5-7B-Instruct-GPTQ-Int4)" in quantized.run_problems(later, flags())[0]
 
 
+def test_a_hubs_model_is_called_by_its_name(folders, tmp_path):
+    """Its folder in the hub's cache is called by a hash."""
+    names = ("Qwen-7B-Chat", "Qwen-7B-Chat-Int4")
+    places = [tmp_path / f"models--Qwen--{name}" / "snapshots" / "8f3a1b" for name in names]
+    plain, four = (shutil.copytree(folders[which][0], place) for which, place in zip(("nf4", 4), places))
+    assert "needs an Int4 model (Qwen-7B-Chat-Int4)" in quantized.run_problems(plain, flags())[0]
+    assert quantized.needs_q_lora(four).endswith("or give the 16-bit checkpoint (Qwen-7B-Chat)")
+
+
 def test_quant_needs_q_lora():
     assert quantized.flag_problems(flags(quant="nf4")) == quantized.flag_problems(flags()) == []
     (line,) = quantized.flag_problems(flags(q_lora=False, quant="nf4"))
