@@ -1,8 +1,12 @@
 """The table: which method trains over which weights under which engine, and why not where it does not.
 
-What RULES does not list is allowed; tests/test_engines.py runs the main
-methods on every engine, tests/test_adapters_on_ranks.py others on some. A rule names sets of methods, weights and engines; where
-all three meet, the run is refused with the rule's reason and way out, before weights are loaded.
+What RULES does not list is allowed. Launched and compared with one process: full-parameter, LoRA, its rows and
+embeddings, LoRA+ with rsLoRA, and Q-LoRA, on DDP, ZeRO-2, and where allowed ZeRO-3 and FSDP2 (tests/test_engines.py);
+biases, DoRA and rows of a tied embedding on DDP and ZeRO-3 (tests/test_adapters_on_ranks.py). The others, those on ZeRO-1
+among them, share their code, and no test launches them.
+
+A rule names sets of methods, weights and engines; where all three meet, the run is refused with the rule's reason and way
+out, before weights are loaded.
 """
 
 from collections.abc import Iterator
@@ -11,9 +15,10 @@ from typing import NamedTuple
 from .engines import DDP, FSDP, ONE, ZERO1, ZERO2, ZERO3
 
 FULL, FULL_BF16 = "full-parameter", "full-parameter in bf16"
-LORA, ROWS, EMBEDDINGS, BIASES = "LoRA", "LoRA + chat rows", "LoRA + embeddings", "LoRA + biases"
-TIED_ROWS, DORA, PISSA = "LoRA + rows of a tied embedding", "DoRA", "PiSSA"
-METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, BIASES, TIED_ROWS, DORA, PISSA)
+LORA, EMBEDDINGS, BIASES = "LoRA", "LoRA + embeddings", "LoRA + biases"
+ROWS, TIED_ROWS = "LoRA + chat rows", "LoRA + rows of a tied embedding"  # of --train_tokens as well
+DORA, PISSA, RSLORA, LORA_PLUS = "DoRA", "PiSSA", "rsLoRA", "LoRA+"
+METHODS = (FULL, FULL_BF16, LORA, ROWS, EMBEDDINGS, BIASES, TIED_ROWS, DORA, PISSA, RSLORA, LORA_PLUS)
 PLAIN, GPTQ, NF4 = "16-bit", "GPTQ", "NF4"
 WEIGHTS = (PLAIN, GPTQ, NF4)
 ENGINES = (ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP)
@@ -103,5 +108,7 @@ def of_run(args, embeddings: str, tied: bool = False) -> list[str]:
         BIASES: lora.lora_bias != "none",
         DORA: lora.use_dora,
         PISSA: str(lora.init_lora_weights).startswith("pissa"),
+        RSLORA: lora.use_rslora,
+        LORA_PLUS: lora.loraplus_lr_ratio is not None,
     }
     return [LORA, *(method for method, asked in found.items() if asked)]

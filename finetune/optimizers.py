@@ -19,6 +19,21 @@ def prepare(training) -> None:
         training.optim_args = ",".join([*others, "bf16_stochastic_round=True"])
 
 
+def lacking(optim: str) -> str | None:
+    """What an optimizer (of --optim) lacks on this machine, and what to do; None where it runs."""
+    if optim in ROUNDING:
+        return missing()
+    if is_of_bitsandbytes(optim) and importlib.util.find_spec("bitsandbytes") is None:
+        return "is of bitsandbytes, and the package is missing - pip install bitsandbytes"
+    return None
+
+
+def is_of_bitsandbytes(optim: str) -> bool:
+    """adamw_8bit, paged_adamw_32bit, rmsprop_bnb, ..."""
+    own = optim.startswith("paged_") or "bnb" in optim or "8bit" in optim or optim in ("lion_32bit", "ademamix")
+    return own and optim not in ROUNDING
+
+
 def missing() -> str | None:
     """What torchao's optimizers lack on this machine, and what to do; None where they run."""
     if importlib.util.find_spec("torchao") is None:
@@ -43,4 +58,6 @@ def add_lora_plus(optimizer, model, ratio: float | None):
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in fast]
             settings = {key: value for key, value in group.items() if key != "params"}
             optimizer.add_param_group(settings | {"params": moved, "lr": group["lr"] * ratio, "lora_plus": ratio})
+    # torch restores an optimizer under FSDP2 only where no group, or the last one, is empty
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     return optimizer

@@ -29,6 +29,7 @@ METHODS = {
     "LoRA": ["--lora_dropout", "0", "--train_embeddings", "none"],
     "LoRA + chat rows": ["--lora_dropout", "0", "--train_embeddings", "chat_rows", "--train_tokens", "<|extra_0|>"],
     "LoRA + embeddings": ["--lora_dropout", "0", "--train_embeddings", "all"],
+    "LoRA+, rsLoRA": ["--lora_dropout", "0", "--train_embeddings", "none", "--loraplus_lr_ratio", "4", "--use_rslora"],
     "Q-LoRA GPTQ Int4": ["--lora_dropout", "0", "--train_embeddings", "none", "--q_lora"],
     "Q-LoRA NF4": ["--lora_dropout", "0", "--train_embeddings", "none", "--q_lora", "--quant", "nf4"],
 }

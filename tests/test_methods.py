@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from command_lines import found, make_world, only, write_config
+from command_lines import found, make_world, only, read, write_config
 
 from finetune import methods
 
@@ -22,12 +22,11 @@ def test_each_cell_works_or_has_a_line():
     works = {cell for cell in cells() if not list(methods.refused([cell[0]], *cell[1:]))}
     plain = {(method, engine) for method, weights, engine in works if weights == methods.PLAIN}
     assert {method for method, engine in plain if engine == methods.ONE} == set(methods.METHODS)
-    assert len(plain) == 9 * 6 - 5 - 1  # but for weights in bf16 under five engines, and tied rows under FSDP2
+    assert len(plain) == 11 * 6 - 5 - 1  # but for weights in bf16 under five engines, and tied rows under FSDP2
     over_gptq = {(method, engine) for method, weights, engine in works if weights == methods.GPTQ}
     whole = (methods.ONE, methods.DDP, methods.ZERO1, methods.ZERO2)
-    assert over_gptq == set(
-        itertools.product((methods.LORA, methods.ROWS, methods.EMBEDDINGS, methods.TIED_ROWS), whole)
-    )
+    kinds = (methods.LORA, methods.ROWS, methods.EMBEDDINGS, methods.TIED_ROWS, methods.RSLORA, methods.LORA_PLUS)
+    assert over_gptq == set(itertools.product(kinds, whole))
     over_nf4 = {(method, engine) for method, weights, engine in works if weights == methods.NF4}
     assert over_nf4 == over_gptq | set(itertools.product((methods.DORA, methods.BIASES), whole))
 
@@ -79,6 +78,20 @@ def test_over_plain_weights(world, flags, expected):
     assert line.split(": ", 1)[1].startswith(expected), line
 
 
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        ("--use_rslora --loraplus_lr_ratio 4", [methods.RSLORA, methods.LORA_PLUS]),
+        ("--train_tokens <|extra_0|>", [methods.ROWS]),
+        ("", []),
+    ],
+)
+def test_what_a_run_combines(world, flags, expected):
+    asked = read(world, "--use_lora", *flags.split())
+    assert methods.of_run(asked, embeddings="none") == [methods.LORA, *expected]
+
+
 def test_what_works_is_not_refused(world):
+    assert found(world, "--use_lora", "--loraplus_lr_ratio", "4", "--use_rslora", "--fsdp", "True") == []
     assert found(world, "--q_lora", "--quant", "nf4", "--use_dora", "--deepspeed", "ds_config_zero2.json") == []
     assert found(world, "--use_lora", "--train_embeddings", "chat_rows", "--deepspeed", "ds_config_zero3.json") == []

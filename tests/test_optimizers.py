@@ -54,6 +54,12 @@ def test_lora_plus_speeds_up_the_b_matrices(tmp_path, ratio):
     assert trainer.create_optimizer() is optimizer and settings_of(optimizer, model) == found  # asked for again
 
 
+def test_lora_plus_leaves_no_empty_group(tmp_path):
+    """With which FSDP2 could not go on from a checkpoint (a KeyError in torch)."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["c_attn"]))
+    assert [len(group["params"]) for group in trainer_for(model, tmp_path, 4.0).create_optimizer().param_groups] == [2, 2]
+
+
 def test_lora_plus_follows_the_schedule(tmp_path):
     model = adapted()
     trainer = trainer_for(model, tmp_path, 4.0, lr_scheduler_type="linear")
