@@ -27,12 +27,12 @@ def summary(args, samples, eval_samples, plan, model) -> str:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count = sum(map(size_of, trained.values()))
     every = quantized.packed_away(model) + sum(size_of(p) for name, p in model.named_parameters() if is_base(name))
-    training = args.training
+    training, ratio = args.training, args.lora.loraplus_lr_ratio if args.lora.use_lora else None
     precision = str(compute_dtype(training)).removeprefix("torch.")
     steps = plan.total_steps(training.num_train_epochs, training.max_steps)
     rows = [
         ("model", f"{args.model.model_name_or_path} ({model.config.model_type}, {every:,} parameters)"),
-        ("method", f"{method(model)}, {precision} on {training.device.type}"),
+        ("method", f"{method(model, ratio)}, {precision} on {training.device.type}"),
         ("engine", engine(training)),
         ("trains", f"{count:,} parameters ({100 * count / every:.2f} %): {kinds(trained)}"),
         ("attention", attention(model, training)),
@@ -67,12 +67,13 @@ def engine(training) -> str:
     return f"{name}{over}" + (f" on {machines} machines" if machines > 1 else "")
 
 
-def method(model) -> str:
-    """What trains, as the model says it: an adapter that is gone on with brings its own settings."""
+def method(model, loraplus_lr_ratio: float | None = None) -> str:
+    """What trains, as the model says it: an adapter that is gone on with brings its own settings. But LoRA+ is a flag's."""
     if not hasattr(model, "peft_config"):
         return "full-parameter"
     config = model.peft_config["default"]
     kinds = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, "PiSSA": pissa.is_asked_for(config.init_lora_weights)}
+    kinds[f"LoRA+ ({loraplus_lr_ratio})"] = loraplus_lr_ratio
     kind = ", ".join(name for name, asked in kinds.items() if asked) or "LoRA"
     said = f"{kind} {method_checks.describe(vars(config))}{beside(config)}"
     over = getattr(model.config, "quantization_config", None)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
 from finetune import errors, report
@@ -47,6 +48,21 @@ def test_summary_counts_what_trains(capsys):
     assert "h.*.attn.c_attn, h.*.attn.c_attn.bias, ln_f" in text
     assert "6 (3 an epoch, 8 samples each)" in text and "full-parameter, bfloat16 on cpu" in text
     assert "only 6 optimizer steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings,ratio,said",
+    [
+        ({}, None, "LoRA r=2 alpha=16 on c_attn, w1"),
+        ({"target_modules": r".*\.mlp\.w1"}, None, r"LoRA r=2 alpha=16 on .*\.mlp\.w1"),
+        ({"use_rslora": True}, None, "rsLoRA r=2 alpha=16 on c_attn, w1"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, 16.0, "DoRA, PiSSA, LoRA+ (16.0) r=2 alpha=16 on c_attn, w1"),
+        ({}, 4.0, "LoRA+ (4.0) r=2 alpha=16 on c_attn, w1"),
+    ],
+)  # fmt: skip
+def test_the_method_in_words(settings, ratio, said):
+    config = LoraConfig(**{"r": 2, "lora_alpha": 16, "target_modules": ["w1", "c_attn"]} | settings)
+    assert report.method(get_peft_model(tiny_model(), config), ratio) == f"{said}, bias none"
 
 
 def test_a_curve_that_cannot_be_drawn_is_no_failure(tmp_path, monkeypatch, capsys):
