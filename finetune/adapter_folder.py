@@ -1,5 +1,6 @@
 """Does an adapter folder hold every tensor that its config lists? Told from headers, before weights are loaded."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -16,9 +17,11 @@ def check(folder: Path, base: Path | None = None, flag: str = "") -> None:
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         what = f"{flag} {folder}: adapter misses {', '.join(missing[:4])}{more}".strip()
-        published = " (the published finetune.py's last save leaves embeddings out)" if set(missing) & EMBEDDINGS else ""
+        embeddings = set(missing) <= EMBEDDINGS
+        published = " (the published finetune.py's last save leaves embeddings out)" if embeddings else ""
+        base_too = "" if base is None or embeddings else "its own base, or "
         what = f"{what}, which adapter_config.json lists{published}"
-        raise UserError(f"{what} - give a checkpoint-N of that run, or train again")
+        raise UserError(f"{what} - give {base_too}a checkpoint-N of that run, or train again")
 
 
 def missing_tensors(folder: Path, base: Path | None = None) -> list[str]:
@@ -48,6 +51,60 @@ def tensor_names(folder: Path) -> list[str]:
     import torch
 
     return list(torch.load(folder / "adapter_model.bin", map_location="meta", weights_only=True))
+
+
+# ---- an adapter that a run goes on from: its settings hold, not the flags
+
+OF_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_bias", "use_dora", "use_rslora",
+              "init_lora_weights")  # fmt: skip
+
+
+def lora_of_run(lora):
+    """The flags (LoraArguments), or what the adapter of --lora_weight_path says in their place.
+
+    Rows of any tokens are chat_rows there: whose they are, only a tokenizer can tell (adapters.flags_of).
+    """
+    if lora.lora_weight_path is None:
+        return lora
+    file = Path(lora.lora_weight_path) / "adapter_config.json"
+    config = model_folder.read_json(file) if file.is_file() else {}
+    targets, init = config.get("target_modules") or [], config.get("init_lora_weights")
+    whole = EMBEDDINGS & {name.split(".")[-1] for name in config.get("modules_to_save") or []}
+    return dataclasses.replace(
+        lora,
+        lora_r=config.get("r", 8),  # where nothing is said, peft's defaults
+        lora_alpha=config.get("lora_alpha", 8),
+        lora_dropout=config.get("lora_dropout", 0.0),
+        lora_target_modules=[targets] if isinstance(targets, str) else sorted(targets),
+        lora_bias=config.get("bias", "none"),
+        use_dora=bool(config.get("use_dora")),
+        use_rslora=bool(config.get("use_rslora")),
+        init_lora_weights=init if isinstance(init, str) else "default",
+        train_embeddings="all" if whole else "chat_rows" if row_ids(config) else "none",
+        train_tokens=[],
+    )
+
+
+def row_ids(config: dict) -> list[int]:
+    """The token ids whose rows train, of embedding, head or both."""
+    indices = config.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return sorted({index for ids in lists for index in ids})
+
+
+def ignored_flags(lora) -> list[str]:
+    """The flags (--lora_r 8) that a user has set, and that the adapter of --lora_weight_path contradicts."""
+    own, usual = lora_of_run(lora), type(lora)()
+    asked = {name: getattr(lora, name) for name in OF_ADAPTER if getattr(lora, name) != getattr(usual, name)}
+    asked["lora_target_modules"] = sorted(asked.get("lora_target_modules", own.lora_target_modules))
+    ignored = {name: value for name, value in asked.items() if value != getattr(own, name)}
+    has_rows, wants = own.train_embeddings == "chat_rows", lora.train_embeddings
+    if wants != "auto" and wants != own.train_embeddings and not (wants == "none" and lora.train_tokens and has_rows):
+        ignored["train_embeddings"] = wants
+    if lora.train_tokens and own.train_embeddings == "none":
+        ignored["train_tokens"] = lora.train_tokens
+    shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in ignored.items()}
+    return [f"--{name}" if value is True else f"--{name} {value}" for name, value in shown.items()]
 
 
 # ---- what must be there: pairs (name for the message, end of the tensor's name)

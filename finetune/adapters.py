@@ -1,8 +1,9 @@
 """LoRA on a loaded model, and what trains beside it: rows of embedding and head, both whole, biases."""
 
+import dataclasses
 from pathlib import Path
 
-from . import model_folder, pissa
+from . import adapter_folder, model_folder, pissa
 from .errors import UserError
 from .quiet import unquantized
 
@@ -117,3 +118,23 @@ def trained_rows(tokenizer, train_embeddings: str, train_tokens: list[str]) -> l
         what = f"--train_tokens {' '.join(unknown)}: no special token of this model"
         raise UserError(f"{what} - give some of {', '.join(list(known)[:4])} ..., separated by blanks")
     return sorted({known[token] for token in wanted})
+
+
+def flags_of(lora, tokenizer):
+    """The flags as the adapter of --lora_weight_path says them, its rows by their tokens: for the record of the run.
+
+    Raises UserError where flags ask for rows that do not train in it.
+    """
+    own = adapter_folder.lora_of_run(lora)
+    if own.train_embeddings != "chat_rows":
+        return own
+    ids = adapter_folder.row_ids(model_folder.read_json(Path(lora.lora_weight_path) / "adapter_config.json"))
+    known = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    asked = trained_rows(tokenizer, lora.train_embeddings, lora.train_tokens)
+    if more := [known[index] for index in asked if index not in ids]:
+        what = f"--lora_weight_path {lora.lora_weight_path}: the rows of {' '.join(more)} do not train in it"
+        raise UserError(f"{what} - leave out --train_tokens and --train_embeddings, or train a new adapter")
+    tokens = [known[index] for index in ids if index in known]
+    chat = set(CHAT_TOKENS) <= set(tokens)
+    others = [token for token in tokens if not (chat and token in CHAT_TOKENS)]
+    return dataclasses.replace(own, train_embeddings="chat_rows" if chat else "none", train_tokens=others)

@@ -173,14 +173,14 @@ def resuming(args) -> Iterator[str]:
             yield f"--resume_from_checkpoint {wish}: no checkpoint in {out_of(args)} - {remedy}"
         return
     folder = Path(args.model.model_name_or_path or "")
-    if not (folder / "config.json").is_file():
-        return  # a hub's model that is not here yet: its layers are not known; it is checked once more when it is
     config = point / "adapter_config.json"
     was = f"LoRA {method_checks.describe(model_folder.read_json(config))}" if config.is_file() else "full-parameter"
     own = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "bias": lora.lora_bias}
     own["target_modules"] = lora_layers(args, folder)
     now = f"LoRA {method_checks.describe(own)}" if lora.use_lora else "full-parameter"
-    if was.split()[0] != now.split()[0] or (was != now and lora.lora_weight_path is None):
+    # the layers of a hub's model are not known before it is here; then it is checked once more
+    known = (folder / "config.json").is_file() and lora.lora_weight_path is None
+    if was.split()[0] != now.split()[0] or (was != now and known):
         yield f"{point} is {was}, this run is {now} - give the flags that it was started with, or another --output_dir"
 
 

@@ -30,13 +30,7 @@ def kind(folder: Path) -> str | None:
 
 
 def embeddings_of_run(args, folder: Path) -> str:
-    """--train_embeddings, with auto decided: "chat_rows" for a base model, "none" for a chat model; else as given.
-
-    Of an adapter that is gone on with, what it says itself ("chat_rows" for rows of any tokens).
-    """
-    if args.lora.lora_weight_path is not None:  # an adapter knows what trains in it
-        config = read(Path(args.lora.lora_weight_path) / "adapter_config.json")
-        return "all" if config.get("modules_to_save") else "chat_rows" if config.get("trainable_token_indices") else "none"
+    """--train_embeddings, with auto decided: "chat_rows" for a base model, "none" for a chat model; else as given."""
     if args.lora.train_embeddings != "auto":
         return args.lora.train_embeddings
     given = args.model.model_kind

@@ -5,12 +5,9 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-from . import engines, kinds, methods, model_folder
+from . import adapter_folder, engines, kinds, methods, model_folder
 from .errors import note, warn
-
-INF = math.inf
 
 
 def method(args) -> Iterator[str]:
@@ -47,27 +44,16 @@ def combination(args) -> Iterator[str]:
         yield from problems
         return
     found = quantized.of_run(folder, lora) if there else None
-    if found and found.method not in quantized.PACKAGES:
-        return  # AWQ and the like: model_folder's finding
+    if found is not None and not lora.q_lora:
+        return  # model_folder's finding, of whatever kind (GPTQ, AWQ, FP8)
     weights = {None: methods.PLAIN, "nf4": methods.NF4, "gptq": methods.GPTQ}[found and found.method]
     engine = engines.name_of(vars(args.training))
-    # a quantized folder without --q_lora is model_folder's finding
     tied = bool(model_folder.config_of(folder).get("tie_word_embeddings"))
-    embeddings = kinds.embeddings_of_run(args, folder)
-    own = SimpleNamespace(lora=as_the_adapter_says(lora), training=args.training)
-    asked = methods.of_run(own, embeddings, tied) if lora.q_lora or found is None else []
+    of_run = dataclasses.replace(args, lora=adapter_folder.lora_of_run(lora))
+    asked = methods.of_run(of_run, kinds.embeddings_of_run(of_run, folder), tied)
+    by = f" (so {lora.lora_weight_path} has it)" if lora.lora_weight_path else ""
     for line in methods.refused(asked, weights, engine):
-        yield f"{methods.named(asked, weights, engine)}: {line}"
-
-
-def as_the_adapter_says(lora):
-    """The LoRA flags, with the kind of adapter from --lora_weight_path where that is given."""
-    if lora.lora_weight_path is None:
-        return lora
-    config = kinds.read(Path(lora.lora_weight_path) / "adapter_config.json")
-    # PiSSA's result is plain LoRA; its checkpoints are gone on with by --resume_from_checkpoint
-    kind = {"lora_bias": config.get("bias", "none"), "use_dora": config.get("use_dora", False), "train_tokens": []}
-    return dataclasses.replace(lora, init_lora_weights="default", **kind)
+        yield f"{methods.named(asked, weights, engine)}{by}: {line}"
 
 
 def variants(lora) -> Iterator[str]:
@@ -81,7 +67,7 @@ def variants(lora) -> Iterator[str]:
     elif init.startswith("pissa") and lora.lora_dropout and lora.lora_weight_path is None:
         what = f"--lora_dropout {lora.lora_dropout} with --init_lora_weights {init}"
         warn(f"{what}: what is dropped is part of the model itself, until training begins - give --lora_dropout 0")
-    if ratio is not None and not 1 <= ratio < INF:
+    if ratio is not None and not 1 <= ratio < math.inf:
         yield f"--loraplus_lr_ratio {ratio}: out of range - give at least 1; 16 is usual"
     if lora.train_embeddings == "all" and lora.train_tokens:
         note("--train_tokens adds nothing to --train_embeddings all, with which all rows train")
@@ -109,13 +95,13 @@ def optimizer(args) -> Iterator[str]:
     from . import optimizers
 
     asked = word(args.training.optim)
-    if asked in optimizers.ROUNDING and (missing := optimizers.missing()):
-        yield f"--optim {asked}: {missing}"
+    if lacking := optimizers.lacking(str(asked)):
+        yield f"--optim {asked}: {lacking}"
 
 
 def adapter(args) -> Iterator[str]:
     """An adapter to go on from: whole, with every tensor that it lists."""
-    from . import adapter_folder, checkpoint
+    from . import checkpoint
 
     folder = Path(args.lora.lora_weight_path)
     if not (folder / "adapter_config.json").is_file():
@@ -129,10 +115,16 @@ def adapter(args) -> Iterator[str]:
         config = model_folder.read_json(folder / "adapter_config.json")
         base = Path(args.model.model_name_or_path or "")
         there = (base / "config.json").is_file()
-        if there:  # first: of a larger base it would seem to lack tensors
+        if there and (model_folder.lfs_pointers(base) or model_folder.weight_problems(base)):
+            return  # of the model, others speak
+        if there:  # first: on a larger base than its own it would seem to lack tensors
             checkpoint.check_base(folder, base, remedy="give that one with -m")
         adapter_folder.check(folder, base if there else None, "--lora_weight_path")
-        note(f"going on from {folder}: its own settings hold ({describe(config)}), not --lora_r and the like")
+        if ignored := adapter_folder.ignored_flags(args.lora):
+            what = f"--lora_weight_path {folder}: its own settings hold ({describe(config)})"
+            yield f"{what}, and not {', '.join(ignored)} - leave these out, or train a new adapter"
+        else:
+            note(f"going on from {folder}: its own settings hold ({describe(config)})")
 
 
 # ---- small things

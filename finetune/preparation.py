@@ -35,11 +35,8 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = ()) 
     if training.resume_from_checkpoint is None and checkpoint.of_launch(out, launches):
         training.resume_from_checkpoint = "auto"
     folder = check(args)
-    args.lora.train_embeddings = kinds.embeddings_of_run(args, folder)
     tokenizer = model.load_tokenizer(folder)
-    adapters.trained_rows(
-        tokenizer, args.lora.train_embeddings, args.lora.train_tokens
-    )  # unknown tokens: now, not later
+    settle_adapter(args, folder, tokenizer)
     samples, eval_samples = load_data(args, tokenizer)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     record = model.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
@@ -73,9 +70,19 @@ def checked(args) -> Path:
     folder = model.find_folder(name, args.training.cache_dir)
     if not os.path.isdir(name):
         arguments.check(arguments.on_folder(args, folder))
-    if args.lora.lora_weight_path:
-        checkpoint.check_base(Path(args.lora.lora_weight_path), folder, remedy="give that one with -m")
     return folder
+
+
+def settle_adapter(args, folder: Path, tokenizer) -> None:
+    """args.lora becomes what the run does and records: auto decided, or the settings of the adapter gone on from.
+
+    Raises UserError for tokens that the tokenizer does not know: now, not later.
+    """
+    if args.lora.lora_weight_path:
+        args.lora = adapters.flags_of(args.lora, tokenizer)
+        return
+    args.lora.train_embeddings = kinds.embeddings_of_run(args, folder)
+    adapters.trained_rows(tokenizer, args.lora.train_embeddings, args.lora.train_tokens)
 
 
 def load_data(args, tokenizer) -> list:

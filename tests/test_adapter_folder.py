@@ -109,9 +109,14 @@ def test_the_message(tmp_path):
         model.find_base(adapter, str(base))
     (line,) = error.value.findings
     assert line.startswith(f"{adapter}: adapter misses wte, lm_head, which adapter_config.json lists")
-    assert line.endswith("give a checkpoint-N of that run, or train again")
+    assert "(the published finetune.py's last save leaves embeddings out) - give a checkpoint-N of that run" in line
     without(adapter, ".h.0.")
     with pytest.raises(
         UserError, match=r"misses wte, lm_head, transformer.h.0.attn.c_attn.lora_A, .* and 3 more, which"
     ):
         adapter_folder.check(adapter, base)
+    with pytest.raises(UserError) as error:
+        adapter_folder.check(adapter, base)
+    (line,) = error.value.findings
+    assert "published" not in line
+    assert line.endswith(" - give its own base, or a checkpoint-N of that run, or train again")

@@ -1,5 +1,6 @@
 """Every finding about files and folders is provoked once and read; what is right passes."""
 
+import importlib.util
 import json
 import shutil
 from collections import namedtuple
@@ -21,7 +22,7 @@ from command_lines import (
 )
 
 from finetune import args as arguments
-from finetune import checks
+from finetune import checks, model_folder, preparation
 from finetune.errors import UserError
 
 
@@ -323,6 +324,18 @@ def test_weights_in_bf16_where_they_cannot_be(world, monkeypatch):
     assert "the package is missing - pip install torchao" in only(world, *right)
 
 
+def test_optimizers_of_packages_that_are_not_here(world, monkeypatch):
+    """With --bf16_weights or without."""
+    gone, here = ("torchao", "bitsandbytes"), importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in gone else here(name))
+    line = only(world, "--optim", "adamw_torch_8bit")
+    assert line == "--optim adamw_torch_8bit: the package is missing - pip install torchao"
+    for optim in ("adamw_8bit", "paged_adamw_32bit", "adamw_bnb_8bit", "paged_lion_8bit", "lion_32bit"):
+        line = only(world, "--optim", optim)
+        assert line.endswith(": is of bitsandbytes, and the package is missing - pip install bitsandbytes")
+    assert found(world, "--optim", "adafactor") == []
+
+
 def test_weights_in_bf16_on_several_processes(world, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = only(world, "--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit")
@@ -391,15 +404,34 @@ def test_resuming_with_another_method(world):
 
 
 def test_resuming_from_a_hubs_model_that_is_not_here_yet(world):
-    """Its layers are not known before it is downloaded: then it is checked again."""
+    """Its layers are not known before it is downloaded: then it is checked again. Another method is told at once."""
     write_checkpoint(world.out / "checkpoint-5", adapter={"r": 64})
-    assert found(world, "-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto", "--use_lora") == []
+    flags = ["-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto"]
+    assert found(world, *flags, "--use_lora") == []
+    assert "this run is full-parameter" in only(world, *flags)
+    here = arguments.on_folder(read(world, *flags, "--use_lora", "--lora_r", "8"), world.model)
+    with pytest.raises(UserError, match="this run is LoRA r=8"):
+        arguments.check(here)
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_lora"]])
-def test_weights_quantized_in_another_way(world, flags):
-    write_config(world.model, quantization_config={"quant_method": "awq", "bits": 4})
-    assert any("is quantized (awq) - give another checkpoint" in line for line in found(world, *flags))
+def test_a_hubs_run_goes_on(world, monkeypatch):
+    """The whole way of preparation, with a hub that only has this model."""
+    write_checkpoint(world.out / "checkpoint-2", adapter={"r": 64})
+    monkeypatch.setattr("finetune.hub.fetch", lambda name, cache_dir=None: world.model)
+    args = read(world, "-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto", "--use_lora")
+    assert preparation.check(args) == world.model
+
+
+def test_layers_are_not_guessed():
+    assert model_folder.block_layers(None) == model_folder.block_layers("llama") == []
+    assert "down_proj" in model_folder.block_layers("qwen3") and "w1" in model_folder.block_layers("qwen")
+
+
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("flags", [[], ["--use_lora"], ["--q_lora"]])
+def test_weights_quantized_in_another_way(world, method, flags):
+    write_config(world.model, quantization_config={"quant_method": method, "bits": 4})
+    assert f"is quantized ({method}) - give another checkpoint" in only(world, *flags)
 
 
 # ---- an adapter to go on from
@@ -415,6 +447,57 @@ def test_the_adapter_says_what_trains_in_it(world, monkeypatch):
     assert not any("cannot shard a matrix" in line for line in found(world, *flags, str(plain)))
     rows = write_adapter(world.out / "rows", trainable_token_indices={"wte": [1]})
     assert any("cannot shard a matrix" in line for line in found(world, *flags, str(rows)))
+
+
+@pytest.mark.parametrize("own,why", [({"use_dora": True}, "DoRA needs"), ({"bias": "all"}, "the biases of GPTQ")])
+def test_an_adapter_that_does_not_go_with_the_weights(world, tmp_path, own, why):
+    write_config(world.model, quantization_config={"quant_method": "gptq", "bits": 4})
+    adapter = write_adapter(tmp_path / "adapter", **own)
+    lines = found(world, "--q_lora", "--lora_weight_path", str(adapter))
+    assert any(f"(so {adapter} has it): {why}" in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "flags,ignored",
+    [
+        ("--lora_r 8 --lora_alpha 16", "--lora_r 8"),
+        ("--use_dora --use_rslora", "--use_dora, --use_rslora"),
+        ("--train_embeddings all", "--train_embeddings all"),
+        ("--lora_bias all --lora_dropout 0.05", "--lora_bias all"),
+        ("--train_tokens <|extra_0|>", "--train_tokens <|extra_0|>"),
+        ("--lora_target_modules w1 w2", "--lora_target_modules w1 w2"),
+        ("--init_lora_weights pissa", "--init_lora_weights pissa"),
+    ],
+)
+def test_flags_that_the_adapter_contradicts(world, tmp_path, flags, ignored):
+    adapter = write_adapter(tmp_path / "adapter", lora_dropout=0.05)
+    line = only(world, "--use_lora", "--lora_weight_path", str(adapter), *flags.split())
+    assert f", and not {ignored} - leave these out" in line
+
+
+def test_flags_that_the_adapter_agrees_with(world, tmp_path):
+    own = {"r": 8, "use_dora": True, "trainable_token_indices": {"wte": [1], "lm_head": [1]}}
+    adapter = write_adapter(tmp_path / "adapter", **own)
+    names = [f"base_model.model.{name[:-7]}" for name in SHAPES if name.count(".") == 5 and name.endswith(".weight")]
+    parts = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    rows = [f"base_model.model.{name}.token_adapter.trainable_tokens_delta" for name in ("transformer.wte", "lm_head")]
+    tensors = [f"{name}.{part}" for name in names for part in parts] + rows
+    write_safetensors(adapter / "adapter_model.safetensors", {name: [1, 1] for name in tensors})
+    flags = ["--lora_r", "8", "--use_dora", "--lora_target_modules", "c_attn", "c_proj", "w1", "w2"]
+    for more in ("--train_embeddings chat_rows", "--train_embeddings none --train_tokens <|extra_0|>", ""):
+        assert found(world, "--use_lora", "--lora_weight_path", str(adapter), *flags, *more.split()) == []
+
+
+def test_the_wrong_base_is_called_that(world, tmp_path):
+    """And not a broken adapter, though it has no tensors for some of this base's layers."""
+    adapter = write_adapter(tmp_path / "adapter")
+    sizes = {"model_type": "qwen", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300, "sha256": "0" * 64}
+    (adapter / "training.json").write_text(json.dumps({"base": {"fingerprint": sizes}}))
+    write_safetensors(adapter / "adapter_model.safetensors", {})
+    line = only(world, "--use_lora", "--lora_weight_path", str(adapter))
+    assert "the adapter was made for another base" in line and line.endswith("give that one with -m")
+    (world.model / "model.safetensors").write_bytes(b"cut")  # then the model is what is wrong
+    assert "not a whole safetensors file" in only(world, "--use_lora", "--lora_weight_path", str(adapter))
 
 
 # ---- room on the disk

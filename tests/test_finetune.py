@@ -133,9 +133,16 @@ def test_biases_train_in_float32_beside_adapters(run, base, tmp_path, precision,
 
 
 def test_an_adapter_is_gone_on_with_only_on_its_own_base(run, base, tmp_path):
-    assert run("--use_lora", "--lora_r", "4")[0] == 0
+    """And its record says what the adapter says, not the flags' defaults."""
+    assert run("--use_lora", "--lora_r", "4", "--train_embeddings", "none", "--train_tokens", "<|extra_0|>")[0] == 0
     code, printed = run("--use_lora", "--lora_weight_path", tmp_path / "out", out="more")
     assert code == 0 and "LoRA r=4" in printed, printed
+    first, then = (json.loads((tmp_path / name / "training.json").read_text())["method"] for name in ("out", "more"))
+    assert (then["lora_r"], then["train_embeddings"], then["train_tokens"]) == (4, "none", ["<|extra_0|>"])
+    layers = "lora_target_modules"
+    assert first | {layers: None} == then | {layers: None} and sorted(then[layers]) == ["c_attn", "c_proj", "w1", "w2"]
+    code, printed = run("--use_lora", "--lora_weight_path", tmp_path / "out", "--train_tokens", "<|extra_1|>", out="no")
+    assert code == 2 and "the rows of <|extra_1|> do not train in it - leave out --train_tokens" in printed
     other = small_checkpoint(tmp_path / "other", seed=3)
     code, printed = run("--use_lora", "--lora_weight_path", tmp_path / "out", "-m", other, out="third")
     assert code == 2 and "made for another base" in printed and not (tmp_path / "third").exists()
