@@ -1,9 +1,9 @@
 """The table: which method trains over which weights under which engine, and why not where it does not.
 
-What RULES does not list is allowed. Launched and compared with one process: full-parameter, LoRA, its rows and
-embeddings, LoRA+ with rsLoRA, and Q-LoRA, on DDP, ZeRO-2, and where allowed ZeRO-3 and FSDP2 (tests/test_engines.py);
-biases, DoRA and rows of a tied embedding on DDP and ZeRO-3 (tests/test_adapters_on_ranks.py). The others, those on ZeRO-1
-among them, share their code, and no test launches them.
+What RULES does not list is allowed. Launched and compared with one process: full-parameter, LoRA, its rows and embeddings on
+DDP, ZeRO-2, ZeRO-3 and FSDP2, LoRA+ with rsLoRA on the last two, Q-LoRA on DDP and ZeRO-2 (tests/test_engines.py); biases,
+DoRA and rows of a tied embedding on DDP and ZeRO-3 (tests/test_adapters_on_ranks.py). The others, those on ZeRO-1 among them,
+share their code, and no test launches them.
 
 A rule names sets of methods, weights and engines; where all three meet, the run is refused with the rule's reason and way
 out, before weights are loaded.

@@ -218,7 +218,7 @@ def test_sizes_are_those_of_the_plain_model(folders):
             folders[kind][0], quantized.of_folder(folders[kind][0]) or quantized.NF4, torch.float32, CPU
         )
         plain = AutoModelForCausalLM.from_pretrained(folders[kind][1], dtype=torch.float32)
-        biases = sum(p.numel() for name, p in plain.named_parameters() if name.endswith("bias")) if kind == 4 else 0
+        biases = sum(p.numel() for name, p in plain.named_parameters() if name.endswith("bias")) if kind != "nf4" else 0
         counted = sum(p.numel() for p in loaded.parameters()) + quantized.packed_away(loaded)
         assert counted == plain.num_parameters() - biases  # GPTQ's are not counted
     found, wanted = model_folder.shapes(folders[8][0]), model_folder.shapes(folders[8][1])
