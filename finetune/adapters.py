@@ -75,11 +75,12 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
 
 def made(make):
     """What make() returns, a model on which peft puts adapters; trained rows get our forward instead of peft's."""
-    from . import token_rows
+    from . import low_rank, token_rows
 
     with unquantized(), token_rows.first_values():
         adapted = make()
     token_rows.install(adapted)
+    low_rank.install(adapted)
     return adapted
 
 
