@@ -1,6 +1,10 @@
 """LoRA's fused layers against peft's own, and dropout that keeps no mask."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +181,44 @@ def test_evaluation_draws_nothing():
     state = torch.get_rng_state()
     ours.eval()(torch.randn(3, WIDTHS[0], generator=torch.Generator().manual_seed(1)))
     assert torch.equal(state, torch.get_rng_state())
+
+
+INTERPRETED = """
+import torch
+from finetune.dropout_kernel import BLOCK, drop_on_gpu
+for shape in ((3, 5), (2 * BLOCK + 1, 11), (8 * BLOCK,), (0, 4)):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(shape).to(dtype) + 10
+        once, again, other = (drop_on_gpu(x, 13107, seed, torch.empty_like(x)) for seed in (1, 1, 2))
+        assert torch.equal(once, again)
+        assert torch.equal(once, torch.where(once == 0, once, x))
+        inside = x.clone()
+        assert torch.equal(drop_on_gpu(inside, 13107, 1, inside), once)
+        if x.numel() > 1000:
+            kept = [(y != 0).double() for y in (once, other)]
+            assert abs(kept[0].mean() - 0.8) < 0.03 and abs((kept[0] * kept[1]).mean() - 0.64) < 0.04
+x = torch.ones(64 * 8 * BLOCK)
+stretches = drop_on_gpu(x, 32768, 7, torch.empty_like(x)).view(64, 8, BLOCK).mean((0, 2))
+assert (stretches - 0.5).abs().max() < 0.02, stretches  # of 32768 draws each
+print("alike")
+"""
+
+
+def test_the_kernel_in_tritons_interpreter():
+    """In a process of its own: the interpreter is chosen when triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "alike\n", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_kernel_on_a_gpu():
+    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    assert dropout.has_kernel(x)
+    once, again, other = (dropout.drop(x, 0.05, seed) for seed in (1, 1, 2))
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    kept = (once != 0) | (x == 0)
+    assert torch.equal(once, torch.where(kept, x, torch.zeros_like(x)))
+    assert abs(kept.double().mean().item() - 0.95) < 1e-3
