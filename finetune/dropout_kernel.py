@@ -15,9 +15,8 @@ BLOCK = 512
 def apply(x, out, at, bits, count, dropped):
     """Eight-fold below: one stretch of elements, with 16 random bits each."""
     inside = at < count
-    # what is dropped is not even read
-    value = tl.load(x + at, mask=inside & (bits >= dropped), other=0.0)
-    tl.store(out + at, value, mask=inside)
+    value = tl.load(x + at, mask=inside, other=0.0)  # dropped ones too: a mask of its own would break up the reads
+    tl.store(out + at, tl.where(bits >= dropped, value, 0.0), mask=inside)
 
 
 @triton.jit
