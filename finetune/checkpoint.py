@@ -245,9 +245,9 @@ def is_complete(path: Path) -> bool:
     return optimizer and all((path / name).is_file() for name in ("trainer_state.json", "scheduler.pt"))
 
 
-def check_same_run(path: Path, now: dict) -> None:
-    """Refuses to go on from the checkpoint of a run with another base, other data, other steps or another optimizer."""
-    before = read_record(path)
+def check_same_run(path: Path, now: dict) -> dict:
+    """The record of a checkpoint ({} without one). Refuses that of another base, other data, other steps or another optimizer."""
+    before = read_record(path) or {}
     kept = {
         "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
         "data as rendered": lambda record: record["data"]["fingerprint"][:12],
@@ -267,6 +267,7 @@ def check_same_run(path: Path, now: dict) -> None:
             f"{path}: is of another run ({'; '.join(changed)}) - give the flags and files that it was started with, or another "
             "--output_dir"
         )
+    return before
 
 
 def engine_of(record: dict) -> str:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 
+LAID_OUT = 64  # how many steps are laid out to find the largest pass
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step. passes[rank][k]: the samples of that rank's k-th forward pass (none where there are too few)."""
@@ -49,6 +52,7 @@ class Plan:
         full, rest = divmod(len(self.lengths), samples_per_step)
         self.steps_per_epoch = full + (rest > 0 and not (drop_last and full > 0))
         self._order: tuple[int, np.ndarray] | None = None
+        self.front: tuple[int, ...] = self.largest_two() if shuffle else ()
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of the samples; the same on every rank and every machine."""
@@ -62,10 +66,7 @@ class Plan:
     def step(self, epoch: int, index: int) -> Step:
         """Step `index` (from 0) of an epoch (from 0)."""
         assert 0 <= index < self.steps_per_epoch
-        begin = index * self.samples_per_step
-        samples = self.order(epoch)[begin : begin + self.samples_per_step]
-        lengths = self.lengths[samples]
-        bins = lay_out(lengths.tolist(), self.max_tokens_per_pass, self.world_size)
+        samples, lengths, bins = self.laid_out(epoch, group_at(index, self.front) if epoch == 0 else index)
         passes = [tuple(int(samples[i]) for i in members) for members in bins]
         return Step(
             # fullest first, dealt out in turns: the passes that run at the same time are alike
@@ -75,9 +76,44 @@ class Plan:
             supervised_tokens=int(self.supervised[samples].sum()),
         )
 
+    def laid_out(self, epoch: int, index: int):
+        """(samples, their lengths, the passes as positions in both) of the index-th group of the epoch's order."""
+        begin = index * self.samples_per_step
+        samples = self.order(epoch)[begin : begin + self.samples_per_step]
+        lengths = self.lengths[samples]
+        return samples, lengths, lay_out(lengths.tolist(), self.max_tokens_per_pass, self.world_size)
+
+    def largest_two(self) -> tuple[int, ...]:
+        """The groups of the first epoch with the largest pass and the next largest, among the likeliest few.
+
+        They depend on the layout: a run that is gone on with has to keep the `front` that it began with.
+        """
+        lengths = self.lengths[self.order(0)[: self.steps_per_epoch * self.samples_per_step]]
+        starts = np.arange(self.steps_per_epoch) * self.samples_per_step
+        longest, tokens = np.maximum.reduceat(lengths, starts), np.add.reduceat(lengths, starts)
+        # no pass is larger: one sample, or as many as the limit takes
+        at_most = np.maximum(longest, np.minimum(tokens, self.max_tokens_per_pass))
+        likely = np.argsort(-at_most, kind="stable")[:LAID_OUT].tolist()
+        return tuple(sorted(likely, key=lambda index: (-self.largest_pass(index), index))[:2])
+
+    def largest_pass(self, index: int) -> int:
+        """Tokens of the largest pass of a group of the first epoch."""
+        _, lengths, bins = self.laid_out(0, index)
+        return max(int(lengths[members].sum()) for members in bins if members)
+
     def total_steps(self, epochs: float, max_steps: int = -1) -> int:
         """Optimizer steps of a run of so many epochs; max_steps, where positive, wins (transformers' rule)."""
         return max_steps if max_steps > 0 else math.ceil(epochs * self.steps_per_epoch)
+
+
+def group_at(index: int, front: tuple[int, ...]) -> int:
+    """The index-th group where those of `front` come first and the others follow in their order."""
+    if index < len(front):
+        return front[index]
+    index -= len(front)
+    for group in sorted(front):
+        index += index >= group
+    return index
 
 
 def lay_out(lengths: list[int], max_tokens: int, ranks: int) -> list[list[int]]:

@@ -43,8 +43,11 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = ()) 
     if launches:
         record["launches"] = list(launches)
     resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
+    record["first_steps"] = list(plan.front)
     if resume_from is not None:
-        checkpoint.check_same_run(resume_from, record)
+        stored = checkpoint.check_same_run(resume_from, record)
+        plan.front = tuple(stored.get("first_steps", ()))  # which are the largest depends on the layout, which may change
+        record["first_steps"] = list(plan.front)
         note(f"continuing from {resume_from}")
     elif restarted:
         note("started again after a failure, from the beginning: there is no complete checkpoint yet")

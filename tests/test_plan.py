@@ -115,3 +115,31 @@ def test_random_layouts_hold_every_sample_once():
         assert len(bins) % ranks == 0
         assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in members) <= limit or len(members) == 1 for members in bins)
+
+
+def test_the_largest_passes_come_first():
+    """The first epoch's steps are those of the shuffled order, two of them moved to the front."""
+    plan, unmoved = make(count=1003, seed=5), make(count=1003, seed=5)
+    unmoved.front = ()
+    before, after = steps(unmoved), steps(plan)
+
+    def largest(step):
+        return max(plan.lengths[list(one)].sum() for rank in step.passes for one in rank)
+
+    ranked = sorted(map(largest, before), reverse=True)
+    assert [largest(step) for step in after[:2]] == ranked[:2]
+    assert len(set(ranked)) > 2 and largest(before[0]) < ranked[1]  # else there is nothing to show
+    rest = [step for step in before if step not in after[:2]]
+    assert after[2:] == rest and len(rest) == len(before) - 2
+    assert steps(plan, epoch=1) == steps(unmoved, epoch=1)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17])
+def test_few_steps_have_a_front_too(count):
+    plan = make(count=count)
+    assert sorted(i for step in steps(plan) for i in flat(step)) == list(range(count))
+
+
+def test_without_shuffling_the_order_is_the_files():
+    plan = make(shuffle=False)
+    assert flat(plan.step(0, 0)) != [] and sorted(flat(plan.step(0, 0))) == list(range(16))
