@@ -17,12 +17,13 @@ def main() -> None:
         from finetune import args as arguments
 
         args = arguments.parse()  # before the imports that take seconds: --help is there at once
-    from finetune import engines, preparation, ranks, report
+    from finetune import engines, memory_plan, preparation, ranks, report
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
+    free = min(meeting.exchange("free memory", memory_plan.free_bytes(args.training)))
     with meeting.as_one("checks and data"):
-        job = preparation.prepare(args, out, meeting.restarted, launches)
+        job = preparation.prepare(args, out, meeting.restarted, launches, free)
     ranks.agree(preparation.card(args, job), preparation.REMEDIES)
     preparation.check_storage(args, out)
     preparation.make_room(args, job, out)
@@ -40,7 +41,7 @@ def make_trainer(args, job):
     """The model with what trains of it, and the trainer; prints the summary."""
     from transformers import set_seed
 
-    from finetune import model, quiet, report
+    from finetune import model, quiet, recomputing, report
     from finetune.trainer import PlannedTrainer
 
     training = args.training
@@ -49,11 +50,12 @@ def make_trainer(args, job):
     loaded = model.load_model(
         job.folder, job.tokenizer, args.lora, training, job.resume_from, args.model.model_name_or_path
     )
-    report.show(report.summary(args, job.samples, job.eval_samples, job.plan, loaded))
+    report.show(report.summary(args, job, loaded))
     kept = {
         name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record")
     }
     trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **kept)
+    recomputing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
     report.take_over(trainer)
     return trainer

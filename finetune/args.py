@@ -64,14 +64,24 @@ class DataArguments:
         "Let <|im_start|>, <|im_end|>, <|endoftext|> and <|extra_N|> inside a conversation's text become control "
         "tokens. Without it, text is text.",
     )
-    max_tokens_per_pass: int = flag(
-        8192,
+    max_tokens_per_pass: str = flag(
+        "auto",
         "How many tokens lie in one forward pass. The samples of a step are laid into as few passes as this allows; "
-        "a longer sample has a pass of its own. Changes speed and memory, never the result: lower it when memory is "
-        "short.",
+        "a longer sample has a pass of its own. Changes speed and memory, never the result. auto: what fits.",
         metavar="N",
     )
     lazy_preprocess: bool = flag(False, "Accepted for the published scripts' sake; without effect.")
+
+    def settle_numbers(self) -> list[str]:
+        """max_tokens_per_pass as a number, unless it is auto; returns the findings."""
+        given = self.max_tokens_per_pass
+        if given != "auto":
+            try:
+                self.max_tokens_per_pass = int(given)
+            except ValueError:
+                self.max_tokens_per_pass = "auto"
+                return [f"--max_tokens_per_pass {given}: is no number of tokens - give one, or auto"]
+        return []
 
     def files(self) -> dict[str, str]:
         """The files of conversations, by the flag that named them."""
@@ -154,7 +164,14 @@ class TrainingFlags:
     adam_beta2: float = flag(0.999, "AdamW's second beta.", metavar="X")
     optim: str = flag("adamw_torch_fused", "The optimizer, as transformers names it.", metavar="NAME")
     model_max_length: int = flag(8192, "Longest sample, in tokens; see --long_samples.", metavar="N")
-    gradient_checkpointing: bool = flag(False, "Compute activations twice instead of keeping them: less memory.")
+    gradient_checkpointing: str = flag(
+        "auto",
+        "Compute activations twice instead of keeping them: less memory, a third more work. auto: in as many blocks as "
+        "it takes for passes of a useful size to fit.",
+        metavar="WHEN",
+        nargs="?",
+        const="True",
+    )
     logging_steps: float = flag(1, "Steps from one line of the log to the next.", metavar="N")
     report_to: list[str] = flag(["none"], "Also log to: tensorboard, wandb, ...", metavar="NAME")
     logging_dir: str | None = flag(None, "Folder for TensorBoard; default: runs/ in --output_dir.", metavar="FOLDER")
@@ -295,6 +312,7 @@ def parse(argv: list[str] | None = None) -> Args:
     training, more = training_args.build(values.pop())
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
     own[-1].use_lora |= own[-1].q_lora  # Q-LoRA is LoRA over quantized weights
+    more += own[1].settle_numbers()
     return Args(*own, training=training, findings=findings + more)
 
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import engines, kinds, method_checks, model_folder
+from . import engines, kinds, method_checks, model_folder, optimizers
 from .errors import UserError, note, warn
 
 GB = 1e9
@@ -54,7 +54,7 @@ def ranges(args) -> Iterator[str]:
     values = vars(args.data) | vars(args.lora) | vars(args.training)
     for name, (low, high) in RANGES.items():
         value = values.get(name)
-        if value is not None and not low <= value < high:
+        if value not in (None, "auto") and not low <= value < high:
             wanted = f"at least {low}" if high == INF else f"from {low} up to, not including, {high}"
             yield f"--{name} {value}: out of range - give a value {wanted}"
     for name in ("save_steps", "logging_steps", "eval_steps"):
@@ -210,8 +210,7 @@ def bytes_to_write(args, folder: Path) -> tuple[float, float]:
     training, lora = args.training, args.lora.use_lora
     trained = adapter_size(args, folder) if lora else full_size(folder)
     weight = 2 if training.bf16_weights else 4
-    optim = str(method_checks.word(training.optim))
-    state = 1 if "4bit" in optim else 2 if "8bit" in optim else 8 if "adam" in optim else 4  # bytes a parameter
+    state = optimizers.state_bytes(training.optim)
     copies = 1 if engines.name_of(vars(training)) in (engines.ONE, engines.DDP) else 2
     checkpoint = weight if training.save_only_model else copies * weight + state
     half = not lora and (training.bf16 or training.fp16)

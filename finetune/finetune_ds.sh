@@ -14,7 +14,6 @@ deepspeed=ds_config_zero3.json
 # --deepspeed ds_config_zero3_offload.json keeps weights and optimizer in main memory.
 hyperparameters=(
     --bf16 True
-    --gradient_checkpointing True
     --num_train_epochs 5
     --per_device_train_batch_size 1
     --gradient_accumulation_steps 16

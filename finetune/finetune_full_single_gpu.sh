@@ -15,7 +15,6 @@ hyperparameters=(
     --bf16 True
     --bf16_weights True
     --optim adamw_torch_8bit
-    --gradient_checkpointing True
     --num_train_epochs 5
     --per_device_train_batch_size 1
     --gradient_accumulation_steps 16

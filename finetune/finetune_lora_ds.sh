@@ -15,7 +15,6 @@ deepspeed=ds_config_zero2.json
 hyperparameters=(
     --use_lora True
     --bf16 True
-    --gradient_checkpointing True
     --num_train_epochs 5
     --per_device_train_batch_size 2
     --gradient_accumulation_steps 8

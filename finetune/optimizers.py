@@ -19,6 +19,12 @@ def prepare(training) -> None:
         training.optim_args = ",".join([*others, "bf16_stochastic_round=True"])
 
 
+def state_bytes(optim) -> float:
+    """Bytes of an optimizer's state a parameter. optim: of --optim. Paged ones may lie in main memory, and count all the same."""
+    name = str(getattr(optim, "value", optim))
+    return 1 if "4bit" in name else 2 if "8bit" in name else 8 if "adam" in name else 4
+
+
 def lacking(optim: str) -> str | None:
     """What an optimizer (of --optim) lacks on this machine, and what to do; None where it runs."""
     if optim in ROUNDING:

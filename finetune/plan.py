@@ -83,14 +83,21 @@ class Plan:
         lengths = self.lengths[samples]
         return samples, lengths, lay_out(lengths.tolist(), self.max_tokens_per_pass, self.world_size)
 
+    def largest_step(self) -> int:
+        """Tokens of the first epoch's largest step, all ranks together."""
+        return int(self.sums_of_steps(np.add).max())
+
+    def sums_of_steps(self, ufunc) -> np.ndarray:
+        """Of each group of the first epoch: np.add, its tokens; np.maximum, its longest sample."""
+        lengths = self.lengths[self.order(0)[: self.steps_per_epoch * self.samples_per_step]]
+        return ufunc.reduceat(lengths, np.arange(self.steps_per_epoch) * self.samples_per_step)
+
     def largest_two(self) -> tuple[int, ...]:
         """The groups of the first epoch with the largest pass and the next largest, among the likeliest few.
 
         They depend on the layout: a run that is gone on with has to keep the `front` that it began with.
         """
-        lengths = self.lengths[self.order(0)[: self.steps_per_epoch * self.samples_per_step]]
-        starts = np.arange(self.steps_per_epoch) * self.samples_per_step
-        longest, tokens = np.maximum.reduceat(lengths, starts), np.add.reduceat(lengths, starts)
+        longest, tokens = self.sums_of_steps(np.maximum), self.sums_of_steps(np.add)
         # no pass is larger: one sample, or as many as the limit takes
         at_most = np.maximum(longest, np.minimum(tokens, self.max_tokens_per_pass))
         likely = np.argsort(-at_most, kind="stable")[:LAID_OUT].tolist()

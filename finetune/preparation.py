@@ -1,13 +1,15 @@
 """What every rank does by itself before training: the checks, the data, the step plan, where to go on from."""
 
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-from . import adapters, checkpoint, data, engines, kinds, model, ranks
+from . import adapters, checkpoint, data, engines, kinds, memory_plan, model, ranks
 from . import args as arguments
 from .data import Samples
 from .errors import Findings, UserError, each_line_once, note, warn
+from .memory_model import Estimate
 from .plan import Plan
 
 
@@ -22,13 +24,15 @@ class Job(NamedTuple):
     eval_plan: Plan | None
     record: dict
     resume_from: Path | None
+    memory: Estimate
 
 
-def prepare(args, out: Path, restarted: bool = False, launches: list[str] = ()) -> Job:
+def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), free: float = math.inf) -> Job:
     """The checks, the data, the plan of the steps, and where to go on from. restarted: by torchrun, after a failure.
 
     launches: the agents of this run (see ranks.launch). A run that one of them has started before goes on by itself; an
     earlier run's checkpoints are another matter, which --resume_from_checkpoint and --overwrite_output_dir decide.
+    free: bytes of memory for this run, the least of all ranks (memory_plan.free_bytes).
     Raises UserError with everything that is wrong. Writes nothing but the cache of rendered data.
     """
     training = args.training
@@ -38,6 +42,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = ()) 
     tokenizer = model.load_tokenizer(folder)
     settle_adapter(args, folder, tokenizer)
     samples, eval_samples = load_data(args, tokenizer)
+    memory = fit(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     record = model.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
     if launches:
@@ -51,7 +56,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = ()) 
         note(f"continuing from {resume_from}")
     elif restarted:
         note("started again after a failure, from the beginning: there is no complete checkpoint yet")
-    return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from)
+    return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from, memory)
 
 
 def check(args) -> Path:
@@ -101,19 +106,37 @@ def load_data(args, tokenizer) -> list:
     return [*loaded, None][:2]
 
 
+def fit(args, folder: Path, samples: Samples, free: float) -> Estimate:
+    """Decides what is auto of the passes' size and of recomputing; returns the memory that the run should take."""
+    ranks = args.training.world_size
+    unlimited = plan_of(args, samples, max_tokens_per_pass=samples.total_tokens)
+    step_tokens = -(-unlimited.largest_step() // ranks)
+    return memory_plan.settle(args, folder, int(samples.lengths.max()), step_tokens, free)
+
+
 def make_plans(args, samples, eval_samples):
     """The step plan of training, and the layout of evaluation."""
-    training, count = args.training, args.training.world_size
-    seed = training.seed if training.data_seed is None else training.data_seed
-    limits = {"world_size": count, "max_tokens_per_pass": args.data.max_tokens_per_pass, "seed": seed}
-    together = training.per_device_train_batch_size * training.gradient_accumulation_steps * count
-    drop = training.dataloader_drop_last
-    plan = Plan(samples.lengths, samples.supervised, samples_per_step=together, drop_last=drop, **limits)
+    limit, training = args.data.max_tokens_per_pass, args.training
+    plan = plan_of(args, samples, max_tokens_per_pass=limit)
     if eval_samples is None:
         return plan, None
-    together = training.per_device_eval_batch_size * count
-    lengths, supervised = eval_samples.lengths, eval_samples.supervised
-    return plan, Plan(lengths, supervised, samples_per_step=together, shuffle=False, **limits)
+    count, each = training.world_size, training.per_device_eval_batch_size
+    settings = {"world_size": count, "max_tokens_per_pass": limit, "samples_per_step": each * count, "shuffle": False}
+    return plan, Plan(eval_samples.lengths, eval_samples.supervised, **settings)
+
+
+def plan_of(args, samples, max_tokens_per_pass: int) -> Plan:
+    """The step plan of training."""
+    training, count = args.training, args.training.world_size
+    return Plan(
+        samples.lengths,
+        samples.supervised,
+        samples_per_step=training.per_device_train_batch_size * training.gradient_accumulation_steps * count,
+        world_size=count,
+        max_tokens_per_pass=max_tokens_per_pass,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        drop_last=training.dataloader_drop_last,
+    )
 
 
 def card(args, job) -> dict:

@@ -22,8 +22,9 @@ LOG = "training_log.jsonl"
 CURVE = "loss.png"
 
 
-def summary(args, samples, eval_samples, plan, model) -> str:
-    """Method, data, steps and trainable parameters, before the first step."""
+def summary(args, job, model) -> str:
+    """Method, data, steps, memory and trainable parameters, before the first step. job: of preparation.prepare()."""
+    samples, eval_samples, plan = job.samples, job.eval_samples, job.plan
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count = sum(map(size_of, trained.values()))
     every = quantized.packed_away(model) + sum(size_of(p) for name, p in model.named_parameters() if is_base(name))
@@ -39,6 +40,7 @@ def summary(args, samples, eval_samples, plan, model) -> str:
         ("data", samples.describe()),
         *([("evaluation", eval_samples.describe())] if eval_samples is not None else []),
         ("steps", f"{steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.samples_per_step} samples each)"),
+        ("memory", job.memory.describe()),
         ("output", training.output_dir),
     ]
     if steps < 10:

@@ -43,10 +43,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers refuses --bf16 where there is no GPU
-        if hasattr(self, "activation_checkpointing"):  # its name from 5.23 on, which warns of the old one
-            for new in ("activation_checkpointing", "activation_checkpointing_kwargs"):
-                if getattr(self, new) is None:
-                    setattr(self, new, getattr(self, new.replace("activation", "gradient")))
+        self.settle_recomputing()
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = 0.1  # transformers would take logging_steps: with ours, at every step
         if self.logging_dir:
@@ -64,6 +61,25 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
                 f"{torch.cuda.device_count()} GPUs are visible, and one process uses the first; CUDA_VISIBLE_DEVICES=N takes "
                 "another, and the scripts *_ds.sh take all"
             )
+
+    def settle_recomputing(self) -> None:
+        """Sets `recompute`: "auto", True or False; transformers, which knows but yes and no, is told of auto as of yes.
+
+        recomputed_blocks: how many of the model's blocks, from the first on, are computed again; None: not decided, or all.
+        """
+        self.recomputed_blocks = None
+        given = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.23 on, which warns of the old one
+        self.recompute = RECOMPUTING[str(self.gradient_checkpointing).lower()] if given is None else bool(given)
+        self.recompute_blocks(bool(self.recompute))
+        if getattr(self, "activation_checkpointing_kwargs", 0) is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+
+    def recompute_blocks(self, count: int | bool) -> None:
+        """Decides: none, all (True), or the first so many blocks."""
+        self.recomputed_blocks = None if isinstance(count, bool) else count
+        self.gradient_checkpointing = bool(count)
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = bool(count)
 
     @property
     def engine(self) -> str:
@@ -98,6 +114,10 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         return super().get_warmup_steps(num_training_steps)
 
 
+# the words of --gradient_checkpointing
+RECOMPUTING = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
+
+
 def build(values: dict):
     """(training arguments, findings) from the value of every flag.
 
@@ -108,6 +128,9 @@ def build(values: dict):
     }
     changed = {name for name, value in values.items() if value != defaults.get(name, value)}
     findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
+    if str(values["gradient_checkpointing"]).lower() not in RECOMPUTING:
+        wrong = values["gradient_checkpointing"]
+        findings.append(f"--gradient_checkpointing {wrong}: unknown - give auto, True or False")
     findings += precision(values)
     values, more = with_engine(values)
     findings += more

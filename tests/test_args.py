@@ -41,7 +41,7 @@ def test_defaults():
         "adamw_torch_fused",
         [],
     )
-    assert (args.data.supervise, args.data.long_samples, args.data.max_tokens_per_pass) == ("assistant", "cut", 8192)
+    assert (args.data.supervise, args.data.long_samples, args.data.max_tokens_per_pass) == ("assistant", "cut", "auto")
     assert (args.lora.lora_r, args.lora.lora_alpha, args.lora.lora_dropout) == (64, 16, 0.05)
     assert (args.lora.lora_target_modules, args.lora.train_embeddings) == (["auto"], "auto")
     assert (args.lora.use_lora, args.lora.lora_bias, args.training.logging_steps) == (False, "none", 1)
@@ -138,6 +138,29 @@ def test_warmup_steps_win_over_the_ratio():
 def test_evaluation_by_steps_happens_ten_times_unless_said_otherwise():
     assert arguments.parse(["--evaluation_strategy", "steps"]).training.eval_steps == 0.1
     assert arguments.parse(["--evaluation_strategy", "steps", "--eval_steps", "50"]).training.eval_steps == 50
+
+
+@pytest.mark.parametrize("words, wish, told", [
+    ([], "auto", True), (["auto"], "auto", True), (["--gradient_checkpointing"], True, True), (["False"], False, False),
+    (["true"], True, True), (["0"], False, False),
+])  # fmt: skip
+def test_gradient_checkpointing_is_auto_unless_said_otherwise(words, wish, told):
+    given = ["--gradient_checkpointing", *words] if words and words[0][0] != "-" else words
+    training = arguments.parse(given).training
+    assert (training.recompute, training.gradient_checkpointing, training.recomputed_blocks) == (wish, told, None)
+    training.recompute_blocks(5)
+    assert (training.gradient_checkpointing, training.recomputed_blocks) == (True, 5)
+    training.recompute_blocks(0)
+    assert training.gradient_checkpointing is False and not getattr(training, "activation_checkpointing", False)
+
+
+def test_what_is_neither_a_number_nor_auto():
+    assert arguments.parse(["--max_tokens_per_pass", "700"]).data.max_tokens_per_pass == 700
+    parsed = arguments.parse(["--max_tokens_per_pass", "many", "--gradient_checkpointing", "maybe"])
+    assert sorted(parsed.findings) == [
+        "--gradient_checkpointing maybe: unknown - give auto, True or False",
+        "--max_tokens_per_pass many: is no number of tokens - give one, or auto",
+    ]
 
 
 def test_gradient_checkpointing_brings_no_warning(recwarn):

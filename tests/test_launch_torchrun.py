@@ -16,7 +16,7 @@ SEVERAL = [name for name in SCRIPTS if name.endswith("_ds.sh")]
 CONFIGS = sorted((ROOT / "finetune").glob("ds_config_*.json"))
 MACHINE = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
 ALL = {
-    "data_path": "D", "output_dir": "output_qwen", "bf16": "True", "gradient_checkpointing": "True",
+    "data_path": "D", "output_dir": "output_qwen", "bf16": "True",
     "num_train_epochs": "5", "weight_decay": "0.1", "adam_beta2": "0.95", "warmup_ratio": "0.01",
     "lr_scheduler_type": "cosine", "logging_steps": "1", "save_strategy": "steps", "save_steps": "1000",
     "save_total_limit": "10", "report_to": "none", "model_max_length": "512",

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
 from finetune import errors, report
+from finetune.memory_model import Estimate
 from finetune.plan import Plan
 
 LINE = {
@@ -42,11 +43,15 @@ def test_summary_counts_what_trains(capsys):
             return "20 samples"
 
     plan = Plan(np.full(20, 5), np.full(20, 2), samples_per_step=8, max_tokens_per_pass=100)
-    text = report.summary(args, Samples(), None, plan, model)
+    memory = Estimate(15e9, 0.6e9, 1.1e9, 4e9, tokens=4096, recomputed=3, layers=32)
+    job = SimpleNamespace(samples=Samples(), eval_samples=None, plan=plan, memory=memory)
+    text = report.summary(args, job, model)
     trained = 32 + 2 * (96 * 32 + 96)  # the final norm, and query, key and value of both layers with their bias
     assert f"{trained:,} parameters" in text
     assert "h.*.attn.c_attn, h.*.attn.c_attn.bias, ln_f" in text
     assert "6 (3 an epoch, 8 samples each)" in text and "full-parameter, bfloat16 on cpu" in text
+    said = "about 20.7 GB (weights 15.0, gradients 0.6, optimizer 1.1, a pass of 4,096 tokens 4.0; 3 of 32 blocks computed again)"
+    assert said in text
     assert "only 6 optimizer steps" in capsys.readouterr().err
 
 
