@@ -3,9 +3,9 @@
     python benchmarks/cpu_step.py
 
 Both train the same 19.5-million-parameter checkpoint (vocabulary 151,936) in float32 on the same batch of 16 conversations,
---model_max_length 256, each in a process of its own, taking turns. The plain one is transformers' Trainer as it comes: every
-sample padded to 256, logits of every position, torch's cross-entropy. It prints seconds a step, peak memory and loss of
-both, and the two ratios. Times are also given in units of a 2048 x 2048 x 2048 float32 matrix product on the same cores.
+spread over the file, each in a process of its own, taking turns. The plain one is transformers' Trainer as it comes: every
+sample padded to --model_max_length, logits of every position, torch's cross-entropy. It prints seconds a step, useful tokens
+(no padding) a second, peak memory and loss of both, and the two ratios. Times are also given in units of a 2048 x 2048 x 2048 float32 matrix product on the same cores.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MAX_LENGTH, BATCH = 256, 16
+BATCH = 16
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=ROOT / "data" / "conversations.json", help="conversations to take 16 of"
     )
+    parser.add_argument("--model_max_length", type=int, default=512, metavar="N", help="tokens of a sample, at most")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one to warm up")
     parser.add_argument("--rounds", type=int, default=2, help="how often the two take turns")
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -58,6 +59,8 @@ def measure(options) -> dict:
     best = {way: min(found, key=lambda run: run["seconds"]) for way, found in runs.items()}
     return {
         "parameters": parameters,
+        "model_max_length": options.model_max_length,
+        "useful_tokens": best["ours"]["tokens"],
         "matmul_seconds": matmul_seconds(),
         **best,
         "speed_ratio": best["plain"]["seconds"] / best["ours"]["seconds"],
@@ -67,17 +70,8 @@ def measure(options) -> dict:
 
 def run_child(way: str, folder: str, options) -> dict:
     """One way in a process of its own, so that peak memory is its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--child",
-        way,
-        folder,
-        "--steps",
-        str(options.steps),
-        "--data",
-        str(options.data),
-    ]
+    command = [sys.executable, __file__, "--child", way, folder, "--steps", str(options.steps)]
+    command += ["--data", str(options.data), "--model_max_length", str(options.model_max_length)]
     out = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
     )
@@ -87,12 +81,14 @@ def run_child(way: str, folder: str, options) -> dict:
 def table(figures: dict) -> str:
     """The figures for people."""
     unit = figures["matmul_seconds"]
-    lines = [f"{figures['parameters']:,} parameters, {BATCH} conversations, at most {MAX_LENGTH} tokens each, float32"]
-    lines += [f"{'':24}{'s/step':>9}{'matmuls':>9}{'peak GB':>9}{'tokens':>9}{'loss':>11}"]
+    useful, limit = figures["useful_tokens"], figures["model_max_length"]
+    lines = [f"{figures['parameters']:,} parameters, {BATCH} conversations of {useful:,} tokens, none above {limit}, float32"]
+    lines += [f"{'':24}{'s/step':>9}{'matmuls':>9}{'useful/s':>10}{'peak GB':>9}{'computed':>10}{'loss':>11}"]
     for way, name in (("plain", "plain padded trainer"), ("ours", "this toolkit")):
         run = figures[way]
         lines.append(
-            f"{name:24}{run['seconds']:9.2f}{run['seconds'] / unit:9.0f}{run['peak_gb']:9.2f}{run['tokens']:9d}{run['loss']:11.6f}"
+            f"{name:24}{run['seconds']:9.2f}{run['seconds'] / unit:9.0f}{useful / run['seconds']:10,.0f}"
+            f"{run['peak_gb']:9.2f}{run['tokens']:10,}{run['loss']:11.6f}"
         )
     lines += [f"{figures['speed_ratio']:.1f} times as fast, in {figures['memory_ratio']:.2f} of the memory"]
     return "\n".join(lines)
@@ -121,13 +117,14 @@ def child(way: str, folder: str, options) -> dict:
     from finetune.trainer import memory_gb
 
     tokenizer = load_tokenizer(Path(folder))
-    rows = batch(options.data, tokenizer)
+    limit = options.model_max_length
+    rows = batch(options.data, tokenizer, limit)
     with tempfile.TemporaryDirectory() as out:
         args = TrainingArguments(
             output_dir=out, per_device_train_batch_size=BATCH, max_steps=1 + options.steps, learning_rate=1e-5, weight_decay=0.1,
             adam_beta2=0.95, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
-        trainer, tokens = {"plain": plain, "ours": ours}[way](folder, args, rows, tokenizer)
+        trainer, tokens = {"plain": plain, "ours": ours}[way](folder, args, rows, tokenizer, limit)
         clock = stopwatch()
         trainer.add_callback(clock)
         trainer.train()
@@ -135,7 +132,7 @@ def child(way: str, folder: str, options) -> dict:
     return {"seconds": statistics.median(clock.seconds[1:]), "peak_gb": memory_gb(), "tokens": tokens, "loss": loss}
 
 
-def batch(path: Path, tokenizer) -> list:
+def batch(path: Path, tokenizer, limit: int) -> list:
     """Sixteen conversations, evenly spread over the file, as (ids, labels) arrays."""
     from qwen_model.chatml import render
 
@@ -145,7 +142,7 @@ def batch(path: Path, tokenizer) -> list:
     messages = [
         [{roles[key]: value for key, value in turn.items()} for turn in sample["conversations"]] for sample in chosen
     ]
-    return [render(tokenizer, each, max_length=MAX_LENGTH) for each in messages]
+    return [render(tokenizer, each, max_length=limit) for each in messages]
 
 
 def stopwatch():
@@ -182,7 +179,7 @@ class InMemory:
         return self.rows[i]
 
 
-def ours(folder, args, rows, tokenizer):
+def ours(folder, args, rows, tokenizer, limit):
     """The toolkit's trainer: packed rows, loss in pieces."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -196,7 +193,7 @@ def ours(folder, args, rows, tokenizer):
     return PlannedTrainer(model, args, samples=samples, plan=plan, tokenizer=tokenizer), int(samples.lengths.sum())
 
 
-def plain(folder, args, rows, tokenizer):
+def plain(folder, args, rows, tokenizer, limit):
     """transformers' Trainer as it comes: padded, all logits, plain cross-entropy."""
     import torch
     from torch.nn.functional import cross_entropy, pad
@@ -205,7 +202,7 @@ def plain(folder, args, rows, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def padded(values, fill):
-        return pad(torch.from_numpy(values.astype("int64")), (0, MAX_LENGTH - len(values)), value=fill)
+        return pad(torch.from_numpy(values.astype("int64")), (0, limit - len(values)), value=fill)
 
     data = [
         {
@@ -220,7 +217,7 @@ def plain(folder, args, rows, tokenizer):
         logits = outputs.logits[:, :-1].float()
         return cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)
 
-    return Trainer(model=model, args=args, train_dataset=data, compute_loss_func=loss), BATCH * MAX_LENGTH
+    return Trainer(model=model, args=args, train_dataset=data, compute_loss_func=loss), BATCH * limit
 
 
 if __name__ == "__main__":

@@ -12,21 +12,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_a_cpu_step_is_six_times_as_fast_in_a_fifth_of_the_memory(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "cpu_step.py"),
-        "--steps",
-        "3",
-        "--json",
-        str(tmp_path / "figures.json"),
-    ]
+def test_a_cpu_step_is_ten_times_as_fast_in_a_fifth_of_the_memory(tmp_path):
+    """At half the length of the README's figures, which takes the plain trainer half the time."""
+    program, figures = ROOT / "benchmarks" / "cpu_step.py", tmp_path / "figures.json"
+    settings = ["--model_max_length", "256", "--steps", "2", "--rounds", "1", "--json", str(figures)]
+    command = [sys.executable, str(program), *settings]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "times as fast, in" in done.stdout
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = json.loads(figures.read_text())
     assert figures["plain"]["loss"] == pytest.approx(figures["ours"]["loss"], rel=1e-5)  # the same work was done
-    assert figures["speed_ratio"] >= 6
+    assert figures["speed_ratio"] >= 10
     assert figures["memory_ratio"] <= 0.2
 
 
