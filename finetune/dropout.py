@@ -8,6 +8,8 @@ generator draws. Masks of the same seed are the same on the same device, and of 
 
 import torch
 
+from qwen_model.on_triton import obstacle
+
 STEPS = 1 << 16
 
 
@@ -41,13 +43,7 @@ def drop(x: torch.Tensor, p: float, seed: int, out: torch.Tensor | None = None) 
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether Triton's kernel does it."""
-    return x.is_cuda and x.is_contiguous() and triton_is_here()
-
-
-def triton_is_here() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
+    return x.is_contiguous() and not obstacle(x.device)
 
 
 def keep_mask(shape, p: float, seed: int, device) -> torch.Tensor:

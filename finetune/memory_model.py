@@ -197,8 +197,9 @@ def kept_by_head(sizes: Sizes, run: Run) -> float:
 def head_piece(sizes: Sizes, run: Run, tokens: int) -> float:
     """The logits at hand at one time; with a trained head in 16 bit, its copy."""
     copy = sizes.vocabulary * sizes.hidden * run.s if run.half and (run.embeddings or not run.rank) else 0
-    rows = min(tokens, 2**27 // sizes.vocabulary) if run.on_gpu else min(tokens, 2**24 // sizes.vocabulary)
-    return rows * sizes.vocabulary * (run.s + 4 + run.s) + copy
+    rows = min(tokens, (2**26 if run.on_gpu else 2**24) // sizes.vocabulary)
+    # the kernel works where the logits lie; plain torch adds them in float32, and the exponentials
+    return rows * sizes.vocabulary * (run.s if run.on_gpu else 2 * run.s + 4) + copy
 
 
 def unpacked(sizes: Sizes, run: Run) -> float:

@@ -28,9 +28,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from .on_triton import obstacle
+
 # Logits of one piece, in elements (times 4 bytes). On a CPU more brings nothing (measured); a GPU reads the whole head once
 # a piece, which takes some hundred rows to pay off.
-PIECE_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+PIECE_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 
 
 def rows_per_piece(vocab_size: int, device: str) -> int:
@@ -152,8 +154,17 @@ def add_weight_gradient(grad_VH, others_RV, hidden_RH, Z_R, c_R, labels_R) -> No
     grad_VH.index_add_(0, labels_R, (c_R[:, None] * hidden_RH).to(grad_VH.dtype))
 
 
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether Triton's kernel computes the exponentials."""
+    return x.stride(1) == 1 and not obstacle(x.device)
+
+
 def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):
     """(E' in the logits' type; in float32: Z (R,), c (R,), the summed loss). May overwrite the logits."""
+    if has_kernel(logits_RV):
+        from .head_loss_kernels import exponentials as in_one_kernel
+
+        return in_one_kernel(logits_RV, labels_R)
     logits, at_label = logits_RV.float(), labels_R[:, None]
     label_logits = logits.gather(1, at_label).squeeze(1)
     top_R = logits.amax(1)

@@ -1,5 +1,10 @@
 """The fused head and loss against float64 cross-entropy."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -245,3 +250,46 @@ def test_logits_never_stand_in_memory_at_once(monkeypatch):
     monkeypatch.setattr(head_loss, "exponentials", lambda z, y: seen.append(len(z)) or exponentials(z, y))
     summed_loss(head, x, labels)
     assert seen == [8] * 6 + [2]
+
+
+INTERPRETED = """
+import torch
+from qwen_model import head_loss, head_loss_kernels
+for V in (7, 4096, 10_001):
+    for dtype, close in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
+        logits = (torch.randn(5, V) * 6).to(dtype)
+        logits[1] += 300 if dtype != torch.float16 else 30
+        logits[2, 3] = 60  # sure, and right; then sure, and wrong
+        labels = torch.tensor([V - 1, 0, 3, 4, 5])
+        logits[3, 2] = 60
+        wide = torch.zeros(5, V + 3, dtype=dtype)  # rows that do not lie one right behind the other
+        wide[:, :V] = logits
+        for given in (logits.clone(), wide[:, :V]):
+            got = head_loss_kernels.exponentials(given, labels)
+            want = head_loss.exponentials(logits.double(), labels)
+            assert got[0].data_ptr() == given.data_ptr() and got[0].dtype == dtype
+            for one, other in zip(got, want):
+                torch.testing.assert_close(one.double(), other.double(), rtol=close if one.dtype == dtype else 1e-5, atol=1e-6)
+        assert (wide[:, V:] == 0).all()
+assert head_loss_kernels.exponentials(torch.empty(0, 9), torch.empty(0, dtype=torch.long))[3] == 0
+print("alike")
+"""
+
+
+def test_the_kernel_in_tritons_interpreter():
+    """In a process of its own: the interpreter is chosen when triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.stdout == "alike\n", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_kernel_on_a_gpu():
+    logits = (torch.randn(300, 151936, device="cuda") * 5).bfloat16()
+    labels = torch.randint(0, 151936, (300,), device="cuda")
+    assert head_loss.has_kernel(logits)
+    want = head_loss.exponentials(logits.double().cpu(), labels.cpu())
+    for one, other in zip(head_loss.exponentials(logits, labels), want):
+        close = {"rtol": 8e-3, "atol": 1e-30} if one.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+        torch.testing.assert_close(one.double().cpu(), other.double(), **close)

@@ -60,7 +60,7 @@ def test_too_little_memory_is_said_with_what_would_help(folder, capsys):
     found, tokens, again, flag = decided(folder, free_gb=12)
     assert (tokens, again, flag) == (512, 32, True)
     said = capsys.readouterr().err
-    assert said.startswith("warning: this run needs about 19") and "12.0 GB are free" in said
+    assert said.startswith("warning: this run needs about 18.9 GB") and "12.0 GB are free" in said
     assert said.endswith("it will hardly fit - give a lower --model_max_length or --q_lora --quant nf4\n")
     _, _, again, _ = decided(folder, "--q_lora", "--quant", "nf4", free_gb=12)
     assert 0 < again <= 32 and capsys.readouterr().err == ""
