@@ -13,7 +13,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout, silu
+from torch.nn.functional import dropout
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .attention import attend, choose_attention
 from .configuration_qwen import QWenConfig
+from .fused import gated, rms_norm, rotated_heads
 from .generation_qwen import QWenChatMixin
 from .head_loss import LMHead, summed_loss
 from .kv_cache import Int8Cache, kernel_obstacle
@@ -31,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 class QWenRMSNorm(nn.Module):
-    """x / rms(x) in float32, back to x's type, times the weight (Zhang and Sennrich, 2019)."""
+    """x / rms(x) times a weight; see fused.rms_norm."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -39,8 +40,7 @@ class QWenRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def ntk_alpha(length, seq_length: int):
@@ -67,13 +67,6 @@ class QWenRotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x_BNTD, cos, sin):
-    """Rotates queries or keys. In float32 and back, so that half precision loses nothing over long positions."""
-    x = x_BNTD.float()
-    left, right = x.chunk(2, -1)
-    return (x * cos + torch.cat((-right, left), -1) * sin).to(x_BNTD.dtype)
-
-
 class QWenAttention(nn.Module):
     """Multi-head attention; c_attn holds query, key and value stacked in that order."""
 
@@ -91,11 +84,7 @@ class QWenAttention(nn.Module):
 
     def forward(self, x_BTH, rotary, logn, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
         """rotary: (cos, sin); logn None or (B, 1, T, 1); kwargs: bounds, cache_kernel and more, see attention.attend."""
-        # (B, T, 3H) -> three of (B, N, T, D)
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.c_attn(x_BTH).chunk(3, -1)
-        )
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key, value = rotated_heads(self.c_attn(x_BTH), *rotary, self.head_dim)
         if logn is not None:
             query = (query * logn).to(query.dtype)
         if past_key_values is not None:
@@ -118,7 +107,7 @@ class QWenMLP(nn.Module):
         self.c_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
     def forward(self, x_BTH):
-        return self.c_proj(self.w1(x_BTH) * silu(self.w2(x_BTH)))
+        return self.c_proj(gated(self.w1(x_BTH), self.w2(x_BTH)))
 
 
 class QWenBlock(GradientCheckpointingLayer):
@@ -209,6 +198,10 @@ class QWenModel(QWenPreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         x_BTH = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if torch.is_autocast_enabled(x_BTH.device.type):
+            # a float32 embedding under autocast would make the whole residual stream float32: twice the memory, and other
+            # numbers than under DeepSpeed, which casts the embedding itself
+            x_BTH = x_BTH.to(torch.get_autocast_dtype(x_BTH.device.type))
         x_BTH = dropout(x_BTH, self.config.emb_dropout_prob, self.training)
 
         past = past_key_values.get_seq_length() if past_key_values is not None else 0

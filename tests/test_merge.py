@@ -139,7 +139,7 @@ def test_a_merge_of_a_merge_is_refused(trained, tmp_path):
 
 
 FILES = {
-    "README.md", "attention.py", "chat_template.jinja", "chatml.py", "config.json", "configuration_qwen.py",
+    "README.md", "attention.py", "chat_template.jinja", "chatml.py", "config.json", "configuration_qwen.py", "fused.py", "fused_kernels.py",
     "generation_config.json", "generation_qwen.py", "head_loss.py", "head_loss_kernels.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py", "on_triton.py", "qwen.tiktoken",
     "tokenization_qwen.py", "tokenizer_config.json", "training.json",
 }  # fmt: skip

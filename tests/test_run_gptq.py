@@ -25,7 +25,7 @@ from finetune.new_folder import new_folder, withhold
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 41).reshape(2, 20) * 7 % 350
-MODULES = "attention chatml configuration_qwen generation_qwen head_loss head_loss_kernels kv_cache kv_cache_kernels modeling_qwen on_triton"
+MODULES = "attention chatml configuration_qwen fused fused_kernels generation_qwen head_loss head_loss_kernels kv_cache kv_cache_kernels modeling_qwen on_triton"
 CODE = {f"{name}.py" for name in [*MODULES.split(), "tokenization_qwen"]}
 JSONS = {"config.json", "generation_config.json", "quantize_config.json", "tokenizer_config.json", "training.json"}
 FILES = CODE | JSONS | {"README.md", "chat_template.jinja", "model.safetensors", "qwen.tiktoken"}
