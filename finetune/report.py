@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from qwen_model import fused
 from qwen_model.attention import torch_has_varlen
 
 from . import engines, later_qwen, method_checks, pissa, quantized, ranks
@@ -37,6 +38,7 @@ def summary(args, job, model) -> str:
         ("engine", engine(training)),
         ("trains", f"{count:,} parameters ({100 * count / every:.2f} %): {kinds(trained)}"),
         ("attention", attention(model, training)),
+        ("kernels", kernels(model, training.device)),
         ("data", samples.describe()),
         *([("evaluation", eval_samples.describe())] if eval_samples is not None else []),
         ("steps", f"{steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.samples_per_step} samples each)"),
@@ -102,6 +104,12 @@ def attention(model, training) -> str:
         return f"torch's variable-length attention over packed samples ({base.attention_reason})"
     why = "float32, or no CUDA device" if base.attention_reason == "as asked for" else base.attention_reason
     return f"sdpa, sample by sample ({why})"
+
+
+def kernels(model, device) -> str:
+    """What computes norms, rotary embedding and gate of the blocks, and the softmax of the loss."""
+    own = fused.describe(device)
+    return own if model.config.model_type == "qwen" else f"{own} for the loss; the blocks are transformers' own"
 
 
 def kinds(trained) -> str:
