@@ -1,10 +1,11 @@
-"""GB that each method needs for weights, gradients and the optimizer's state, for the published sizes of Qwen.
+"""GB that each method needs, for the published sizes of Qwen: what stands all the time, and the peak of a run.
 
-    python benchmarks/memory.py            # the README's table
-    python benchmarks/memory.py --gpus 8   # what is sharded, over so many GPUs
+    python benchmarks/memory.py                  # the README's tables
+    python benchmarks/memory.py --gpus 8         # what is sharded, over so many GPUs
+    python benchmarks/memory.py --tokens 16384   # the peak with passes of so many tokens
 
-Arithmetic on the sizes of the parameters, in bf16 with AdamW; activations come on top (they grow with --max_tokens_per_pass,
-and little with --gradient_checkpointing). What a run really takes stands in its log (memory_gb).
+Arithmetic (finetune/memory_model.py) in bf16 with AdamW and LoRA of rank 64: what --max_tokens_per_pass auto decides by. What a run
+really takes stands in its log (memory_gb).
 """
 
 import argparse
@@ -14,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from finetune.engines import ZERO3  # noqa: E402
+from finetune.memory_model import Run, Sizes, estimate, standing  # noqa: E402
+
 # layers, hidden size, intermediate_size, vocabulary
 SIZES = {
     "1.8B": (24, 2048, 11008, 151936),
@@ -22,49 +26,67 @@ SIZES = {
     "72B": (80, 8192, 49152, 152064),
 }
 RANK = 64
-TRAINED = 4 + 4 + 8  # bytes of a trained float32 parameter: itself, its gradient, AdamW's two moments
-DEEPSPEED = 2 + 4 + 4 + 8  # the same under DeepSpeed in bf16: the passes' copy, the gradient, the master, the moments
-HALF = 2 + 2 + 2  # --bf16_weights: weight, gradient, moments of 8 bits
-FROZEN, INT4 = 2, 0.5 + 4 / 128  # 4 bits, and of each group of 128 a scale (2 bytes) and its share of zero points
+INT4 = 0.5 + 4 / 128  # 4 bits, and of each group of 128 a scale (2 bytes) and its share of zero points
+METHODS = {
+    "Q-LoRA, Int4": Run(RANK, packed=INT4),
+    "LoRA, LoRA + chat rows": Run(RANK),
+    "LoRA + embeddings whole": Run(RANK, embeddings=True),
+    "full, --bf16_weights, 8-bit AdamW": Run(0, half_weights=True, state=2),
+    "full, one process": Run(0),
+}
 
 
-def count(size: str) -> tuple[int, int, int]:
-    """(parameters of the blocks' matrices, of embedding and head, of LoRA adapters on all block matrices)."""
-    layers, hidden, intermediate, vocabulary = SIZES[size]
-    shapes = [(3 * hidden, hidden), (hidden, hidden), *[(intermediate // 2, hidden)] * 3]
-    blocks = layers * sum(out * inner for out, inner in shapes)
-    adapters = layers * RANK * sum(out + inner for out, inner in shapes)
-    return blocks, 2 * vocabulary * hidden, adapters
+def sizes_of(name: str) -> Sizes:
+    layers, hidden, intermediate, vocabulary = SIZES[name]
+    config = {
+        "model_type": "qwen", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 128,
+        "kv_channels": 128, "intermediate_size": intermediate, "vocab_size": vocabulary,
+    }  # fmt: skip
+    return Sizes.of(config)
+
+
+def bytes_each(run: Run) -> float:
+    """A parameter, where all of them train."""
+    sizes = sizes_of("7B")
+    return run.ranks * sum(standing(sizes, run)) / (sizes.blocks + sizes.embeddings)
 
 
 def table(gpus: int) -> dict[str, dict[str, float]]:
-    """{method: {size: GB on each GPU}}."""
-    rows: dict[str, dict[str, float]] = {}
-    for size in SIZES:
-        blocks, embeddings, adapters = count(size)
-        every, trained = blocks + embeddings, adapters * TRAINED
-        needs = {
-            "Q-LoRA, Int4": blocks * INT4 + embeddings * FROZEN + trained,
-            "LoRA, LoRA + chat rows": every * FROZEN + trained,
-            "LoRA + embeddings whole": every * FROZEN + trained + embeddings * TRAINED,
-            "full, --bf16_weights, 8-bit AdamW": every * HALF,
-            "full, one process": every * (2 + TRAINED),  # autocast keeps a copy of the weights in bf16
-            f"LoRA, ZeRO-3 on {gpus} GPUs": (every * FROZEN + adapters * DEEPSPEED) / gpus,
-            f"full, ZeRO-3 on {gpus} GPUs": every * DEEPSPEED / gpus,
-        }
-        for method, needed in needs.items():
-            rows.setdefault(method, {})[size] = needed / 1e9
-    return rows
+    """{method: {size: GB on each GPU}} of weights, gradients and the optimizer's state."""
+    sharded = {
+        f"LoRA, ZeRO-3 on {gpus} GPUs": Run(RANK, engine=ZERO3, ranks=gpus),
+        f"full, ZeRO-3 on {gpus} GPUs": Run(0, engine=ZERO3, ranks=gpus),
+    }
+    every = METHODS | sharded
+    return {method: {size: sum(standing(sizes_of(size), run)) / 1e9 for size in SIZES} for method, run in every.items()}
+
+
+def peaks(tokens: int) -> dict[str, dict[str, str]]:
+    """{method: {size: GB at the peak on one GPU, without recomputing - with all blocks computed again}}"""
+
+    def both(size, run):
+        sizes = sizes_of(size)
+        return " - ".join(f"{estimate(sizes, run, tokens, again).peak / 1e9:.0f}" for again in (0, sizes.layers))
+
+    return {method: {size: both(size, run) for size in SIZES} for method, run in METHODS.items()}
+
+
+def show(title: str, rows: dict[str, dict]) -> None:
+    print(f"| {title} | " + " | ".join(SIZES) + " |")
+    print("|---" * (len(SIZES) + 1) + "|")
+    for method, row in rows.items():
+        cells = (value if isinstance(value, str) else f"{value:.0f}" for value in row.values())
+        print(f"| {method} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=8, help="over how many GPUs ZeRO-3 shards")
-    rows = table(parser.parse_args().gpus)
-    print("| GB for weights, gradients, optimizer | " + " | ".join(SIZES) + " |")
-    print("|---" * (len(SIZES) + 1) + "|")
-    for method, needed in rows.items():
-        print(f"| {method} | " + " | ".join(f"{needed[size]:.0f}" for size in SIZES) + " |")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="over how many GPUs ZeRO-3 shards")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="in one pass")
+    options = parser.parse_args()
+    show("GB for weights, gradients, optimizer", table(options.gpus))
+    print()
+    show(f"GB at the peak, {options.tokens:,} tokens a pass: nothing - everything computed again", peaks(options.tokens))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_memory_counts_the_bundled_model():
     )  # fmt: skip
     with torch.device("meta"):
         model = QWenLMHeadModel(config)
-    blocks, embeddings, adapters = memory.count("7B")
+    sizes = memory.sizes_of("7B")
+    blocks, embeddings, adapters = sizes.blocks, sizes.embeddings, sizes.adapters(64)
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
     assert sum(matrices.values()) == blocks + embeddings
     assert sum(size for name, size in matrices.items() if "wte" in name or "lm_head" in name) == embeddings
@@ -67,13 +68,16 @@ def test_the_scripts_say_what_the_arithmetic_says():
     rows = {method: {size: f"{needed:.0f} GB" for size, needed in row.items()} for method, row in table.items()}
     several, single = ((ROOT / "finetune" / f"finetune_{name}.sh").read_text() for name in ("ds", "full_single_gpu"))
     whole, shared = rows["full, one process"]["7B"], rows["full, ZeRO-3 on 8 GPUs"]["7B"]
-    assert f"{memory.DEEPSPEED} bytes a parameter" in several and f"about {whole}, so {shared} on each of 8" in several
+    each = {name: f"{memory.bytes_each(run):.0f}" for name, run in memory.METHODS.items() if not run.rank}
+    sharded = memory.bytes_each(memory.Run(0, engine=memory.ZERO3, ranks=8))
+    assert f"{sharded:.0f} bytes a parameter" in several and f"about {whole}, so {shared} on each of 8" in several
     half = rows["full, --bf16_weights, 8-bit AdamW"]
     assert f"{half['1.8B']} and" in single and f"7B about {half['7B']}" in single
-    assert f"at {memory.HALF} bytes" in single
-    assert f"memory allows {2 + memory.TRAINED}\n# bytes a parameter" in single
+    few, many = each["full, --bf16_weights, 8-bit AdamW"], each["full, one process"]
+    assert f"at {few} bytes" in single
+    assert f"memory allows {many}\n# bytes a parameter" in single
     said = TrainingFlags.__dataclass_fields__["bf16_weights"].metadata["help"]
-    assert f"{memory.HALF} bytes a parameter instead of {2 + memory.TRAINED}." in said
+    assert f"{few} bytes a parameter instead of {many}." in said
 
 
 def test_the_kv_cache_benchmark_runs_on_a_cpu(tmp_path):
