@@ -20,18 +20,16 @@ Published (one A100-80G, 7B in bf16, GB): other code on another torch, to be rea
 """
 
 import argparse
-import datetime
 import gc
 import json
-import platform
-import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import provenance  # noqa: E402
 
 PROMPT_TOKENS, BATCH_TOKENS = 8, 1024
 BATCHES, LENGTHS = (1, 4, 16, 32, 64, 100), (512, 1024, 2048, 4096, 8192)
@@ -234,48 +232,14 @@ def table(report: dict, options) -> str:
 
 
 def about(options) -> dict:
-    """Machine, versions, commit and settings: what a figure is worth nothing without."""
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": torch.cuda.get_device_name() if on_gpu else cpu,
-        "dtype": "bfloat16" if on_gpu else "float32",
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: version(name) for name in ("torch", "transformers", "triton")},
-        "commit": commit(),
-        "size": options.size,
-        "timed": options.timed,
-    }
-
-
-def version(package: str) -> str | None:
-    """Of an installed package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The code's commit, with "+" if files differ from it; None outside git."""
-
-    def git(*words):
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Where the figures come from, and the settings."""
+    return provenance.about() | {"size": options.size, "timed": options.timed}
 
 
 def save(report: dict, folder: Path) -> None:
     """kv_cache_SIZE_MACHINE.json"""
     folder.mkdir(parents=True, exist_ok=True)
-    machine = "".join(c if c.isalnum() else "_" for c in report["about"]["machine"].split(" (")[0])
+    machine = provenance.file_name(report["about"]["machine"])
     path = folder / f"kv_cache_{report['about']['size']}_{machine}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
 
