@@ -64,7 +64,7 @@ def parse():
     parser.add_argument("--recompute", choices=("auto", "none", "all"), default=["auto"], help="which blocks", **several)
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="of a step")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help=f"timed ones, after {WARM_UP} to warm up")
-    parser.add_argument("--flags", default="", metavar="FLAGS", help="more flags of finetune.py, in one word, for ours")
+    parser.add_argument("--flags", default="", metavar="FLAGS", help="for ours, more of finetune.py: --flags='--lora_r 16'")
     parser.add_argument("--missing", action="store_true", help="leave out what a file of this machine has")
     parser.add_argument("--timeout", type=float, default=500, metavar="S", help="seconds for a cell")
     parser.add_argument("--save", action="store_true", help="into benchmarks/results/")
@@ -131,8 +131,8 @@ def synchronize() -> None:
 
 def measure(cell: Cell, folder: str, ceiling: float, options) -> dict:
     """The cell's figures, or in `status` why there are none. In a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(vars(cell)), "--folder", folder, "--flags", options.flags]
-    command += ["--samples", str(options.samples), "--steps", str(options.steps)]
+    command = [sys.executable, __file__, "--child", json.dumps(vars(cell)), "--folder", folder]
+    command += [f"--flags={options.flags}", "--samples", str(options.samples), "--steps", str(options.steps)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
     except subprocess.TimeoutExpired:

@@ -47,10 +47,20 @@ def trainer_of(cell: Cell, out: str, samples: int, steps: int, recompute: bool, 
         from trl import SFTConfig, SFTTrainer
 
         config = SFTConfig(**settings, max_length=cell.length, dataset_kwargs={"skip_prepare_dataset": True})
-        return SFTTrainer(model=model, args=config, train_dataset=data.as_dataset()), at_once
+        words = {"model": model, "args": config, "train_dataset": data.as_dataset()}
+        return SFTTrainer(**words, processing_class=any_tokenizer()), at_once
     from transformers import Trainer, TrainingArguments
 
     return Trainer(model=model, args=TrainingArguments(**settings), train_dataset=data), at_once
+
+
+def any_tokenizer():
+    """TRL asks for one, also where samples are tokens already: then it is for padding."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
 
 
 def model_of(cell: Cell, on_gpu: bool):
