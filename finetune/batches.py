@@ -12,9 +12,10 @@ IGNORE = -100
 def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict:
     """One packed row of (ids, labels) samples, T tokens together, R of them predicted.
 
-    input_ids, position_ids (1, T); cu_seq_lens_q and _k int32: where each sample begins, and the end; max_length_q and _k;
-    logits_to_keep (R,): the positions from which a supervised token is predicted; shift_labels (1, R): those tokens.
-    The names are transformers' own. The first token of a sample is never a target: what stands before it is another sample.
+    input_ids, position_ids (1, T); cu_seq_lens_q and _k int32: where each sample begins, and the end; bounds: the same as a
+    list, for which no GPU has to be waited for; max_length_q and _k; logits_to_keep (R,): the positions from which a supervised
+    token is predicted; shift_labels (1, R): those tokens.
+    All names but bounds are transformers' own. The first token of a sample is never a target: what stands before it is another sample.
     No samples at all make a row of one token that supervises nothing, for a rank that must keep step with the others.
     """
     if not samples:
@@ -30,6 +31,7 @@ def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict:
         "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
+        "bounds": bounds.tolist(),
         "max_length_q": longest,
         "max_length_k": longest,
         "logits_to_keep": torch.from_numpy(targets - 1),

@@ -90,8 +90,9 @@ class PackedRows:
     def packed_hidden(self, input_ids, position_ids, inputs_embeds, **kwargs):
         """The normed output of the last layer, (1, T, H)."""
         name, bounds, mask = self.config._attn_implementation, kwargs["cu_seq_lens_q"], {"full_attention": None}
+        listed = kwargs.pop("bounds", None)
         if name == PACKED:
-            kwargs["bounds"] = bounds.tolist()  # once a row, not once a layer
+            kwargs["bounds"] = bounds.tolist() if listed is None else listed  # once a row, not once a layer
         elif name == "sdpa":
             mask = None  # transformers makes one, and tells samples apart by their positions
         else:

@@ -107,11 +107,16 @@ class PlannedTrainer(Trainer):
             # DDP and FSDP keep their gradients to themselves until the last pass; DeepSpeed's engine asks gradient_state
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = model(**self._prepare_inputs(row), num_items_in_batch=denominator).loss
+                loss = model(**self.on_device(row), num_items_in_batch=denominator).loss
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.throughput.add(step)
         return total
+
+    def on_device(self, row: dict) -> dict:
+        """A row's tensors on this rank's device. Nobody waits for the copy, as transformers would, and with it for the GPU."""
+        device = self.args.device
+        return {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in row.items()}
 
     def create_optimizer(self, model=None):
         """transformers' choice; with --bf16_weights rounding stochastically, with LoRA+ in more groups."""

@@ -188,7 +188,7 @@ class QWenModel(QWenPreTrainedModel):
 
         attention_mask (B, keys): 1 for tokens, 0 for padding, on either side. position_ids default to counting from the row's
         first token, padding included, as the published model does. A packed row (B = 1) brings cu_seq_lens_q and max_length_q
-        (transformers' names): samples lie one after another and do not see each other.
+        (transformers' names), and bounds, the first as a list: samples lie one after another and do not see each other.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -211,9 +211,11 @@ class QWenModel(QWenPreTrainedModel):
         rotary = self.rotary(position_ids, alpha)
         logn = self.logn(position_ids, past + kwargs.get("max_length_q", x_BTH.shape[1]))
         mask = None
+        bounds = kwargs.pop("bounds", None)
         if kwargs.get("cu_seq_lens_q") is not None:
             if self.config._attn_implementation != "flash_attention_2":  # which reads cu_seq_lens itself
-                kwargs["bounds"] = kwargs["cu_seq_lens_q"].tolist()  # once a row, not once a layer
+                # to ask a GPU for them is to wait until it has done all that it was given: once a row, if it must be
+                kwargs["bounds"] = kwargs["cu_seq_lens_q"].tolist() if bounds is None else bounds
         else:
             mask = create_causal_mask(self.config, x_BTH, attention_mask, past_key_values=past_key_values)
             if self.config.use_cache_kernel and past_key_values is not None:
