@@ -162,7 +162,7 @@ def start(folder: Path, options) -> dict:
             ends.append(time.perf_counter())
 
     take_over = report.take_over
-    report.take_over = lambda trainer: (take_over(trainer), trainer.add_callback(FirstStep()))
+    report.take_over = lambda made: (take_over(made), made.add_callback(FirstStep()))
     flags = "--max_steps 1 --use_cpu --per_device_train_batch_size 4 --save_strategy no --gradient_accumulation_steps 4"
     paths = ["-m", str(folder / "model"), "-d", str(folder / "data.jsonl"), "-o", str(folder / "out")]
     sys.argv = ["finetune.py", *paths, *flags.split(), "--overwrite_output_dir"]

@@ -4,7 +4,7 @@
     liger          the same with liger-kernel's fused operators (use_liger_kernel)
     trl            TRL's SFTTrainer, otherwise as it comes
 
-llamafactory and unsloth pin other versions of transformers and torch than this toolkit runs on, and cannot be installed beside it:
+llamafactory and unsloth want other versions of transformers and torch than this toolkit runs on, so they cannot be installed beside it:
 see NOTES.md.
 """
 

@@ -8,8 +8,18 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from . import adapter_folder, checkpoint, export_config, export_proof, layouts, merging, model, model_folder, pissa
-from . import quantized
+from . import (
+    adapter_folder,
+    checkpoint,
+    export_config,
+    export_proof,
+    layouts,
+    merging,
+    model,
+    model_folder,
+    pissa,
+    quantized,
+)
 from .errors import UserError, note
 from .export_model import new_config, plain_config, zeros_of
 from .layouts import OTHER, QWEN, Relaid

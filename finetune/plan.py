@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 LAID_OUT = 64  # how many steps are laid out to find the largest pass
 
 

@@ -43,6 +43,23 @@ def test_a_run_at_toy_size(tmp_path):
     assert "ours         lora        tiny" in done.stdout and "matrix product" in done.stdout
 
 
+@pytest.mark.slow
+def test_where_the_time_of_a_step_goes(tmp_path):
+    """With 152 thousand tokens over a hidden size of 64, most of it goes into the head."""
+    file, trace = tmp_path / "figures.json", tmp_path / "trace.json"
+    program = ROOT / "benchmarks" / "step_profile.py"
+    done = run(program, "--length", 64, "--samples", 4, "--recompute", "all", "--json", file, "--trace", trace)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=0.1)
+    assert found["recomputed"] == "2/2" and json.loads(trace.read_text())["traceEvents"]
+    parts = found["parts"]
+    assert next(iter(parts)) == "head and loss" and parts["LoRA"] > 0 and parts["norms, rotary, gate"] > 0
+    assert parts["attention"] > 0 and parts["optimizer"] > 0 and parts["other"] < 0.3 * found["seconds"]
+    assert 0.07 < found["memory_gb"]["weights"] < 0.09  # 19.5 million numbers in float32
+    assert "head and loss" in done.stdout and "aten::mm" in done.stdout
+
+
 def test_what_counts_as_work():
     """Qwen-7B has 7,720,665,088 parameters in matrices: 32 x (4 x 4096^2 + 3 x 4096 x 11008) + 2 x 151936 x 4096."""
     assert cells.parameters("7B") == 6_476_005_376 + 1_244_659_712

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import run_gptq
 
+import run_gptq
 from finetune import ask, compare, merge, quantized
 from qwen_model.new_checkpoint import new_checkpoint
 
