@@ -45,7 +45,7 @@ def test_a_run_at_toy_size(tmp_path):
 
 @pytest.mark.slow
 def test_where_the_time_of_a_step_goes(tmp_path):
-    """With 152 thousand tokens over a hidden size of 64, most of it goes into the head."""
+    """The parts add up, and each has its share."""
     file, trace = tmp_path / "figures.json", tmp_path / "trace.json"
     program = ROOT / "benchmarks" / "step_profile.py"
     done = run(program, "--length", 64, "--samples", 4, "--recompute", "all", "--json", file, "--trace", trace)
@@ -54,8 +54,9 @@ def test_where_the_time_of_a_step_goes(tmp_path):
     assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=0.1)
     assert found["recomputed"] == "2/2" and json.loads(trace.read_text())["traceEvents"]
     parts = found["parts"]
-    assert next(iter(parts)) == "head and loss" and parts["LoRA"] > 0 and parts["norms, rotary, gate"] > 0
-    assert parts["attention"] > 0 and parts["optimizer"] > 0 and parts["other"] < 0.3 * found["seconds"]
+    assert parts["head and loss"] > 0.1 * found["seconds"]  # 152 thousand tokens over a hidden size of 64
+    assert min(parts[name] for name in ("LoRA", "norms, rotary, gate", "attention", "linear layers", "optimizer")) > 0
+    assert parts["other"] < 0.3 * found["seconds"]
     assert 0.07 < found["memory_gb"]["weights"] < 0.09  # 19.5 million numbers in float32
     assert "head and loss" in done.stdout and "aten::mm" in done.stdout
 
