@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from .errors import UserError
+from .model_folder import is_hub_id
 
 PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.tiktoken", "*.txt", "*.jinja", "*.model"]  # no code
 
@@ -19,6 +20,8 @@ class NotFetched(UserError):
 
 def fetch(name: str, cache_dir: str | None = None) -> Path:
     """The folder that OWNER/NAME was downloaded to, now or before: weights, config and tokenizer; no code."""
+    if not is_hub_id(name):
+        raise NotFetched(f"{name}: no such folder - give the folder of a checkpoint, or its Hugging Face id", "no such folder")
     if os.environ.get("USE_MODELSCOPE", "").lower() in ("1", "true"):
         source, download = "ModelScope", modelscope_download()
     else:
