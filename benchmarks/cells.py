@@ -83,10 +83,16 @@ def figures(cell: Cell, tokens: int, supervised: int, seconds: float, ceiling_tf
     }
 
 
+def is_final(cell: dict) -> bool:
+    """Whether measuring again would find the same: not where a process failed, or a trainer was not installed."""
+    return cell["status"] != MISSING and not cell["status"].startswith(("failed", "took"))
+
+
 def stored(folder: Path = RESULTS) -> list[dict]:
     """All measured cells of all files of train.py, each with its machine and the ceiling measured along; newest last."""
     found = []
-    for path in sorted(folder.glob("train_*.json")):
+    numbers = {path: path.stem.rpartition("_")[2] for path in folder.glob("train_*.json")}
+    for path in sorted(numbers, key=lambda path: (int(numbers[path]) if numbers[path].isdigit() else 0, path.name)):
         report = json.loads(path.read_text(encoding="utf-8"))
         about = report["about"]
         found += [

@@ -19,11 +19,13 @@ WAY_NAMES = {"ours": "this toolkit", "transformers": "transformers + peft", "lig
 
 
 def newest(stored: list[dict]) -> dict[tuple, dict]:
-    """{(way, method, size, length): cell}: measured on a GPU, recomputing left to the program, the newest that came to an end."""
+    """{(way, method, size, length): cell}: measured on a GPU, recomputing left to the program; the newest, if it came to an end."""
     found = {}
     for cell in stored:
         place = tuple(cell[name] for name in ("way", "method", "size", "length"))
-        if cell["recompute"] == "auto" and not cell["machine"].startswith("CPU"):
+        if cell["recompute"] != "auto" or cell["machine"].startswith("CPU"):
+            continue
+        if place not in found or cells.is_final(cell):
             found[place] = cell
     return found
 

@@ -6,7 +6,7 @@
 
 Random weights of the published sizes, samples filled with random tokens, all of them supervised, 8 samples a step as published. Ours
 goes the way of finetune.py: its flags, its model, its trainer. Each cell has a process of its own, and running out of memory is
-a result. First the machine's ceiling is measured: a bf16 product of 8192 x 8192 matrices on a GPU (float32, 2048 on a CPU).
+a result. First the machine's ceiling is measured, the best of ten times: a bf16 product of 8192 x 8192 matrices on a GPU (float32, 2048 on a CPU).
 
 s/step is the median after two steps to warm up. GB is the most that torch had allocated on the GPU, resident on a CPU. Utilization is
 model FLOP over the ceiling: 4 a parameter and token under LoRA, 6 where all train; recomputing counts nothing (see cells.py).
@@ -37,10 +37,12 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbyt
 def main() -> None:
     options = parse()
     if options.child:
-        print(json.dumps(child(Cell(**json.loads(options.child)), options)))
+        print(json.dumps(machine() if options.child == "machine" else child(Cell(**json.loads(options.child)), options)))
         return
-    wanted = chosen(options)
-    report = {"about": provenance.about(PACKAGES), "ceiling_tflops": ceiling_tflops(), "cells": []}
+    # in a process of its own too: what this one held of a GPU, no cell could have
+    found = subprocess.run([sys.executable, __file__, "--child", "machine"], stdout=subprocess.PIPE, text=True, check=True)
+    report = json.loads(found.stdout.splitlines()[-1]) | {"cells": []}
+    wanted = chosen(options, report["about"]["machine"])
     path = free_name(report["about"]) if options.save else None
     print(f"{report['about']['machine']}: {report['ceiling_tflops']:.1f} TFLOP/s at a large matrix product\n{HEADER}")
     with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +78,13 @@ def parse():
     return options
 
 
-def chosen(options) -> list[Cell]:
-    """The cells, ours first in each place of the table."""
+def machine() -> dict:
+    """What the cells are measured on and by."""
+    return {"about": provenance.about(PACKAGES), "ceiling_tflops": ceiling_tflops()}
+
+
+def chosen(options, here: str) -> list[Cell]:
+    """The cells, ours first in each place of the table. here: the machine's name."""
     found = [
         Cell(way, method, size, length, recompute)
         for size in options.sizes
@@ -87,8 +94,7 @@ def chosen(options) -> list[Cell]:
         for way in options.ways
     ]
     if options.missing:
-        here = provenance.about()["machine"]
-        there = [cell for cell in cells.stored() if cell["machine"] == here]
+        there = [cell for cell in cells.stored() if cell["machine"] == here and cells.is_final(cell)]
         measured = {tuple(cell[name] for name in Cell.__dataclass_fields__) for cell in there}
         found = [cell for cell in found if cell.key() not in measured]
     return found

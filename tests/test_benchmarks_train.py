@@ -95,7 +95,9 @@ def test_tables_say_what_the_files_say(tmp_path):
         "train_H200_2.json": report("NVIDIA H200", "2030-02-02", cell(seconds=0.4), cell(length=1024, status=OOM)),
         "train_H200_1.json": report("NVIDIA H200", "2030-01-01", cell(), cell(length=256)),
         "train_CPU.json": report("CPU (x86_64, 2 threads)", "2031-01-01", cell(seconds=99.0)),
-        "train_H200_3.json": report("NVIDIA H200", "2030-03-03", cell("trl"), cell(recompute="all", seconds=77.0)),
+        "train_H200_9.json": report("NVIDIA H200", "2030-03-03", cell("trl", seconds=0.6)),
+        "train_H200_10.json": report("NVIDIA H200", "2030-03-03", cell("trl"), cell(recompute="all", seconds=77.0)),
+        "train_H200_11.json": report("NVIDIA H200", "2030-03-03", cell(status="failed: something")),
     }
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
@@ -107,6 +109,21 @@ def test_tables_say_what_the_files_say(tmp_path):
     assert rows["| LoRA, published (A100)"][0] == "1.2 s, 20.1"
     assert rows["| **full-parameter**"][0] == "not measured"
     assert "NVIDIA H200, 2030-02-02, 790 TFLOP/s" in text and "99.0" not in text and "77.0" not in text
+
+
+def test_what_has_to_be_measured_again(tmp_path, monkeypatch):
+    """Not what has a figure or ran out of memory; but what failed, took too long, or was not installed."""
+    import train
+
+    statuses = {256: OK, 512: OOM, 1024: "failed: something", 2048: "took more than 500 s", 4096: "not installed"}
+    content = report("NVIDIA H200", "2030-01-01", *(cell(length=at, status=is_) for at, is_ in statuses.items()))
+    (tmp_path / "train_1.json").write_text(json.dumps(content), encoding="utf-8")
+    stored = cells.stored
+    monkeypatch.setattr(cells, "stored", lambda: stored(tmp_path))
+    asked = {"sizes": ["7B"], "methods": ["lora"], "lengths": [*statuses, 8192], "ways": ["ours"], "recompute": ["auto"]}
+    options = train.argparse.Namespace(**asked, missing=True)
+    assert [left.length for left in train.chosen(options, "NVIDIA H200")] == [1024, 2048, 4096, 8192]
+    assert len(train.chosen(options, "another")) == 6
 
 
 def test_the_readme_is_what_the_files_say():
