@@ -68,8 +68,9 @@ class RMSNorm(torch.autograd.Function):
 def rotated_heads(qkv_BTF, cos, sin, head_dim: int):
     """(B, T, 3 N D) -> query, key, value (B, N, T, D), of which query and key are rotated, in float32 and back.
 
-    In place: the three lie in qkv_BTF's memory, whose content is theirs from here on. Only for a qkv_BTF that nothing else reads,
-    as what a linear layer returns.
+    In place: the three lie in qkv_BTF's memory, whose content is theirs from here on. Only for a qkv_BTF that nothing reads
+    afterwards, as what a linear layer returns. Where the operation before needs its result for its own backward pass (an
+    activation does), autograd raises an error there: all share one version counter.
     """
     return RotatedHeads.apply(qkv_BTF, cos, sin, head_dim)
 
@@ -80,11 +81,11 @@ class RotatedHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv_BTF, cos, sin, head_dim):
         ctx.save_for_backward(cos, sin)
-        qkv = qkv_BTF.contiguous().unflatten(-1, (3, -1, head_dim))
-        query, key, value = (without_history(qkv[:, :, i].transpose(1, 2)) for i in range(3))
-        for x in (query, key):
-            turn(x, cos, sin, 1.0, out=x)
-        return query, key, value
+        # Not mark_dirty, which a view with several outputs may not have, as the output of a quantized layer can be.
+        qkv = qkv_BTF.detach().contiguous().unflatten(-1, (3, -1, head_dim))
+        query_and_key = qkv[:, :, :2].flatten(2, 3).transpose(1, 2)  # (B, 2N, T, D), no copy: they lie side by side
+        turn(query_and_key, cos, sin, 1.0, out=query_and_key)
+        return tuple(part.transpose(1, 2) for part in qkv.unbind(2))
 
     @staticmethod
     @once_differentiable
@@ -102,23 +103,25 @@ class RotatedHeads(torch.autograd.Function):
         return grad_qkv.flatten(2), None, None, None
 
 
-def without_history(x):
-    """The same memory as a tensor of its own, to autograd no view: a custom function may not return several views."""
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
-
-
 def turn(x, cos, sin, sign: float, out) -> None:
     """out = x turned by sign times the angles; x, out (B, N, T, D), the same tensor possibly."""
     if not obstacle(x.device):
         from .fused_kernels import turn_heads
 
-        return turn_heads(x, cos, sin, sign, out)
+        turn_heads(x, cos, sin, sign, out)
+        if not out.is_inference():  # torch does not see what a kernel writes
+            torch.autograd.graph.increment_version(out)
+        return
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half] * sign  # both halves have the same angles
-    left, right = x[..., :half].float(), x[..., half:].float()
-    new_left = left * cos - right * sin
-    out[..., half:] = right * cos + left * sin
-    out[..., :half] = new_left
+    # In float32 where the result belongs, else in a copy: fresh memory costs a CPU more than the arithmetic does.
+    wide = out.copy_(x) if out.dtype == torch.float32 else x.to(torch.float32, copy=True)
+    left, right = wide[..., :half], wide[..., half:]
+    from_left = left * sin
+    left.mul_(cos).sub_(right * sin)
+    right.mul_(cos).add_(from_left)
+    if wide is not out:
+        out.copy_(wide)
 
 
 # ---- the gate
@@ -146,7 +149,8 @@ class Gated(torch.autograd.Function):
     def backward(ctx, gradient):
         up, gate = ctx.saved_tensors
         if obstacle(up.device):
-            grad_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+            product = gradient * up  # whose memory the result takes: fresh memory is dear on a CPU
+            grad_gate = torch.ops.aten.silu_backward(product, gate, grad_input=product)
             return silu(gate).mul_(gradient), grad_gate
         from .fused_kernels import gated_backward
 

@@ -6,7 +6,7 @@ a norm's weight is added up by a fixed number of programs, each over its own row
 
 import torch
 
-from .on_triton import jit, tl, triton
+from .on_triton import jit, on, tl, triton
 
 BLOCK = 1024  # elements of a program of the gate
 PROGRAMS = 512  # that add up a weight's gradient
@@ -69,7 +69,8 @@ def rms_norm_forward(x, weight, eps: float):
     out, inverse = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     rows, block = inverse.numel(), triton.next_power_of_2(H)
     if rows:
-        rms_norm_forward_kernel[(rows,)](x, weight, out, inverse, eps, H, BLOCK_H=block, num_warps=warps(block))
+        with on(x):
+            rms_norm_forward_kernel[(rows,)](x, weight, out, inverse, eps, H, BLOCK_H=block, num_warps=warps(block))
     return out, inverse
 
 
@@ -82,10 +83,11 @@ def rms_norm_backward(gradient, x, weight, inverse, for_weight: bool):
     grad_x = torch.empty_like(x)
     shares = x.new_empty((programs if for_weight else 1, H), dtype=torch.float32)
     if rows:
-        rms_norm_backward_kernel[(programs,)](
-            gradient, x, weight, inverse, grad_x, shares, rows, rows_each, H,
-            HAS_WEIGHT=for_weight, BLOCK_H=block, num_warps=warps(block),
-        )  # fmt: skip
+        with on(x):
+            rms_norm_backward_kernel[(programs,)](
+                gradient, x, weight, inverse, grad_x, shares, rows, rows_each, H,
+                HAS_WEIGHT=for_weight, BLOCK_H=block, num_warps=warps(block),
+            )  # fmt: skip
     return grad_x, shares[:programs].sum(0).to(weight.dtype) if for_weight else None
 
 
@@ -119,10 +121,11 @@ def turn_heads(x, cos, sin, sign: float, out) -> None:
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     if x.numel():
-        turn_kernel[(T, B, triton.cdiv(N, HEADS))](
-            x, out, cos, sin, sign, N, T, *x.stride()[:3], *out.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0,
-            HALF=D // 2, HEADS=HEADS,
-        )  # fmt: skip
+        with on(x):
+            turn_kernel[(T, B, triton.cdiv(N, HEADS))](
+                x, out, cos, sin, sign, N, T, *x.stride()[:3], *out.stride()[:3],
+                cos.stride(0) if cos.shape[0] > 1 else 0, HALF=D // 2, HEADS=HEADS,
+            )  # fmt: skip
 
 
 # ---- the gate
@@ -157,7 +160,8 @@ def gated_forward(up, gate):
     up, gate = up.contiguous(), gate.contiguous()
     out, count = torch.empty_like(up), up.numel()
     if count:
-        gated_forward_kernel[(triton.cdiv(count, BLOCK),)](up, gate, out, count, BLOCK=BLOCK)
+        with on(up):
+            gated_forward_kernel[(triton.cdiv(count, BLOCK),)](up, gate, out, count, BLOCK=BLOCK)
     return out
 
 
@@ -166,5 +170,8 @@ def gated_backward(gradient, up, gate):
     gradient, up, gate = gradient.contiguous(), up.contiguous(), gate.contiguous()
     grad_up, grad_gate, count = torch.empty_like(up), torch.empty_like(gate), up.numel()
     if count:
-        gated_backward_kernel[(triton.cdiv(count, BLOCK),)](gradient, up, gate, grad_up, grad_gate, count, BLOCK=BLOCK)
+        with on(up):
+            gated_backward_kernel[(triton.cdiv(count, BLOCK),)](
+                gradient, up, gate, grad_up, grad_gate, count, BLOCK=BLOCK
+            )  # fmt: skip
     return grad_up, grad_gate

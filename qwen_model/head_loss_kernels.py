@@ -9,7 +9,7 @@ Shapes: R rows, V vocabulary.
 
 import torch
 
-from .on_triton import jit, tl
+from .on_triton import jit, on, tl
 
 BLOCK_V = 4096
 
@@ -45,7 +45,8 @@ def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):
     rows, vocabulary = logits_RV.shape
     Z_R, c_R, losses_R = torch.empty((3, rows), dtype=torch.float32, device=logits_RV.device)
     if rows:
-        exponentials_kernel[(rows,)](
-            logits_RV, labels_R, Z_R, c_R, losses_R, logits_RV.stride(0), vocabulary, BLOCK_V=BLOCK_V, num_warps=8
-        )
+        with on(logits_RV):
+            exponentials_kernel[(rows,)](
+                logits_RV, labels_R, Z_R, c_R, losses_R, logits_RV.stride(0), vocabulary, BLOCK_V=BLOCK_V, num_warps=8
+            )
     return logits_RV, Z_R, c_R, losses_R.sum()

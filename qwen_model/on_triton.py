@@ -1,8 +1,10 @@
 """Triton, where it is installed. Files with kernels travel with every saved model, and must import without it, too."""
 
+import contextlib
 import functools
 
 import torch
+from transformers.utils import logging
 
 try:
     import triton
@@ -10,19 +12,49 @@ try:
 except ImportError:
     triton = tl = None
 
+logger = logging.get_logger(__name__)
+
 
 def jit(kernel):
     """triton.jit, or nothing where triton is missing."""
     return triton.jit(kernel) if triton else kernel
 
 
+def on(x: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensor's: a model may be spread over several."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@jit
+def trial_kernel(out):
+    """One number, for `obstacle`."""
+    tl.store(out, 1.0)
+
+
+def failure(device: torch.device) -> str:
+    """Why a kernel cannot be built or launched on this device, "" if it can."""
+    try:
+        out = torch.zeros(1, device=device)
+        with on(out):
+            trial_kernel[(1,)](out)
+        return "" if out.item() == 1.0 else "a kernel's result is wrong"
+    except Exception as error:  # no C compiler, no Python headers, a GPU that this triton does not know
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 @functools.cache
 def obstacle(device: torch.device) -> str:
-    """Why kernels cannot run on tensors of this device, "" if they can."""
+    """Why kernels cannot run on tensors of this device, "" if they can. Triton compiles with what the machine has: one is tried."""
     if device.type != "cuda":
         return "no CUDA device"
     if triton is None:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "they need an Ampere GPU (sm_80) or newer"
-    return ""
+    if torch.compiler.is_compiling():  # which has a compiler, and must not trace the trial
+        return ""
+    why = failure(device)
+    if why:
+        logger.warning(f"plain torch instead of the kernels: triton does not work here ({why})")
+    return f"triton does not work here: {why}" if why else ""

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
+from qwen_model import on_triton
 from qwen_model.fused import describe, gated, rms_norm, rotated_heads
 
 HALF = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}  # some roundings
@@ -138,70 +141,140 @@ def test_heads_lie_where_the_projection_lay():
     assert torch.equal(value.transpose(1, 2).flatten(2), value_before)
 
 
+# ---- as autograd does the formulas, bit for bit
+
+
+def norm_formula(x, weight):
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    return normed.to(x.dtype) * weight
+
+
+def heads_formula(qkv, cos, sin, D):
+    query, key, value = (part.unflatten(-1, (-1, D)).transpose(1, 2) for part in qkv.chunk(3, -1))
+
+    def rotated(x):
+        wide = x.float()
+        left, right = wide.chunk(2, -1)
+        return (wide * cos + torch.cat((-right, left), -1) * sin).to(x.dtype)
+
+    return rotated(query), rotated(key), value
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_values_are_the_formulas_to_the_bit(dtype):
+    x, weight, gate = (random(3, 5, 96, dtype=dtype, seed=i) * 3 for i in range(3))
+    assert torch.equal(rms_norm(x, weight[0, 0], 1e-6), norm_formula(x, weight[0, 0]))
+    assert torch.equal(gated(x, gate), x * silu(gate))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("B", [1, 2])
+def test_rotation_and_its_gradient_are_the_formula_to_the_bit(dtype, B):
+    (cos, sin), leaves = angles(B, 7, 16), [random(2, 7, 3 * 48, dtype=dtype).requires_grad_() for _ in range(2)]
+    got, want = rotated_heads(leaves[0] * 1, cos, sin, 16), heads_formula(leaves[1] * 1, cos, sin, 16)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    # as attention gives them: laid out token by token, and none of them fresh
+    gradients = [random(2, 7, 3, 16, dtype=dtype, seed=i).transpose(1, 2) for i in (1, 2, 3)]
+    before = [one.clone() for one in gradients]
+    for heads in (got, want):
+        torch.autograd.backward(heads, gradients)
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, before))
+
+
+# ---- in place, where autograd allows it
+
+
+def test_a_result_that_is_needed_again_is_not_rotated_in_silence():
+    """tanh's backward reads its result."""
+    heads = rotated_heads(random(1, 5, 96).requires_grad_().tanh(), *angles(1, 5, 16), 16)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(x.sum() for x in heads).backward()
+
+
+def test_a_projection_that_is_hooked_or_gives_a_view():
+    """As quantized layers reshape their result, and as users hook c_attn."""
+    (cos, sin), gradients = angles(1, 5, 16), []
+    hooked = torch.nn.Linear(8, 96)
+    hooked.register_full_backward_hook(lambda *_: None)
+    for project in (hooked, lambda x: torch.nn.functional.linear(x[0], hooked.weight, hooked.bias).view(1, 5, 96)):
+        x = random(1, 5, 8).requires_grad_()
+        heads = rotated_heads(project(x), cos, sin, 16)
+        torch.autograd.backward(heads, [random(1, 2, 5, 16, seed=i) for i in range(3)])
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_inference(grad_mode):
+    qkv, (cos, sin) = random(1, 5, 96), angles(1, 5, 16)
+    with grad_mode():
+        got = rotated_heads(qkv * 1, cos, sin, 16)
+    assert all(torch.equal(one, other) for one, other in zip(got, heads_formula(qkv, cos, sin, 16)))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_computed_again_in_the_backward_pass(use_reentrant):
+    (cos, sin), weight = angles(1, 5, 16), random(32).requires_grad_()
+    projection = torch.nn.Linear(32, 96)
+
+    def layer(x):
+        query, key, value = rotated_heads(projection(rms_norm(x, weight, 1e-6)), cos, sin, 16)
+        return gated(query + key, value)
+
+    found = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        x, weight.grad = random(1, 5, 32).requires_grad_(), None
+        call(x).square().sum().backward()
+        found.append((x.grad, weight.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+# ---- who computes
+
+
 def test_who_computes_is_said():
     assert describe("cpu") == "plain torch (no CUDA device)"
 
 
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """obstacle, that remembers nothing, on a machine with an H100."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return on_triton.obstacle.__wrapped__
+
+
+def test_where_triton_does_not_work_plain_torch_does(a_gpu, monkeypatch, caplog):
+    """It compiles with the machine's C compiler, which the smaller CUDA images do not have."""
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
+    monkeypatch.setattr(on_triton, "trial_kernel", Broken())
+    why = "triton does not work here: RuntimeError: Failed to find C compiler."
+    assert a_gpu(torch.device("cuda", 0)) == why
+    assert "plain torch instead of the kernels: triton does not work here (RuntimeError: Failed to find" in caplog.text
+
+
+def test_where_it_works_the_kernels_run(a_gpu, monkeypatch):
+    monkeypatch.setattr(on_triton, "failure", lambda device: "")
+    assert a_gpu(torch.device("cuda", 0)) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "sm_80" in a_gpu(torch.device("cuda", 0))
+
+
 # ---- the kernels
-
-INTERPRETED = """
-import torch
-import test_fused as t
-from qwen_model import fused, fused_kernels as k
-obstacle = fused.obstacle
-
-
-def both(call):
-    fused.obstacle = lambda device: "plain torch is asked for"
-    want = call()
-    fused.obstacle = lambda device: ""
-    got = call()
-    fused.obstacle = obstacle
-    return got, want
-
-
-def same(call, dtype):
-    got, want = both(call)
-    for one, other in zip(got, want, strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape, (one.dtype, other.dtype)
-        scale = other.abs().max().clamp_min(1)
-        torch.testing.assert_close(one.double() / scale, other.double() / scale, rtol=t.HALF[dtype], atol=t.HALF[dtype])
-
-
-def with_gradients(call, *inputs):
-    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    out = call(*(x * 1 for x in leaves))
-    out = out if isinstance(out, tuple) else (out,)
-    sum((one.float() * t.random(*one.shape, seed=7 + i)).sum() for i, one in enumerate(out)).backward()
-    return *out, *(x.grad for x in leaves)
-
-
-k.PROGRAMS = 4  # so that a program has several rows, and the last has fewer
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for H in (64, 100, 1024):
-        x, weight = t.random(2, 7, H, dtype=dtype), t.random(H, dtype=dtype, seed=1)
-        same(lambda: with_gradients(lambda x, w: fused.rms_norm(x, w, 1e-6), x, weight), dtype)
-        same(lambda: with_gradients(lambda x: fused.rms_norm(x, weight, 1e-6), x), dtype)  # frozen
-    wide = t.random(48)
-    same(lambda: with_gradients(lambda x: fused.rms_norm(x, wide, 1e-6), t.random(3, 48, dtype=dtype)), dtype)
-    for D in (64, 128):
-        for N in (1, 3, 18):
-            for B in (1, 2):
-                cos, sin = t.angles(B, 5, D)
-                qkv = t.random(2, 5, 3 * N * D, dtype=dtype)
-                same(lambda: with_gradients(lambda x: fused.rotated_heads(x, cos, sin, D), qkv), dtype)
-    for F in (3, 640, 1024):
-        up, gate = (t.random(2, 3, F, dtype=dtype, seed=i) * 3 for i in (1, 2))
-        same(lambda: with_gradients(fused.gated, up, gate), dtype)
-print("alike")
-"""
-
 
 def test_the_kernels_in_tritons_interpreter():
     """In a process of its own: the interpreter is chosen when triton is imported."""
     here = Path(__file__).parent
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(here / "interpreted_training_kernels.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout == "alike\n", done.stderr[-3000:]
 
 
@@ -228,6 +301,41 @@ def test_the_kernels_on_a_gpu(dtype):
     for one, other in zip(leaves, wide):
         scale = other.grad.abs().max()
         close(one.grad / scale, other.grad / scale, dtype)
+
+
+def gradients(call, inputs):
+    """Of a random projection of what `call` gives, by its inputs; in float32 or wider."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = call(*(x * 1 for x in leaves))
+    out = out if isinstance(out, tuple) else (out,)
+    wide = [x if x.dtype == torch.float64 else x.float() for x in out]
+    sum((x * random(*x.shape, seed=9 + i).to(x)).sum() for i, x in enumerate(wide)).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_kernels_gradients_on_a_gpu(dtype):
+    """Rotation and gate, at a 7B model's widths, against float64 on the same GPU."""
+    cos, sin = (x.cuda() for x in angles(1, 300, 128))
+    qkv = random(1, 300, 3 * 4096).to("cuda", dtype)
+    up, gate = (random(300, 11008, seed=i).to("cuda", dtype) for i in (1, 2))
+    for call, call64, inputs in [
+        (lambda x: rotated_heads(x, cos, sin, 128), lambda x: heads64(x, cos, sin, 128), [qkv]),
+        (gated, gate64, [up, gate]),
+    ]:
+        for one, other in zip(gradients(call, inputs), gradients(call64, [x.double() for x in inputs])):
+            scale = other.abs().max()
+            close(one / scale, other / scale, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
+def test_tensors_on_a_gpu_that_is_not_the_current_one():
+    x, weight = random(5, 64).to("cuda:1"), random(64).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    close(rms_norm(x, weight, 1e-6), norm64(x.double(), weight.double(), 1e-6), torch.float32)
 
 
 @pytest.mark.slow
