@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwen_model.on_triton import on
+
 BLOCK = 512
 
 
@@ -42,5 +44,6 @@ def drop_on_gpu(x: torch.Tensor, dropped: int, seed: int, out: torch.Tensor) -> 
     """See dropout.drop. x, out: contiguous, of the same shape; dropped: of 65536 values, how many drop."""
     programs = triton.cdiv(x.numel(), 8 * BLOCK)
     if programs:
-        drop_kernel[(programs,)](x, out, x.numel(), dropped, seed, BLOCK=BLOCK)
+        with on(x):
+            drop_kernel[(programs,)](x, out, x.numel(), dropped, seed, BLOCK=BLOCK)
     return out
