@@ -1,8 +1,8 @@
 """GPTQ layers to train over (Frantar et al., 2023), on gptqmodel's, which is imported here: import this file only when needed.
 
-gptqmodel unpacks the weights. What is done with them here differs from its own layers in two things: a pass keeps no unpacked
-weight for the backward pass (over all layers that would be the 16-bit model, in the memory of activations), and scales stay in
-the precision that they were stored in.
+What differs from gptqmodel's own layers: a pass keeps no unpacked weight for the backward pass (over all layers that would be
+the 16-bit model, in the memory of activations), scales stay in the precision that they were stored in, and on a GPU one
+kernel of ours (gptq_kernel.py) unpacks; elsewhere, and numbers of 3 bits, gptqmodel does.
 
 Shapes: N tokens, I input and O output features of a layer; unpacked weights are (I, O).
 """
@@ -13,6 +13,8 @@ import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from safetensors import safe_open
 from torch import nn
+
+from qwen_model.on_triton import obstacle
 
 from . import checkpoint
 
@@ -61,6 +63,10 @@ class FrozenLinear(TorchLinear):
     def unpack(self, dtype: torch.dtype):
         """The weight (I, O), unpacked in the precision of its scales."""
         with torch.no_grad():
+            if self.bits != 3 and not obstacle(self.qweight.device):
+                from .gptq_kernel import unpack
+
+                return unpack(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, dtype)
             return self.dequantize_weight().to(dtype)
 
     def forward(self, x):
@@ -68,7 +74,7 @@ class FrozenLinear(TorchLinear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def train(self, mode: bool = True):
-        """Stays as for evaluation: gptqmodel's fast unpacking on GPUs is closed to layers in training."""
+        """Stays as for evaluation: gptqmodel's unpacking of 2, 4 and 8 bits is slower in layers in training."""
         return self
 
     def _apply(self, fn, recurse=True):

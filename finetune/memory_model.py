@@ -203,5 +203,6 @@ def head_piece(sizes: Sizes, run: Run, tokens: int) -> float:
 
 
 def unpacked(sizes: Sizes, run: Run) -> float:
-    """A quantized layer's weight while it is multiplied with, and what it is unpacked through."""
-    return 3 * max(out * inner for out, inner in sizes.matrices()) * run.s if run.packed else 0.0
+    """A quantized layer's weight while it is multiplied with; on the CPU also what it is unpacked through."""
+    copies = 1 if run.on_gpu else 3
+    return copies * max(out * inner for out, inner in sizes.matrices()) * run.s if run.packed else 0.0

@@ -12,33 +12,36 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from finetune import dropout_kernel  # noqa: E402
+from finetune import dropout_kernel, gptq_kernel  # noqa: E402
 from qwen_model import fused_kernels, head_loss_kernels  # noqa: E402
 
-# kernel: its constants at a 7B model's sizes, float32 tensors, int64 tensors, float numbers; other tensors have the pass's type
+# kernel: its constants at a 7B model's sizes, float32 tensors, {integer tensor: bits}, float numbers; other tensors have the pass's type
 KERNELS = {
-    fused_kernels.rms_norm_forward_kernel: ({"BLOCK_H": 4096}, {"inverse"}, set(), {"eps"}),
+    fused_kernels.rms_norm_forward_kernel: ({"BLOCK_H": 4096}, {"inverse"}, {}, {"eps"}),
     fused_kernels.rms_norm_backward_kernel: (
-        {"BLOCK_H": 4096, "HAS_WEIGHT": True}, {"inverse", "grad_weight"}, set(), set(),
+        {"BLOCK_H": 4096, "HAS_WEIGHT": True}, {"inverse", "grad_weight"}, {}, set(),
     ),
-    fused_kernels.turn_kernel: ({"HALF": 64, "HEADS": fused_kernels.HEADS}, {"cos", "sin"}, set(), {"sign"}),
-    fused_kernels.gated_forward_kernel: ({"BLOCK": fused_kernels.BLOCK}, set(), set(), set()),
-    fused_kernels.gated_backward_kernel: ({"BLOCK": fused_kernels.BLOCK}, set(), set(), set()),
+    fused_kernels.turn_kernel: ({"HALF": 64, "HEADS": fused_kernels.HEADS}, {"cos", "sin"}, {}, {"sign"}),
+    fused_kernels.gated_forward_kernel: ({"BLOCK": fused_kernels.BLOCK}, set(), {}, set()),
+    fused_kernels.gated_backward_kernel: ({"BLOCK": fused_kernels.BLOCK}, set(), {}, set()),
     head_loss_kernels.exponentials_kernel: (
-        {"BLOCK_V": head_loss_kernels.BLOCK_V}, {"Z", "c", "losses"}, {"labels"}, set(),
+        {"BLOCK_V": head_loss_kernels.BLOCK_V}, {"Z", "c", "losses"}, {"labels": 64}, set(),
     ),
-    dropout_kernel.drop_kernel: ({"BLOCK": dropout_kernel.BLOCK}, set(), set(), set()),
+    dropout_kernel.drop_kernel: ({"BLOCK": dropout_kernel.BLOCK}, set(), {}, set()),
+    gptq_kernel.unpack_kernel: (
+        {"BITS": 4, "BLOCK_O": gptq_kernel.BLOCK_O}, set(), {"qweight": 32, "qzeros": 32, "g_idx": 32}, set(),
+    ),
 }  # fmt: skip
 TENSORS = {
     "x", "out", "weight", "gradient", "grad_x", "up", "gate", "grad_up", "grad_gate", "logits",
-    "cos", "sin", "inverse", "grad_weight", "Z", "c", "losses", "labels",
+    "cos", "sin", "inverse", "grad_weight", "Z", "c", "losses", "labels", "qweight", "qzeros", "scales", "g_idx",
 }  # fmt: skip
 NEVER_DIVISIBLE = {"sign", "eps", "seed", "dropped"}
 
 
 def compile_kernel(kernel, dtype: str, capability: int):
     """Tensors and sizes are multiples of 16, as they are in a model; numbers are 32 bit."""
-    constants, wide, integer, floats = KERNELS[kernel]
+    constants, wide, integers, floats = KERNELS[kernel]
     signature, fixed, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -46,7 +49,7 @@ def compile_kernel(kernel, dtype: str, capability: int):
             signature[name], fixed[(i,)] = "constexpr", constants[name]
             continue
         if name in TENSORS:
-            signature[name] = "*fp32" if name in wide else "*i64" if name in integer else f"*{dtype}"
+            signature[name] = "*fp32" if name in wide else f"*i{integers[name]}" if name in integers else f"*{dtype}"
         else:
             signature[name] = "fp32" if name in floats else "i32"
         if name not in NEVER_DIVISIBLE:
