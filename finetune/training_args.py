@@ -137,6 +137,8 @@ def build(values: dict):
     if idle := changed & set(NO_EFFECT):
         listed = ", ".join(f"--{name}" for name in sorted(idle))
         note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
+    if values["torch_compile"]:
+        note("--torch_compile: steps differ in length, and the first ones are compiled anew, for a minute each on few cores")
     if not findings:
         try:
             return TrainingArguments(**values), []

@@ -43,18 +43,28 @@ def failure(device: torch.device) -> str:
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-@functools.cache
-def obstacle(device: torch.device) -> str:
-    """Why kernels cannot run on tensors of this device, "" if they can. Triton compiles with what the machine has: one is tried."""
+def refusal(device: torch.device) -> str:
+    """Why kernels cannot run there, from what can be read; "" if nothing speaks against it."""
     if device.type != "cuda":
         return "no CUDA device"
     if triton is None:
         return "triton is not installed"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "they need an Ampere GPU (sm_80) or newer"
-    if torch.compiler.is_compiling():  # which has a compiler, and must not trace the trial
-        return ""
-    why = failure(device)
-    if why:
+    return "" if torch.cuda.get_device_capability(device)[0] >= 8 else "they need an Ampere GPU (sm_80) or newer"
+
+
+@functools.cache
+def obstacle_found(device: torch.device) -> str:
+    """As obstacle(). Triton compiles with what the machine has: one kernel is tried."""
+    if why := refusal(device):
+        return why
+    if why := failure(device):
         logger.warning(f"plain torch instead of the kernels: triton does not work here ({why})")
-    return f"triton does not work here: {why}" if why else ""
+        return f"triton does not work here: {why}"
+    return ""
+
+
+def obstacle(device: torch.device) -> str:
+    """Why kernels cannot run on tensors of this device, "" if they can."""
+    if torch.compiler.is_compiling():  # which has a compiler, and must trace neither the trial nor a cache
+        return refusal(device)
+    return obstacle_found(device)

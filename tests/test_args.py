@@ -251,6 +251,13 @@ def test_a_flag_that_this_trainer_passes_over_is_named(capsys):
     )
 
 
+def test_compiling_is_said_to_take_its_time(capsys):
+    arguments.parse(["--num_train_epochs", "2"])
+    assert "--torch_compile" not in capsys.readouterr().err
+    arguments.parse(["--torch_compile", "True"])
+    assert "note: --torch_compile: steps differ in length" in capsys.readouterr().err
+
+
 def test_lazy_preprocess_is_accepted(world, capsys):
     assert found(world, "--lazy_preprocess", "True") == []
     assert "--lazy_preprocess has no effect" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -239,10 +240,10 @@ def test_who_computes_is_said():
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """obstacle, that remembers nothing, on a machine with an H100."""
+    """What decides, and remembers nothing, on a machine with an H100."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    return on_triton.obstacle.__wrapped__
+    return on_triton.obstacle_found.__wrapped__
 
 
 def test_where_triton_does_not_work_plain_torch_does(a_gpu, monkeypatch, caplog):
@@ -265,6 +266,22 @@ def test_where_it_works_the_kernels_run(a_gpu, monkeypatch):
     assert a_gpu(torch.device("cuda", 0)) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "sm_80" in a_gpu(torch.device("cuda", 0))
+
+
+def test_torch_compile_traces_no_trial(a_gpu, monkeypatch):
+    monkeypatch.setattr(on_triton, "failure", lambda device: pytest.fail("a kernel was launched"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert on_triton.obstacle(torch.device("cuda", 0)) == ""
+    assert on_triton.obstacle(torch.device("cpu")) == "no CUDA device"
+
+
+def test_torch_compile_takes_the_operations_in_one_graph_and_warns_of_nothing():
+    """With backend "eager", which needs no C compiler."""
+    x, weight = random(2, 5, 48), random(48)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        whole = torch.compile(lambda x: gated(rms_norm(x, weight, 1e-6), x), backend="eager", fullgraph=True)
+        close(whole(x), gated(rms_norm(x, weight, 1e-6), x).double(), torch.float32)
 
 
 # ---- the kernels
