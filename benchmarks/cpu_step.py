@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import provenance
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -42,7 +44,8 @@ def main() -> None:
     figures = measure(options)
     print(table(figures))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        told = {"about": provenance.about(), "data": options.data.name}
+        options.json.write_text(json.dumps(told | figures, indent=2) + "\n")
 
 
 def measure(options) -> dict:

@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import provenance
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -52,7 +54,9 @@ def main() -> None:
             figures[part] = run_part(part, Path(folder), options)
         print(LINES[part].format(**figures[part]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        packages = ("tiktoken", "numpy", "torch", "transformers")
+        told = {"about": provenance.about(packages), "data": options.data.name}
+        options.json.write_text(json.dumps(told | figures, indent=2) + "\n", encoding="utf-8")
 
 
 LINES = {

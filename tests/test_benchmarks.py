@@ -21,6 +21,7 @@ def test_a_cpu_step_is_ten_times_as_fast_in_a_fifth_of_the_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "times as fast, in" in done.stdout
     figures = json.loads(figures.read_text())
+    assert {"machine", "versions", "commit"} <= figures["about"].keys()
     assert figures["plain"]["loss"] == pytest.approx(figures["ours"]["loss"], rel=1e-5)  # the same work was done
     assert figures["speed_ratio"] >= 10
     assert figures["memory_ratio"] <= 0.2

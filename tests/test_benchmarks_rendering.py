@@ -18,6 +18,7 @@ def test_all_three_parts(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["speed", "memory", "start"]
     found = json.loads((tmp_path / "f.json").read_text())
+    assert {"machine", "versions", "commit"} <= found["about"].keys()
     assert found["speed"]["megabytes"] >= 0.2 and found["speed"]["ratio"] > 0
     assert found["memory"]["conversations"] == 700 and 0.1 < found["memory"]["peak_gb"] < 2
     assert found["start"]["conversations"] == 300 and 0 < found["start"]["seconds"] < 5
