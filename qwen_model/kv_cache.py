@@ -14,11 +14,10 @@ gives its reason. Both ways attend over the dequantized keys and values, at the 
 Shapes: B batch, N heads, T new tokens, K tokens held, C tokens there is room for, D head size.
 """
 
-import functools
-import importlib.util
-
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+
+from .on_triton import obstacle, triton
 
 # Multiplied, not divided by 255: torch divides by a number exactly on a CPU and by its reciprocal on CUDA.
 STEP = 1 / 255
@@ -166,22 +165,19 @@ class Int8Cache(Cache):
 # ---- whether the kernels read it
 
 
-@functools.cache
 def machine_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """What keeps the kernels from running on this device, "" for nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     from .kv_cache_kernels import HEAD_SIZES, INTERPRETED
 
+    if triton is None:
+        return "triton is not installed"
     if head_size not in HEAD_SIZES:
         return f"its heads have {head_size} channels, the kernels are for {' and '.join(map(str, HEAD_SIZES))}"
-    if not INTERPRETED and device.type != "cuda":
+    if INTERPRETED:
+        return "Triton's interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16" if dtype == torch.bfloat16 else ""
+    if device.type != "cuda":
         return f"the model is on {device.type}, not on CUDA (and TRITON_INTERPRET=1 is not set)"
-    if INTERPRETED and dtype == torch.bfloat16:
-        return "Triton's interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
-    if not INTERPRETED and torch.cuda.get_device_capability(device)[0] < 8:
-        return "it needs an Ampere GPU (sm_80) or newer"
-    return ""
+    return obstacle(device)
 
 
 def kernel_obstacle(config, cache, x_BTH: torch.Tensor, mask=None, training: bool = False) -> str:

@@ -18,17 +18,12 @@ R rows: tokens of all heads one after another.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the file travels with every saved model: kv_cache.kernel_obstacle says what is missing
-    triton = tl = None
+from .on_triton import jit, on, tl, triton
 
 # Whether triton runs the kernels in Python, on any tensor: it decides when they are defined, that is, now.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -42,12 +37,7 @@ MAX_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 4  # how many parts a GPU's multiprocessor should find
 
 
-def jit(**settings):
-    """triton.jit, or nothing where triton is missing."""
-    return triton.jit(**settings) if triton else lambda kernel: kernel
-
-
-@jit()
+@jit
 def quantize_rows(
     x_ptr, q_ptr, scale_ptr, zero_ptr, rows, N, T, C, at, stride_b, stride_n, stride_t,
     STEP: tl.constexpr, RELATIVE: tl.constexpr, ABSOLUTE: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -89,7 +79,7 @@ def write_kernel(
     )  # fmt: skip
 
 
-@jit()
+@jit
 def load_rows(q_ptr, scale_ptr, zero_ptr, row, real, D: tl.constexpr):
     """scale * (q - zero) of rows of the cache in float32, (rows, D)."""
     q = tl.load(q_ptr + (row * D)[:, None] + tl.arange(0, D)[None, :], mask=real[:, None], other=0).to(tl.float32)
@@ -187,11 +177,6 @@ def join_kernel(parts_ptr, stats_ptr, out_ptr, N, T, splits, D: tl.constexpr, MA
 
 
 # ---- what kv_cache.py and attention.py call
-
-
-def on(x: torch.Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def capacity(triple) -> int:

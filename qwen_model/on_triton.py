@@ -15,9 +15,11 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
-def jit(kernel):
-    """triton.jit, or nothing where triton is missing."""
-    return triton.jit(kernel) if triton else kernel
+def jit(kernel=None, **settings):
+    """triton.jit, with or without settings, or nothing where triton is missing."""
+    if triton:
+        return triton.jit(kernel, **settings)
+    return kernel or (lambda kernel: kernel)
 
 
 def on(x: torch.Tensor):

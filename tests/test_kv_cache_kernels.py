@@ -106,22 +106,21 @@ def test_gradients_are_an_obstacle(a_gpu_would_do):
     assert "gradients are on" in kernel_obstacle(config(), Int8Cache(), torch.zeros(1))
 
 
+@needs_triton
 def test_obstacles_of_the_machine(monkeypatch):
-    obstacle = machine_obstacle.__wrapped__  # what the machine was asked before is not to be remembered
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert "on cpu, not on CUDA" in obstacle(cpu, torch.float32, 64)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "sm_80" in obstacle(cuda, torch.float16, 64)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert obstacle(cuda, torch.float16, 64) == obstacle(cuda, torch.bfloat16, 128) == ""
-    assert "32 channels" in obstacle(cuda, torch.float16, 32)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert obstacle(cuda, torch.float16, 64) == "triton is not installed"
+    assert "on cpu, not on CUDA" in machine_obstacle(cpu, torch.float32, 64)
+    monkeypatch.setattr(kv_cache, "obstacle", lambda device: f"{device} is too old")
+    assert machine_obstacle(cuda, torch.float16, 64) == "cuda:0 is too old"
+    monkeypatch.setattr(kv_cache, "obstacle", lambda device: "")
+    assert machine_obstacle(cuda, torch.float16, 64) == machine_obstacle(cuda, torch.bfloat16, 128) == ""
+    assert "32 channels" in machine_obstacle(cuda, torch.float16, 32)
+    monkeypatch.setattr(kv_cache, "triton", None)
+    assert machine_obstacle(cuda, torch.float16, 64) == "triton is not installed"
 
 
 def test_the_reason_is_said_once_and_the_cache_still_works(caplog):
     logging.Logger.warning_once.cache_clear()
-    machine_obstacle.cache_clear()
     settings = {"hidden_size": 128, "num_attention_heads": 2, "kv_channels": 64, "use_cache_quantization": True}
     asked, plain = tiny_model(**settings, use_cache_kernel=True).eval(), tiny_model(**settings).eval()
     ids = torch.randint(1, 159, (2, 5))
@@ -191,22 +190,15 @@ def test_a_copy_and_a_cropped_cache_are_their_own():
 # ---- it travels
 
 PROGRAM = """
-import importlib, logging, sys
-sys.modules["triton"] = None  # first without it: importing it fails
+import logging, sys
+if "without" in sys.argv:
+    sys.modules["triton"] = None  # importing it fails
 import torch
 from transformers import AutoModelForCausalLM
 logging.basicConfig(level=logging.INFO)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
 assert "qwen_model" not in sys.modules
-def answer():
-    return model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0)[0].tolist()
-print(answer())
-package = type(model).__module__.rpartition(".")[0]
-kernels = importlib.import_module(package + ".kv_cache_kernels")
-assert kernels.triton is None
-del sys.modules["triton"], sys.modules[kernels.__name__]
-sys.modules[package + ".kv_cache"].machine_obstacle.cache_clear()
-print(answer())
+print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0)[0].tolist())
 """
 
 
@@ -217,28 +209,20 @@ def test_a_saved_folder_carries_the_kernels(tmp_path):
     sizes = {"hidden_size": 128, "num_attention_heads": 1, "kv_channels": 128}
     model = tiny_model(**sizes, use_cache_quantization=True, use_cache_kernel=True).eval()
     model.save_pretrained(tmp_path / "model")
-    assert (tmp_path / "model" / "kv_cache_kernels.py").exists()
+    assert {"kv_cache_kernels.py", "on_triton.py"} <= {path.name for path in (tmp_path / "model").iterdir()}
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "model")],
-        cwd=tmp_path,
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    without, used = (
-        done.stderr.index(said)
-        for said in (
-            "use_cache_kernel has no effect: triton is not installed",
-            "int8 KV cache: read by the Triton kernels",
-        )
-    )
-    assert without < used
     model.config.use_cache_kernel = False
     expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert done.stdout.splitlines()[-2:] == [str(expected[0].tolist())] * 2
+    for how, said in (
+        ("without", "use_cache_kernel has no effect: triton is not installed"),
+        ("with", "int8 KV cache: read by the Triton kernels"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "model"), how], cwd=tmp_path,
+            env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0 and said in done.stderr, done.stderr
+        assert done.stdout.splitlines()[-1] == str(expected[0].tolist())
 
 
 # ---- it compiles, which the interpreter does not show
