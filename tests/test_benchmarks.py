@@ -115,3 +115,36 @@ def test_the_kv_cache_benchmark_says_what_does_not_fit(monkeypatch):
     model = kv_cache.make_model("toy")
     assert kv_cache.measure(model, 64, 1024, "full", None) == {"problem": "out of memory"}
     assert kv_cache.shown({"problem": "out of memory"}) == "out of memory"
+
+
+# ---- everything at once
+
+
+def on_a_gpu(*parts, **environment) -> subprocess.CompletedProcess:
+    program = ["bash", str(ROOT / "benchmarks" / "on_a_gpu.sh"), *parts]
+    environment = os.environ | {"FINETUNE_PYTHON": sys.executable} | environment
+    return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_on_a_gpu_gives_every_program_flags_that_it_takes():
+    done = on_a_gpu(DRY_RUN="1", SIZES="7B 72B")
+    commands = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert done.returncode == 0 and list(commands) == ["tests", "cells", "table", "profile", "cache"]
+    assert "--sizes 7B 72B --methods lora qlora_gptq" in commands["cells"]
+    assert commands["tests"].endswith("-m pytest -q -m gpu tests")
+    for name in ("cells", "table", "profile", "cache"):
+        shown = subprocess.run([*commands[name].split(), "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0 and "usage:" in shown.stdout, shown.stderr
+
+
+def test_on_a_gpu_goes_on_after_a_failure_and_says_so(tmp_path):
+    """With an interpreter that runs but what is not called pytest."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *pytest*) exit 3 ;; esac\n')
+    stub.chmod(0o755)
+    done = on_a_gpu("tests", "cache", FINETUNE_PYTHON=str(stub), LOGS=str(tmp_path / "logs"))
+    assert done.returncode == 1 and "== tests: exit code 3" in done.stdout and "== cache: exit code 0" in done.stdout
+    assert f"not to the end: tests - see {tmp_path / 'logs'}" in done.stdout
+    assert "kv_cache.py --timed 64 --save" in (tmp_path / "logs" / "cache.log").read_text()
+    done = on_a_gpu("everything", FINETUNE_PYTHON=str(stub))
+    assert (done.returncode, done.stderr) == (2, "error: everything: unknown part - give tests, cells, profile or cache\n")
