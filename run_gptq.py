@@ -7,6 +7,7 @@ The job from top to bottom; its parts are in finetune/.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.errors import Findings, note, run
@@ -23,18 +24,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(options) -> None:
     """Everything a user gave is checked before a weight is read."""
-    from finetune import calibration, conversations, model, quantize, quantize_checks
+    from finetune import calibration, conversations, model, quantize, quantize_checks, shards
     from finetune.new_folder import new_folder
 
     findings, folder = Findings(), model.find_folder(options.model_name_or_path)
     settings = settings_of(options)
+    with findings:
+        settings = replace(settings, max_shard_bytes=shards.max_shard_bytes(options.max_shard_size))
     with findings:
         quantize_checks.check(folder, options.out_path, settings, options.samples, options.max_len)
     with findings:
         read = conversations.read(options.data_path)
     findings.raise_if_any()
 
-    max_length = min(options.max_len, quantize_checks.trained_length(folder))
+    max_length = calibration.longest(folder, options.max_len)
     drawn = calibration.draw(read, model.load_tokenizer(folder), options.samples, options.seed, max_length)
     sizes = quantize_checks.tensor_parallel_sizes(folder, settings)
     for line in [*drawn.notes, *drawn.describe(), f"tensor parallel sizes that fit: {', '.join(map(str, sizes))}"]:
@@ -45,8 +48,8 @@ def job(options) -> None:
 
 
 def settings_of(options):
-    """The flags as the library takes them."""
-    from finetune import quantize, quantize_checks
+    """The flags as the library takes them, but for the one that may be no size."""
+    from finetune import quantize
 
     return quantize.Settings(
         bits=options.bits,
@@ -55,7 +58,6 @@ def settings_of(options):
         desc_act=options.desc_act,
         damp_percent=options.damp_percent,
         dtype=options.dtype,
-        max_shard_bytes=quantize_checks.shard_bytes(options.max_shard_size),
     )
 
 

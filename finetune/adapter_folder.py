@@ -128,9 +128,16 @@ def rows(config: dict, tied: bool) -> list[tuple[str, str]]:
 
 def halves(config: dict, names: list[str]) -> list[tuple[str, str]]:
     """Beside each of an adapter's matrices the other one, and with DoRA the magnitudes."""
-    parts = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * bool(config.get("use_dora"))
-    found = dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in names if ".lora_" in name)
-    return [listed(layer.removeprefix(PREFIX), part) for layer in found for part in parts]
+    found = dict.fromkeys(name.rsplit(".lora_", 1)[0].removeprefix(PREFIX) for name in names if ".lora_" in name)
+    magnitude = ["lora_magnitude_vector"] * bool(config.get("use_dora"))
+    return [listed(layer, part) for layer in found for part in [*matrices(layer), *magnitude]]
+
+
+def matrices(layer: str) -> tuple[str, str]:
+    """What peft calls the two halves: on an embedding otherwise than elsewhere."""
+    if layer.split(".")[-1] in EMBEDDINGS - {"lm_head"}:
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
 
 
 def everywhere(config: dict, names: list[str]) -> list[tuple[str, str]]:
@@ -138,12 +145,12 @@ def everywhere(config: dict, names: list[str]) -> list[tuple[str, str]]:
     targets = config.get("target_modules")
     found = {name.rsplit(".lora_", 1)[0].split(".")[-1] for name in names if ".lora_" in name}
     kinds = targets if isinstance(targets, list) else []
-    return [listed(kind, "lora_A.weight") for kind in kinds if kind.split(".")[-1] not in found]
+    return [listed(kind, matrices(kind)[0]) for kind in kinds if kind.split(".")[-1] not in found]
 
 
 def layers(config: dict, base: Path) -> list[tuple[str, str]]:
     """An adapter for each layer of the base that the config means."""
-    return [listed(layer, "lora_A.weight") for layer in adapted_layers(config, base)]
+    return [listed(layer, matrices(layer)[0]) for layer in adapted_layers(config, base)]
 
 
 def biases(config: dict, base: Path) -> list[tuple[str, str]]:

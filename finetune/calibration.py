@@ -4,9 +4,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
+from . import model_folder
 from .chat_template import renderer_of
 from .conversations import Conversations
 
@@ -55,6 +57,11 @@ class Calibration:
         sizes = {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
         drawn = {"path": self.path, "given": self.given, "taken": len(self), "seed": self.seed}
         return drawn | {"max_length": self.max_length, "tokens": sum(lengths)} | sizes
+
+
+def longest(folder: Path, max_len: int) -> int:
+    """--max_len, but not beyond the length of the model's own training samples."""
+    return min(max_len, model_folder.trained_length(model_folder.config_of(folder)) or max_len)
 
 
 def draw(conversations: Conversations, tokenizer, count: int, seed: int, max_length: int) -> Calibration:

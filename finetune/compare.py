@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import UserError, note, run
 from .quiet import quiet
 
+SAMPLES, SEED = 64, 42
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -23,9 +24,10 @@ def main(argv: list[str] | None = None) -> None:
         "--data_path",
         help="held-out conversations; without them, the reference's own answers to a few questions are scored",
     )
-    parser.add_argument("--samples", type=int, default=64, help="conversations to draw; 0: all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of the draw")
+    parser.add_argument("--samples", type=int, help=f"conversations to draw; 0: all (default: {SAMPLES})")
+    parser.add_argument("--seed", type=int, help=f"of the draw (default: {SEED})")
     parser.add_argument("--model_max_length", type=int, default=2048, help="tokens of a conversation that are read")
+    parser.add_argument("--long_samples", choices=["cut", "drop"], default="cut", help="longer ones (default: %(default)s)")
     parser.add_argument("--answers", type=int, default=5, help="answers to show side by side (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="of a shown answer (default: %(default)s)")
     parser.add_argument("--base", help="base of the adapters among the models, if it has moved")
@@ -65,12 +67,20 @@ def compare(options) -> None:
 
 
 def check(options) -> None:
-    """UserError for options that cannot work, before anything is opened."""
+    """UserError for options that cannot work, before anything is opened; sets those of the draw, if there is one."""
     if not 2 <= len(options.models) <= len(LABELS):
-        raise UserError(f"{len(options.models)} model given - give the reference and at least one to compare with it")
-    for name in ("samples", "answers"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name} {getattr(options, name)}: below 0 - give a number of conversations")
+        count = len(options.models)
+        remedy = "the reference and at least one to compare with it" if count < 2 else f"{len(LABELS)} at most"
+        raise UserError(f"{count} model{'s' * (count > 1)} given - give {remedy}")
+    for name, usual in (("samples", SAMPLES), ("seed", SEED)):
+        given = getattr(options, name)
+        if given is not None and not options.data_path:
+            raise UserError(f"--{name} {given}: nothing to draw from without --data_path - add it, or leave this out")
+        if given is None and options.data_path:
+            setattr(options, name, usual)
+    for name, least in (("samples", 0), ("answers", 0), ("max_new_tokens", 1), ("model_max_length", 2)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)}: below {least} - give a larger number")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: no folder {options.json.parent} - make it first")
 
@@ -107,7 +117,8 @@ def drawn(options, tokenizer) -> tuple[list, str]:
 
     from . import data
 
-    every = data.load(options.data_path, tokenizer, max_length=options.model_max_length)
+    length, long_samples = options.model_max_length, options.long_samples
+    every = data.load(options.data_path, tokenizer, max_length=length, long_samples=long_samples)
     numbers = range(len(every))
     if 0 < options.samples < len(every):
         numbers = sorted(random.Random(options.seed).sample(numbers, options.samples))

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from .errors import UserError, note, run
-from .merge import MAX_SHARD_SIZE, bytes_of_shard
+from .merge import MAX_SHARD_SIZE
 from .new_folder import check_free
 from .quiet import quiet
 
@@ -43,9 +43,10 @@ def export(model: str, out: Path, to: str, base: str | None = None, max_shard_si
     import qwen_model
 
     from .model import find_folder
+    from .shards import max_shard_bytes
 
     qwen_model.register()
-    folder, max_bytes = find_folder(str(model)), bytes_of_shard(max_shard_size)
+    folder, max_bytes = find_folder(str(model)), max_shard_bytes(max_shard_size)
     check_free(out, "what is exported", folder)
     if (folder / "adapter_config.json").is_file():
         from . import export_adapter

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def check_adapter(adapter: merging.Adapter, to: str) -> None:
 def find_base(folder: Path, to: str, base: str | None) -> Path:
     """The exported base's folder."""
     its_own = model_folder.read_json(folder / CONFIG).get("base_model_name_or_path") or "BASE"
-    first = f"python -m finetune.export {its_own} EXPORTED_BASE --to {to}"
+    first = f"python -m finetune.export {shlex.quote(its_own)} EXPORTED_BASE --to {to}"
     if base is None:
         what = f"{folder}: an adapter goes along with its base"
         raise UserError(f"{what} - export that ({first}), then add --base EXPORTED_BASE")
@@ -159,5 +160,5 @@ def prove(staging: Path, base: Path, adapter: merging.Adapter, there: Relaid) ->
         other = config, lambda name: exported.merged(name, after[name])
         difference = export_proof.compare(one, other, export_proof.prompts(model.load_tokenizer(base), base))
     for used in (adapter, exported):
-        used.check_all_used(tied=False)
+        used.check_all_used()
     return difference

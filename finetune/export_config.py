@@ -130,13 +130,6 @@ def network(config) -> dict:
     return {key: value for key, value in config.to_dict().items() if key not in NOT_THE_NETWORK}
 
 
-def say_dtype(config: QWenConfig, dtype) -> None:
-    """First-generation Qwen says it in three flags."""
-    name = str(dtype).removeprefix("torch.")
-    for flag, of in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
-        setattr(config, flag, name == of)
-
-
 # ---- generation_config.json
 
 

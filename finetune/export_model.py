@@ -74,8 +74,6 @@ def write(staging: Path, folder: Path, relaid: Relaid, config, tokenizer, max_by
     shapes = {name: relaid.shape(name) for name in relaid}
     check_tensors(folder, shapes, model_writer.tensor_shapes(skeleton), set(relaid.zeros))
     dtype = relaid.beginning("lm_head.weight").dtype
-    if config.model_type == QWEN:
-        export_config.say_dtype(config, dtype)
     quantize_config(skeleton.config, folder, staging, relaid.layout)
     settings = export_config.generation(export_config.settings_of(folder), folder, relaid.layout, record)
     if config.model_type == QWEN2:  # some servers look for it there

@@ -6,7 +6,7 @@ memory holds a block, embedding and head, and what the calibration samples are a
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import torch
@@ -84,24 +84,33 @@ def row(ids) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def stripped(folder: Path, place: Path) -> None:
+def stripped(folder: Path, place: Path, names: Container[str]) -> None:
     """Makes `place` a folder of the same model without code, which gptqmodel would import unasked, and without .bin.
 
-    Files are linked; it loads only as long as this process lives.
+    Files are linked; it loads only as long as this process lives. names: of the model's tensors; of a tied pair one.
     """
     place.mkdir()
     pickled = checkpoint.weight_files(folder)[0].suffix == ".bin"
+    without_code(folder / "config.json", place)
+    withhold(place)  # before there is anything that a config would open
     for path in folder.iterdir():
-        if path.name in ("config.json", "tokenizer_config.json"):
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values.pop("auto_map", None)
-            (place / path.name).write_text(json.dumps(values), encoding="utf-8")
+        if path.name == "tokenizer_config.json":
+            without_code(path, place)
+        elif path.name == "config.json":
+            continue
         elif path.is_file() and path.suffix not in (".py", ".bin") and not path.name.endswith(".bin.index.json"):
             os.symlink(path.resolve(), place / path.name)
-    withhold(place)
     if pickled:
         writer = ShardWriter(place, 2 * 10**9)
         with Shards(folder) as shards:
             for name in shards:
-                writer.add(name, shards[name])
+                if name in names:
+                    writer.add(name, shards[name])
             writer.close()
+
+
+def without_code(file: Path, place: Path) -> None:
+    """Copies a JSON file without its way to code."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.pop("auto_map", None)
+    (place / file.name).write_text(json.dumps(values), encoding="utf-8")

@@ -78,12 +78,8 @@ def packed(folder: Path, bits: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def half(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """In float16; RuntimeError for values that it cannot hold."""
-    made = tensor.to(torch.float16)
-    if not made.isfinite().all():
-        what = f"has values up to {tensor.abs().max().item():.3g}"
-        raise RuntimeError(f"{name}: {what}; float16, the type of GPTQ folders, cannot hold them")
-    return made
+    """In float16; UserError for values that it cannot hold."""
+    return model_writer.rounded(name, tensor, torch.float16, "GPTQ folders have no other type: serve this model as it is")
 
 
 def check_half(source: Path, plain: dict[str, list[int]], layers: Iterable[str]) -> None:

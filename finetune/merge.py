@@ -14,8 +14,10 @@ from .errors import UserError, note, run
 from .new_folder import check_free, new_folder
 from .quiet import quiet
 
-# largest difference of a logit, computed in float32, as a share of the largest: what rounding the merged weights makes of it
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# Largest difference of a logit, computed in float32, as a share of the largest: of the sums before they are rounded, and what
+# rounding them makes of it. Each rounded number is also compared with its sum.
+EXACT = 1e-4
+TOLERANCES = {"float32": EXACT, "float16": 1e-2, "bfloat16": 5e-2}
 MAX_SHARD_SIZE = "2GB"
 NEW_TOKENS = 16  # of each answer in the proof
 
@@ -29,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--base",
         help="the base model, if it is no longer where it was when the adapter was trained; or, for an adapter trained over "
-        "quantized weights, the 16-bit model to merge it into (default: the quantized one, dequantized)",
+        "quantized weights (NF4 too), the 16-bit model to merge it into, as it is stored (default: what the training saw: the "
+        "quantized weights, dequantized)",
     )
     parser.add_argument(
         "--to", choices=["auto", *TOLERANCES], default="auto", help="type of the weights; auto: as the base has them"
@@ -38,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     back = parser.add_argument_group("back to the bits of a quantized base, in the same run")
     back.add_argument("--requantize", action="store_true", help="quantize the merged model as its GPTQ base was")
     back.add_argument("--data_path", help="conversations to calibrate on; data/README.md: their form")
-    back.add_argument("--samples", type=int, default=128, help="of them, 64 to 512 (default: %(default)s)")
-    back.add_argument("--seed", type=int, default=42, help="which ones are drawn (default: %(default)s)")
+    back.add_argument("--samples", type=int, help="of them, 64 to 512 (default: 128)")
+    back.add_argument("--seed", type=int, help="which ones are drawn (default: 42)")
     options = parser.parse_args(argv)
     quiet()
     run(lambda: job(options))
@@ -49,7 +52,12 @@ def job(options) -> None:
     """The flags as merge() takes them."""
     from .requantize import Wish  # not above: --help is there at once
 
-    wish = Wish(options.data_path, options.samples, options.seed) if options.requantize else None
+    given = {name: getattr(options, name) for name in ("data_path", "samples", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not options.requantize:
+        name, value = next(iter(given.items()))
+        raise UserError(f"--{name} {value}: only --requantize calibrates - add it, or leave this out")
+    wish = Wish(**given) if options.requantize else None
     kept = {name: getattr(options, name) for name in ("base", "to", "max_shard_size")}
     merge(options.adapter, options.out, **kept, requantized=wish)
 
@@ -68,9 +76,10 @@ def merge(
     """
     from . import model, quantized, requantize
     from .plain_weights import PlainWeights
+    from .shards import max_shard_bytes
 
     check(adapter, out)
-    max_bytes = bytes_of_shard(max_shard_size)
+    max_bytes = max_shard_bytes(max_shard_size)
     base_folder = model.find_base(adapter, base)
     check_free(out, "the merged model", base_folder, adapter)
     # --base means that model as it lies there; else it is what the adapter was trained over
@@ -79,6 +88,8 @@ def merge(
     conversations = requantize.check(requantized) if requantized else None
     found = over or quantized.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
+    if base is not None and not found and (seen := quantized.of_adapter(adapter)):
+        note(f"the training saw {seen}; --base is taken as it is stored")
     with PlainWeights(base_folder, over) as weights, new_folder(out) as folder:
         merged = folder / "merged" if requantized else folder
         dtype = write(merged, adapter, base_folder, weights, to, max_bytes)
@@ -101,16 +112,25 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
     folder.mkdir(exist_ok=True)
     tokenizer, changes = model.load_tokenizer(base), merging.Adapter(adapter)
     merged = skeleton(base, adapter, tokenizer, weights)
+    if merged.all_tied_weights_keys:
+        changes.leave_tied_head()
     expected = model_writer.tensor_shapes(merged)
     dtype = weights.dtype if to == "auto" else getattr(torch, to)
     record = checkpoint.read_record(adapter)
     record |= {"merged": {"adapter": str(adapter.resolve()), "base": str(base.resolve())}}
     model_writer.write_frame(folder, merged, tokenizer, merged.generation_config, dtype, record, card(adapter, base))
     bar = tqdm(expected, desc="merging", unit=" tensors", delay=2, leave=False)
-    tensors = ((name, changes.merged(name, weights[name]).to(dtype)) for name in bar)
+    tensors = ((name, rounded(name, changes.merged(name, weights[name]), dtype)) for name in bar)
     model_writer.write_weights(folder, tensors, max_bytes, expected)
-    changes.check_all_used(tied=bool(merged.all_tied_weights_keys))
+    changes.check_all_used()
     return str(dtype).removeprefix("torch.")
+
+
+def rounded(name: str, tensor, dtype):
+    """What is written of a sum."""
+    from . import model_writer
+
+    return model_writer.rounded(name, tensor, dtype, "give --to bfloat16, or --to float32")
 
 
 def skeleton(base: Path, adapter: Path, tokenizer, weights):
@@ -142,15 +162,6 @@ def card(adapter: Path, base: Path) -> str:
     )
 
 
-def bytes_of_shard(text: str) -> int:
-    from .shards import size_in_bytes
-
-    try:
-        return size_in_bytes(text)
-    except ValueError as error:
-        raise UserError(f"--max_shard_size: {error}") from error
-
-
 def check(adapter: Path, out: Path) -> None:
     """Raises UserError if there is no whole adapter, or OUT is not free."""
     from . import checkpoint
@@ -176,47 +187,82 @@ def prove(folder: Path, adapter: Path, base: Path, weights, dtype: str, as_train
 
     prompts = question_prompts(model.load_tokenizer(base))
     if too_large(folder):
-        loaders, what = block_by_block(folder, adapter, weights), "on a few questions, block by block"
+        loaders, what = block_by_block(folder, adapter, weights, dtype), "on a few questions, block by block"
         samples = [(prompt, prompt) for prompt in prompts]
     else:
-        loaders, what = whole(folder, adapter, base, as_trained), "on a few answers"
+        loaders, what = whole(folder, adapter, base, weights, dtype, as_trained), "on a few answers"
 
         def samples(tuned):
             return own_answers(tuned, prompts, NEW_TOKENS)
 
-    _, found = measure(loaders, samples, device="cpu")
-    if not found.logits_difference <= TOLERANCES[dtype]:
-        what = f"the merged model's logits differ from the adapter's by {found.logits_difference:.1e} of the largest"
-        raise RuntimeError(f"{what}, which {dtype} does not explain: nothing was written")
+    _, found, *exact = measure(loaders, samples, device="cpu")
+    check_difference(found, TOLERANCES[dtype], dtype)
+    for sums in exact:
+        check_difference(sums, EXACT, "float32, before they are rounded,")
     note(f"base + adapter against the merged model, {what}: {found}")
     return found.logits_difference
 
 
-def whole(folder: Path, adapter: Path, base: Path, as_trained: bool) -> list:
-    """Loads base + adapter with peft, which has formulas of its own, and then the merged model."""
+def check_difference(found, tolerance: float, precision: str) -> None:
+    """RuntimeError for logits that differ from the reference's by more than the precision explains."""
+    if not found.logits_difference <= tolerance:
+        what = f"the merged model's logits differ from the adapter's by {found.logits_difference:.1e} of the largest"
+        raise RuntimeError(f"{what}, which {precision} does not explain: nothing was written")
+
+
+def whole(folder: Path, adapter: Path, base: Path, weights, dtype: str, as_trained: bool) -> list:
+    """Loads base + adapter with peft, which has formulas of its own, and then the merged model.
+
+    Where its weights were rounded, a third time with the sums in their place: rounding hides what a mild adapter does.
+    """
     import torch
 
-    from . import model
+    from . import checkpoint, model
 
-    return [
-        lambda: model.load_tuned(base, adapter, torch.float32, as_trained).to("cpu"),
-        lambda: model.load_weights(folder, torch.float32, half_on_cuda=False).to("cpu").eval(),
-    ]
+    def merged():
+        return model.load_weights(folder, torch.float32, half_on_cuda=False).to("cpu").eval()
+
+    def exact():
+        loaded, sums = merged(), Sums(folder, adapter, weights, dtype)
+        for name, tensor in checkpoint.saved_tensors(loaded).items():
+            tensor.data.copy_(sums[name])
+        return loaded
+
+    tuned = [lambda: model.load_tuned(base, adapter, torch.float32, as_trained).to("cpu"), merged]
+    return tuned if dtype == "float32" else [*tuned, exact]
 
 
-def block_by_block(folder: Path, adapter: Path, weights) -> list:
+def block_by_block(folder: Path, adapter: Path, weights, dtype: str) -> list:
     """For models that memory does not hold: the sums once more from base and adapter, against the files that were written."""
     from transformers import AutoConfig
 
-    from .merging import Adapter
     from .plain_weights import PlainWeights
     from .streamed import streamed
 
-    config, changes = AutoConfig.from_pretrained(folder, trust_remote_code=False), Adapter(adapter)
-    return [
-        lambda: streamed(config, lambda name: changes.merged(name, weights[name])),
-        lambda: streamed(config, PlainWeights(folder).__getitem__),
-    ]
+    config, sums = AutoConfig.from_pretrained(folder, trust_remote_code=False), Sums(folder, adapter, weights, dtype)
+    return [lambda: streamed(config, sums.__getitem__), lambda: streamed(config, PlainWeights(folder).__getitem__)]
+
+
+class Sums:
+    """What base and adapter make of each tensor, and whether that, rounded, is what the merged folder holds."""
+
+    def __init__(self, folder: Path, adapter: Path, weights, dtype: str):
+        import torch
+
+        from .merging import Adapter
+        from .plain_weights import PlainWeights
+
+        self.folder, self.written, self.weights = folder, PlainWeights(folder), weights
+        self.changes, self.dtype = Adapter(adapter), getattr(torch, dtype)
+
+    def __getitem__(self, name: str):
+        """In float32; RuntimeError where the folder holds something else."""
+        import torch
+
+        tensor = self.changes.merged(name, self.weights[name])
+        if not torch.equal(rounded(name, tensor, self.dtype), self.written[name]):
+            raise RuntimeError(f"{self.folder}: {name} is not what was written; the disk or its quota may be at fault")
+        return tensor
 
 
 def too_large(folder: Path) -> bool:

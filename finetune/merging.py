@@ -49,6 +49,9 @@ class Adapter:
             self.tensors = {plain(name): shards[name] for name in shards}
         self.start = {plain(name): tensor for name, tensor in pissa.read_start(folder).items()} if self.began() else {}
         self.unused = set(self.tensors)
+        if embedded := next((name for name in self.tensors if ".lora_embedding_" in name), None):
+            what = f"{folder}: {embedded.split('.lora_')[0]}: LoRA on the embedding itself, which only peft merges"
+            raise UserError(f"{what} - use its merge_and_unload()")
 
     def began(self) -> bool:
         return pissa.stored(self.folder)
@@ -108,9 +111,22 @@ class Adapter:
         alpha = next(matching, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def check_all_used(self, tied: bool) -> None:
-        """Raises UserError if the base had no place for one of the adapter's tensors. tied: the head is the embedding."""
-        left = sorted(name for name in self.unused if not (tied and name.split(".")[0] == "lm_head"))
+    def leave_tied_head(self) -> None:
+        """For a base whose head is its embedding: leaves the copies of what the adapter says of that.
+
+        UserError for a head of its own: the merged folder has no place for one.
+        """
+        heads = [name for name in self.tensors if name.split(".")[0] == "lm_head"]
+        for name in heads:
+            same = [other for other in self.tensors if other.endswith(f".embed_tokens.{name.partition('.')[2]}")]
+            if not same or not torch.equal(self.tensors[name], self.tensors[same[0]]):
+                what = f"{self.folder}: trained the head ({name}) apart from the embedding, and in this base both are one"
+                raise UserError(f"{what} - train again with --train_embeddings, which trains both as one")
+            self.unused.discard(name)
+
+    def check_all_used(self) -> None:
+        """Raises UserError if the base had no place for one of the adapter's tensors."""
+        left = sorted(self.unused)
         if left:
             what = f"{self.folder}: the base has no place for {left[0]}" + f" and {len(left) - 1} more" * (
                 len(left) > 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint
+from .errors import UserError
 from .new_folder import withhold
 from .shards import ShardWriter
 
@@ -24,6 +25,17 @@ def tensor_shapes(model) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in checkpoint.saved_tensors(model).items()}
 
 
+def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, remedy: str) -> torch.Tensor:
+    """The tensor in the type it is written in; UserError, with the remedy, for values that the type cannot hold."""
+    made = tensor.to(dtype)
+    if made.isfinite().all():
+        return made
+    if not tensor.isfinite().all():
+        raise UserError(f"{name}: holds infinities, or what is no number - the model is broken; take an earlier checkpoint")
+    what = f"has values up to {tensor.abs().max().item():.3g}, which {str(dtype).removeprefix('torch.')} cannot hold"
+    raise UserError(f"{name}: {what} - {remedy}")
+
+
 def write_frame(folder: Path, model, tokenizer, generation_config, dtype: torch.dtype, record: dict, card: str) -> None:
     """All but the weights: config, code, generation_config, tokenizer, the record of its making, README.md.
 
@@ -34,6 +46,8 @@ def write_frame(folder: Path, model, tokenizer, generation_config, dtype: torch.
 
     config = model.config
     config.use_cache, config.dtype = True, dtype
+    if config.model_type == "qwen":  # which says it in three flags as well
+        config.bf16, config.fp16, config.fp32 = (dtype == of for of in (torch.bfloat16, torch.float16, torch.float32))
     config.architectures = [type(model).__name__]
     if model._auto_class is not None:  # first-generation Qwen's code goes along
         custom_object_save(model, folder, config=config)

@@ -76,7 +76,7 @@ def quantize(
     write_frame(folder, staging, skeleton, settings, record(folder, calibration, settings, dtype, made_from))
 
     made = staging / "layers"  # as gptqmodel leaves them
-    run(folder, staging / "source", made, calibration, settings, dtype, device, skeleton.config.num_hidden_layers)
+    run(folder, staging / "source", made, plain, calibration, settings, dtype, device, skeleton.config.num_hidden_layers)
     expected = gptq_tensors.expected_shapes(plain, layers, settings.bits, settings.group_size)
     tensors = gptq_tensors.tensors(folder, made, plain, layers, settings.bits)
     model_writer.write_weights(staging, tensors, settings.max_shard_bytes, expected)
@@ -101,11 +101,11 @@ def pass_dtype(folder: Path, settings: Settings, device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" or settings.bits == 8 else checkpoint.stored_dtype(folder)
 
 
-def run(folder: Path, source: Path, made: Path, calibration, settings, dtype, device, blocks: int) -> None:
-    """gptqmodel's work, behind one progress bar."""
+def run(folder: Path, source: Path, made: Path, names, calibration, settings, dtype, device, blocks: int) -> None:
+    """gptqmodel's work, behind one progress bar. names: of the model's tensors."""
     with contained():
         from . import gptq_run  # and with it gptqmodel
-    gptq_run.stripped(folder, source)
+    gptq_run.stripped(folder, source, names)
     bar = {"desc": "quantizing", "unit": " blocks", "total": blocks, "disable": not on_first_rank()}
     with tqdm(**bar) as progress, contained(), errors_only():
 
@@ -135,8 +135,6 @@ def write_frame(folder: Path, staging: Path, skeleton, settings: Settings, recor
     from transformers import GenerationConfig
 
     config, tokenizer = skeleton.config, model.load_tokenizer(folder)
-    if config.model_type == "qwen":
-        config.fp16, config.bf16, config.fp32 = True, False, False
     config.quantization_config = settings.config()
     chat = skeleton.generation_config
     if (folder / "generation_config.json").is_file():

@@ -1,10 +1,10 @@
 """What cannot be quantized as asked, told by config.json and the flags alone; and which tensor-parallel sizes fit."""
 
+import shlex
 from pathlib import Path
 
 from . import gptq_tensors, model_folder, new_folder, quantized
 from .errors import Findings, UserError
-from .shards import size_in_bytes
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel makes
 ROW_PARALLEL = ("c_proj", "o_proj", "down_proj")  # tensor parallelism shares out their inputs; of all others, outputs
@@ -28,7 +28,7 @@ def check(folder: Path, out: Path, settings, samples: int, max_length: int) -> N
 def check_model(folder: Path) -> None:
     """A whole 16-bit Qwen?"""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds a LoRA adapter - merge first: python -m finetune.merge {folder} MERGED")
+        raise UserError(f"{folder}: holds a LoRA adapter - merge first: python -m finetune.merge {shlex.quote(str(folder))} MERGED")
     if found := quantized.of_folder(folder):
         plain = quantized.sibling(folder)
         named = f" ({plain})" if plain != model_folder.name_of(folder) else ""
@@ -67,21 +67,6 @@ def layers_of(folder: Path) -> dict[str, list[int]]:
     """{layer: [outputs, inputs]} of what is quantized in a model's folder. No weight is read."""
     skeleton = gptq_tensors.skeleton(folder)
     return {name: list(layer.weight.shape) for name, layer in gptq_tensors.quantized_layers(skeleton).items()}
-
-
-def shard_bytes(text: str) -> int:
-    """--max_shard_size in bytes."""
-    try:
-        return size_in_bytes(text)
-    except ValueError as error:
-        raise UserError(f"--max_shard_size {error}") from error
-
-
-def trained_length(folder: Path) -> int:
-    """How long the model's own training samples were, in tokens: no place for calibration to go beyond."""
-    config = gptq_tensors.config_of(folder)
-    lengths = [getattr(config, name, None) for name in ("seq_length", "max_position_embeddings")]
-    return min(length for length in lengths if length)
 
 
 def check_widths(layers: dict[str, list[int]], settings) -> None:

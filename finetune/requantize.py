@@ -12,7 +12,7 @@ from .quantized import Quantization
 class Wish:
     """What to calibrate on; the defaults are those of run_gptq.py."""
 
-    data_path: str
+    data_path: str | None = None
     samples: int = 128
     seed: int = 42
     max_len: int = 8192
@@ -42,7 +42,7 @@ def check(wish: Wish):
 
 def requantize(merged: Path, staging: Path, read, wish: Wish, to: Quantization, name: str, max_bytes: int) -> None:
     """Writes the model of `merged` into `staging`, quantized. read: of check(). name: what it was made from, for people."""
-    from . import calibration, model, quantize, quantize_checks
+    from . import calibration, model, quantize
 
     settings = quantize.Settings(
         bits=to.bits,
@@ -51,7 +51,7 @@ def requantize(merged: Path, staging: Path, read, wish: Wish, to: Quantization, 
         desc_act=to.desc_act,
         max_shard_bytes=max_bytes,
     )
-    max_length = min(wish.max_len, quantize_checks.trained_length(merged))
+    max_length = calibration.longest(merged, wish.max_len)
     drawn = calibration.draw(read, model.load_tokenizer(merged), wish.samples, wish.seed, max_length)
     for line in [*drawn.notes, *drawn.describe()]:
         note(line)

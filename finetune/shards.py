@@ -25,6 +25,14 @@ def size_in_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def max_shard_bytes(text: str) -> int:
+    """--max_shard_size in bytes; UserError for what is no size."""
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise UserError(f"--max_shard_size: {error}") from error
+
+
 class Shards:
     """A folder's tensors by name, from safetensors or .bin files; each is read when it is asked for.
 

@@ -34,9 +34,12 @@ def model_to_quantize(folder: Path, seed: int = 0) -> Path:
 
 
 def as_bin(folder: Path) -> Path:
-    """Its weights as older folders have them."""
+    """Its weights as older folders have them: of a tied pair, both names."""
     path = folder / "model.safetensors"
-    torch.save(load_file(path), folder / "pytorch_model.bin")
+    tensors = load_file(path)
+    if "lm_head.weight" not in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
     path.unlink()
     return folder
 

@@ -20,6 +20,7 @@ CONFIGS = {
     "lora_only without biases": {"target_modules": ["w1"], "bias": "lora_only"},
     "dora": {"target_modules": ["attn.c_proj", "w1"], "use_dora": True},
     "some blocks": {"target_modules": QWEN, "layers_to_transform": [1], "layers_pattern": "h"},
+    "of the embedding": {"target_modules": ["wte", "w1"]},
     "a pattern": {"target_modules": r".*\.mlp\.w1"},
 }
 
@@ -67,6 +68,8 @@ def test_what_peft_writes_of_a_later_model_is_whole(tied, rows, tmp_path):
         ("rows", "lm_head", ["rows of lm_head"]),
         ("lora", "h.0.mlp.w1.lora_B", ["transformer.h.0.mlp.w1.lora_B"]),
         ("lora", "mlp.w2", ["w2.lora_A"]),
+        ("of the embedding", "wte.lora_embedding_B", ["transformer.wte.lora_embedding_B"]),
+        ("of the embedding", "wte.lora_embedding", ["wte.lora_embedding_A"]),
         ("dora", "h.1.attn.c_proj.lora_magnitude", ["transformer.h.1.attn.c_proj.lora_magnitude_vector"]),
     ],
 )

@@ -99,7 +99,7 @@ def test_fewer_samples_are_drawn_with_the_seed(place):
 
     def drawn(samples, seed):
         options = SimpleNamespace(
-            data_path=str(place / "talks.json"), samples=samples, seed=seed, model_max_length=2048
+            data_path=str(place / "talks.json"), samples=samples, seed=seed, model_max_length=2048, long_samples="cut"
         )
         return [ids.tolist() for ids, _ in compare.drawn(options, tokenizer)[0]]
 
@@ -116,7 +116,12 @@ def test_fewer_samples_are_drawn_with_the_seed(place):
         (["one", "later"], "later: makes other tokens of the conversations than {place}/one - compare models with one"),
         (["one", "later", "--data_path", "talks.json"], "later: makes other tokens of the conversations than"),
         (["one", "other", "--data_path", "nowhere.json"], "error: --data_path nowhere.json: no such file"),
-        (["one", "other", "--samples", "-1"], "error: --samples -1: below 0 - give a number"),
+        (["one"] * 27, "error: 27 models given - give 26 at most"),
+        (["one", "other", "--data_path", "talks.json", "--samples", "-1"], "error: --samples -1: below 0 - give a larger number"),
+        (["one", "other", "--samples", "3"], "error: --samples 3: nothing to draw from without --data_path - add it, or"),
+        (["one", "other", "--answers", "-1"], "error: --answers -1: below 0 - give a larger number"),
+        (["one", "other", "--data_path", "talks.json", "--model_max_length", "12", "--long_samples", "drop"],
+         "leaves none; raise --model_max_length"),
         (
             ["one", "other", "--json", "/no/where/x.json"],
             "error: --json /no/where/x.json: no folder /no/where - make it",
@@ -126,6 +131,12 @@ def test_fewer_samples_are_drawn_with_the_seed(place):
 def test_refusals(place, capsys, words, line):
     code, out, told = run(place, capsys, *words)
     assert code == 2 and out == "" and line.format(place=place) in told and "Traceback" not in told
+
+
+def test_answers_of_no_token_are_refused_before_anything_is_scored(place, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([str(place / "one"), str(place / "other"), "--max_new_tokens", "0"])
+    assert "error: --max_new_tokens 0: below 1 - give a larger number" in capsys.readouterr().err
 
 
 # ---- side by side

@@ -99,6 +99,18 @@ def test_without_ntk_and_logn_every_length_is_exact(tmp_path, capsys):
     assert "longest length that is exact" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("left_out", ["use_dynamic_ntk", "use_logn_attn"])
+def test_either_of_ntk_and_logn_limits_what_is_exact(left_out):
+    both = {"use_dynamic_ntk": True, "use_logn_attn": True, "seq_length": 64, "max_position_embeddings": 96}
+    assert export_config.exact_length(QWenConfig(**both | {left_out: False})) == 64
+
+
+def test_the_norms_epsilon_goes_along():
+    """Both layouts' default is the same, so that a lost one would show nowhere else."""
+    made = export_config.to_qwen2(QWenConfig(layer_norm_epsilon=3e-5), None)
+    assert made.rms_norm_eps == 3e-5
+
+
 FRESH = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,6 +1,7 @@
 """python -m finetune.merge: the merged folder is the adapter's model, or there is no folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from tiny import small_checkpoint
+from safetensors.torch import load_file, save_file
+from tiny import small_checkpoint, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
-from finetune import adapters, checkpoint, merge, merging, model, shards
+from finetune import adapters, checkpoint, merge, merging, model, model_writer, requantize, shards
 from finetune.args import LoraArguments
 from finetune.errors import UserError
 
@@ -131,6 +132,116 @@ def test_a_merge_that_differs_is_not_written(trained, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rounding_hides_no_merge_that_was_not_made(trained, tmp_path, monkeypatch):
+    """A mild adapter: what is missing is less than what bfloat16 makes of the logits."""
+    _, adapter, base = trained
+    mild = tmp_path / "mild"
+    mild.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"lora_alpha": 0.02, "bias": "none"}
+    (mild / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "lora_" in name}, mild / "adapter_model.safetensors")
+    assert merge.merge(mild, tmp_path / "right", base=str(base), to="bfloat16") < 5e-2
+
+    def base_alone(self, name, tensor):
+        self.unused.clear()
+        return tensor
+
+    monkeypatch.setattr(merging.Adapter, "merged", base_alone)
+    with pytest.raises(RuntimeError, match="by .* of the largest, which float32, before they are rounded, does not explain"):
+        merge.merge(mild, tmp_path / "wrong", base=str(base), to="bfloat16")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_what_was_written_otherwise_is_found_whatever_the_type(trained, tmp_path, monkeypatch):
+    _, adapter, _ = trained
+    right = shards.ShardWriter.add
+    off = {"transformer.ln_f.weight": 1.004}  # the next number of bfloat16
+    monkeypatch.setattr(shards.ShardWriter, "add", lambda self, name, x: right(self, name, x * off.get(name, 1)))
+    with pytest.raises(RuntimeError, match="transformer.ln_f.weight is not what was written; the disk or its quota"):
+        merge.merge(adapter, tmp_path / "out", to="bfloat16")
+
+
+def test_values_that_the_type_cannot_hold(trained, tmp_path):
+    _, adapter, base = trained
+    large = tmp_path / "large"
+    shutil.copytree(base, large)
+    tensors = load_file(base / "model.safetensors")
+    tensors["transformer.wte.weight"][77, 3] = 1e5  # a token that no question has
+    save_file(tensors, large / "model.safetensors", {"format": "pt"})
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, foreign)
+    with pytest.raises(UserError, match="wte.weight: has values up to 1e.05, which float16 cannot hold - give --to bfloat16"):
+        merge.merge(foreign, tmp_path / "out", base=str(large), to="float16")
+    assert merge.merge(foreign, tmp_path / "out", base=str(large), to="bfloat16") < 5e-2
+
+
+@pytest.mark.parametrize("to,flag", [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")])
+def test_config_says_one_type(trained, tmp_path, to, flag):
+    merge.merge(trained[1], tmp_path / "out", to=to)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == to and [name for name in ("fp32", "bf16", "fp16") if config[name]] == [flag]
+
+
+@pytest.mark.parametrize("flag", [["--data_path", "x.json"], ["--samples", "9"], ["--seed", "1"]])
+def test_flags_of_requantize_alone_are_not_lost(trained, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        merge.main([str(trained[1]), str(tmp_path / "out"), *flag])
+    assert f"error: {' '.join(flag)}: only --requantize calibrates - add it, or leave" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+WISHES = [
+    ({}, "--requantize needs conversations to calibrate on - give them with --data_path"),
+    ({"data_path": "x.json", "samples": 0}, "--samples 0: nothing to calibrate on - give 64 to 512"),
+]
+
+
+@pytest.mark.parametrize("wish,message", WISHES)
+def test_what_requantizing_needs(wish, message):
+    with pytest.raises(UserError, match=message):
+        requantize.check(requantize.Wish(**wish))
+
+
+def test_requantizing_takes_every_setting_of_the_base(monkeypatch, tmp_path, tokenizer):
+    from finetune import calibration, quantize
+    from finetune.quantized import Quantization
+
+    small_checkpoint(tmp_path / "merged")
+    given = []
+    monkeypatch.setattr(quantize, "quantize", lambda *arguments: given.append(arguments[3]))
+    monkeypatch.setattr(calibration, "draw", lambda *arguments: calibration.Calibration("", [([0], [0])], 1, 0, 8, 0, []))
+    for symmetric, desc_act in ((True, False), (False, True)):
+        to = Quantization("gptq", 8, 16, symmetric=symmetric, desc_act=desc_act)
+        requantize.requantize(tmp_path / "merged", tmp_path, None, requantize.Wish("x.json"), to, "name", 10**6)
+    kept = [(found.bits, found.group_size, found.symmetric, found.desc_act, found.max_shard_bytes) for found in given]
+    assert kept == [(8, 16, True, False, 10**6), (8, 16, False, True, 10**6)]
+
+
+@pytest.mark.parametrize("over,said", [(None, "weights that are not quantized"), ("nf4", "NF4, which is made while a model")])
+def test_nothing_to_go_back_to(trained, tmp_path, over, said):
+    _, adapter, base = trained
+    record = {"method": {"quantization": {"method": over, "bits": 4}}} if over else {}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"was trained over {said}.* - leave it out; python run_gptq.py quantizes"):
+        requantize.earlier(tmp_path, base)
+
+
+@pytest.mark.parametrize("memory", ["enough", "little"])
+def test_a_head_of_its_own_over_a_tied_base_is_refused_before_anything_is_written(tmp_path, monkeypatch, memory):
+    base = tiny_later_qwen(tmp_path / "base", "qwen2", True)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(model_writer, "write_weights", lambda *arguments: pytest.fail("written"))
+    if memory == "little":
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
+    with pytest.raises(UserError, match="trained the head .lm_head.weight. apart from the embedding, and in this base both"):
+        merge.merge(tmp_path / "adapter", tmp_path / "out", base=str(base))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 def test_a_merge_of_a_merge_is_refused(trained, tmp_path):
     _, adapter, _ = trained
     merge.merge(adapter, tmp_path / "out")
@@ -180,7 +291,7 @@ def test_a_model_that_memory_does_not_hold_is_compared_block_by_block(trained, t
     assert "on a few questions, block by block: perplexity" in capsys.readouterr().err
     right = shards.ShardWriter.add
     monkeypatch.setattr(shards.ShardWriter, "add", lambda self, name, tensor: right(self, name, tensor * 1.01))
-    with pytest.raises(RuntimeError, match="nothing was written"):
+    with pytest.raises(RuntimeError, match="is not what was written; the disk or its quota may be at fault"):
         merge.merge(adapter, tmp_path / "wrong")
 
 

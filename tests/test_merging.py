@@ -35,6 +35,7 @@ HALVES = {f"{LAYER}.lora_A.weight": A, f"{LAYER}.lora_B.weight": B}
         ({"use_rslora": True}, 6 / 3**0.5),
         ({"r": 7, "rank_pattern": {"c_attn": 3}}, 2.0),  # the rank is that of the tensors
         ({"alpha_pattern": {"h.1.attn.c_attn": 1, "attn.c_attn": 12}}, 4.0),
+        ({"alpha_pattern": {"_attn": 12}}, 2.0),  # no whole part of the name
     ],
 )
 def test_lora(tmp_path, config, scale):
@@ -68,15 +69,46 @@ def test_what_takes_the_place_of_the_bases(tmp_path):
     assert torch.equal(found.merged(f"{LAYER}.bias", torch.zeros(5)), random(5))
     untouched = random(8).half()
     assert found.merged("transformer.ln_f.weight", untouched) is untouched
-    found.check_all_used(tied=False)
+    found.check_all_used()
 
 
 def test_what_the_base_has_no_place_for(tmp_path):
     found = adapter(tmp_path, HALVES | {"lm_head.weight": random(9, 8)})
     with pytest.raises(UserError, match="the base has no place for lm_head.weight and 2 more - give the base"):
-        found.check_all_used(tied=False)
+        found.check_all_used()
     found.merged(f"{LAYER}.weight", W)
-    found.check_all_used(tied=True)  # the head is the embedding, which is stored
+    found.merged("lm_head.weight", random(9, 8))
+    found.check_all_used()
+
+
+OF_THE_HEAD = {
+    "whole": {"lm_head.weight": random(9, 8)},
+    "LoRA": {"lm_head.lora_A.weight": random(3, 8), "lm_head.lora_B.weight": random(9, 3)},
+    "rows": {"lm_head.token_adapter.trainable_tokens_delta": random(2, 8)},
+}
+
+
+@pytest.mark.parametrize("kind", OF_THE_HEAD)
+def test_a_head_of_its_own_has_no_place_in_a_tied_base(tmp_path, kind):
+    with pytest.raises(UserError, match="trained the head .lm_head.* apart from the embedding, and in this base both are"):
+        adapter(tmp_path, HALVES | OF_THE_HEAD[kind]).leave_tied_head()
+    also = {name.replace("lm_head", "model.embed_tokens"): tensor + 1 for name, tensor in OF_THE_HEAD[kind].items()}
+    with pytest.raises(UserError, match="apart from the embedding"):
+        adapter(tmp_path, OF_THE_HEAD[kind] | also).leave_tied_head()
+
+
+def test_the_copy_that_a_tied_head_is_given_is_left(tmp_path):
+    tensors = {"model.embed_tokens.weight": random(9, 8), "lm_head.weight": random(9, 8)}
+    found = adapter(tmp_path, tensors)
+    found.leave_tied_head()
+    found.merged("model.embed_tokens.weight", torch.zeros(9, 8))
+    found.check_all_used()
+
+
+def test_lora_on_the_embedding_itself_is_for_peft(tmp_path):
+    tensors = {"model.embed_tokens.lora_embedding_A": random(3, 9), "model.embed_tokens.lora_embedding_B": random(8, 3)}
+    with pytest.raises(UserError, match="model.embed_tokens: LoRA on the embedding itself, which only peft merges - use"):
+        adapter(tmp_path, tensors)
 
 
 @pytest.mark.parametrize(

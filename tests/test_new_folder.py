@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.new_folder import check_free, new_folder, withhold
+from finetune.new_folder import MARK, check_free, new_folder, remove, withhold
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +18,8 @@ def test_it_appears_when_the_block_ends(tmp_path):
     out = tmp_path / "out"
     out.mkdir()  # an empty one is as good as none
     (tmp_path / "out.unfinished").mkdir()
-    (tmp_path / "out.unfinished" / "rubbish").touch()  # of a killed run
+    (tmp_path / "out.unfinished" / MARK).touch()  # of a killed run
+    (tmp_path / "out.unfinished" / "rubbish" / "inside").mkdir(parents=True)
     with new_folder(out) as folder:
         (folder / "config.json").write_text('{"a": 1}')
         withhold(folder)
@@ -67,6 +68,44 @@ def test_what_is_in_the_way(tmp_path):
     with pytest.raises(UserError, match="lies in .*full, which is read - give a new folder for the merged model"):
         check_free(full / "inside", "the merged model", full)
     check_free(tmp_path / "new", "the merged model", full)
+
+
+def test_a_folder_of_the_users_is_never_removed(tmp_path):
+    """Not even one that is called as the place to write in."""
+    theirs = tmp_path / "out.unfinished"
+    theirs.mkdir()
+    (theirs / "work").write_text("of weeks")
+    refused = f"out.unfinished: is in the way, and without the mark of a run that was interrupted .{MARK}. - move it"
+    with pytest.raises(UserError, match=refused):
+        check_free(tmp_path / "out", "the merged model", theirs)
+    with pytest.raises(UserError, match=refused), new_folder(tmp_path / "out"):
+        pass
+    assert (theirs / "work").read_text() == "of weeks"
+
+
+def test_two_runs_do_not_write_to_one_place(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(UserError, match="out.unfinished: another run is writing it now - wait for it, or give another"):
+            with new_folder(tmp_path / "out"):
+                pass
+        assert (folder / "config.json").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_what_an_interrupted_removal_leaves_still_has_its_mark(tmp_path, monkeypatch):
+    folder = tmp_path / "out.unfinished"
+    (folder / "layers").mkdir(parents=True)
+    for name in (MARK, "a", "z"):
+        (folder / name).touch()
+
+    def stop(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", stop)
+    with pytest.raises(KeyboardInterrupt):
+        remove(folder)
+    assert (folder / MARK).exists()
 
 
 def test_the_current_folder_and_one_that_cannot_be_made(tmp_path, monkeypatch):

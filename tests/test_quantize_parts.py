@@ -95,7 +95,14 @@ def test_tensor_parallel_sizes_of_published_models(tmp_path, hidden, width, bits
     sizes = {"hidden_size": hidden, "intermediate_size": width, "num_attention_heads": hidden // 128}
     settings = quantize.Settings(bits=bits, group_size=group)
     assert quantize_checks.tensor_parallel_sizes(published(tmp_path, sizes), settings) == expected
-    assert quantize_checks.trained_length(tmp_path) == 2048
+    assert calibration.longest(tmp_path, 8192) == 2048 and calibration.longest(tmp_path, 100) == 100
+
+
+def test_c_attn_is_shared_out_by_thirds():
+    """Query, key and value of 96 rows each: three GPUs get 32 of each, and 288 / 9 rows would part a head's words."""
+    settings = quantize.Settings(bits=4, group_size=16)
+    fits = [size for size in (1, 2, 3, 4, 6, 9, 12) if quantize_checks.shared_out("h.0.attn.c_attn", [288, 96], size, 12, settings)]
+    assert fits == [1, 2, 3, 4, 6, 12]
 
 
 def test_tensor_parallel_sizes_of_a_later_qwen(tmp_path):
@@ -142,9 +149,20 @@ def test_zero_points_of_the_older_format(bits):
     assert torch.equal(found, zeros.clamp(min=1))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_largest_number_stays_as_it_is_and_within_its_bits(bits):
+    """Where it would become one more than the format holds."""
+    numbers, zeros = torch.full((64, 32), 2**bits - 1), torch.zeros(1, 32, dtype=torch.int64)
+    groups = torch.zeros(64, dtype=torch.int32)
+    qweight, _ = gptq_format.as_v1(pack(numbers, bits), pack(zeros.T, bits).T.contiguous(), groups, bits)
+    assert torch.equal(quantizing.numbers(qweight, bits), numbers)
+
+
 def test_values_too_large_for_float16_are_an_error():
-    with pytest.raises(RuntimeError, match="lm_head.weight: has values up to 1e.05; float16"):
+    with pytest.raises(UserError, match="lm_head.weight: has values up to 1e.05, which float16 cannot hold - GPTQ folders"):
         gptq_tensors.half("lm_head.weight", torch.tensor([1.0, 1e5]))
+    with pytest.raises(UserError, match="wte.weight: holds infinities, or what is no number - the model is broken"):
+        gptq_tensors.half("wte.weight", torch.tensor([1.0, torch.nan]))
 
 
 # ---- a model that passes through memory, and the proof

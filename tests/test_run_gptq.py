@@ -159,6 +159,7 @@ VARIANTS = {
     "qwen3": (["--desc_act"], 1),
     "3 bits, shards": (["--bits", "3", "--sym", "false", "--group_size", "16", "--max_shard_size", "5MB"], 3),
     "2 bits, .bin": (["--bits", "2", "--group_size", "-1"], 1),
+    "qwen2, tied, .bin": (["--bits", "8"], 1),
     "8 bits, one group": (["--bits", "8", "--group_size", "-1", "--desc_act"], 1),
 }
 
@@ -217,7 +218,8 @@ def refused(words, capsys) -> list[str]:
         (["--samples", "0"], ["--samples 0: nothing to calibrate on - give 64 to 512"]),
         (["--max_len", "8"], ["--max_len 8: no room for a conversation - give at least 16 tokens"]),
         (["--damp_percent", "1"], ["--damp_percent 1.0: out of range - give a value between 0 and 1"]),
-        (["--max_shard_size", "2"], ['--max_shard_size "2" is no size - give for example 2GB, 500MB, 4GiB']),
+        (["--max_shard_size", "2"], ['--max_shard_size: "2" is no size - give for example 2GB, 500MB, 4GiB']),
+        (["--max_shard_size", "2", "--bits", "5", "-d", "no.json"], ["--max_shard_size: ", "--bits 5: ", "--data_path no.json"]),
         (["--data_path", "nowhere.json"], ["--data_path nowhere.json: no such file. Give your training JSON with -d."]),
         (["--bits", "7", "--samples", "-1"], ["--bits 7: ", "--samples -1: "]),
     ],
@@ -229,12 +231,28 @@ def test_numbers_and_files_are_refused(source, tmp_path, capsys, flags, lines):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stripped_folder_opens_only_while_the_process_lives(source, tmp_path, monkeypatch):
+    """Its config is held back before anything lies there that it would open."""
+    from finetune import gptq_run
+
+    seen = []
+
+    def look(place):
+        seen.append(sorted(path.name for path in place.iterdir()))
+        withhold(place)
+
+    monkeypatch.setattr(gptq_run, "withhold", look)
+    gptq_run.stripped(source, tmp_path / "source", {})
+    assert seen == [["config.json"]] and (tmp_path / "source" / "config.json").is_symlink()
+    assert "auto_map" not in json.loads((tmp_path / "source" / "config.json").read_text())
+
+
 def test_models_are_refused(source, made, tmp_path, capsys, monkeypatch):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    [line] = refused(arguments(tmp_path / "adapter", tmp_path / "out"), capsys)
-    way_out = f"merge first: python -m finetune.merge {tmp_path}/adapter MERGED"
-    assert line == f"error: {tmp_path}/adapter: holds a LoRA adapter - {way_out}"
+    (tmp_path / "my adapter").mkdir()
+    (tmp_path / "my adapter" / "adapter_config.json").write_text("{}")
+    [line] = refused(arguments(tmp_path / "my adapter", tmp_path / "out"), capsys)
+    way_out = f"merge first: python -m finetune.merge '{tmp_path}/my adapter' MERGED"
+    assert line == f"error: {tmp_path}/my adapter: holds a LoRA adapter - {way_out}"
     [line] = refused(arguments(made[4], tmp_path / "out"), capsys)
     assert line.endswith("is already quantized (GPTQ Int4) - give the 16-bit model that it was made from (Tiny)")
     [line] = refused(arguments(tiny_gptq(tmp_path / "other", 8), tmp_path / "out"), capsys)
