@@ -112,8 +112,7 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
     folder.mkdir(exist_ok=True)
     tokenizer, changes = model.load_tokenizer(base), merging.Adapter(adapter)
     merged = skeleton(base, adapter, tokenizer, weights)
-    if merged.all_tied_weights_keys:
-        changes.leave_tied_head()
+    changes.check_places(tied=bool(merged.all_tied_weights_keys))
     expected = model_writer.tensor_shapes(merged)
     dtype = weights.dtype if to == "auto" else getattr(torch, to)
     record = checkpoint.read_record(adapter)

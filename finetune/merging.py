@@ -49,9 +49,6 @@ class Adapter:
             self.tensors = {plain(name): shards[name] for name in shards}
         self.start = {plain(name): tensor for name, tensor in pissa.read_start(folder).items()} if self.began() else {}
         self.unused = set(self.tensors)
-        if embedded := next((name for name in self.tensors if ".lora_embedding_" in name), None):
-            what = f"{folder}: {embedded.split('.lora_')[0]}: LoRA on the embedding itself, which only peft merges"
-            raise UserError(f"{what} - use its merge_and_unload()")
 
     def began(self) -> bool:
         return pissa.stored(self.folder)
@@ -111,11 +108,16 @@ class Adapter:
         alpha = next(matching, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def leave_tied_head(self) -> None:
-        """For a base whose head is its embedding: leaves the copies of what the adapter says of that.
+    def check_places(self, tied: bool) -> None:
+        """UserError for tensors that have no place in what is merged. tied: the base's head is its embedding."""
+        if embedded := next((name for name in self.tensors if ".lora_embedding_" in name), None):
+            what = f"{self.folder}: {embedded.split('.lora_')[0]}: LoRA on the embedding itself, which only peft merges"
+            raise UserError(f"{what} - use its merge_and_unload()")
+        if tied:
+            self.leave_tied_head()
 
-        UserError for a head of its own: the merged folder has no place for one.
-        """
+    def leave_tied_head(self) -> None:
+        """Leaves the copies of what the adapter says of the embedding; UserError for a head of its own."""
         heads = [name for name in self.tensors if name.split(".")[0] == "lm_head"]
         for name in heads:
             same = [other for other in self.tensors if other.endswith(f".embed_tokens.{name.partition('.')[2]}")]

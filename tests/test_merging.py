@@ -74,6 +74,7 @@ def test_what_takes_the_place_of_the_bases(tmp_path):
 
 def test_what_the_base_has_no_place_for(tmp_path):
     found = adapter(tmp_path, HALVES | {"lm_head.weight": random(9, 8)})
+    found.check_places(tied=False)
     with pytest.raises(UserError, match="the base has no place for lm_head.weight and 2 more - give the base"):
         found.check_all_used()
     found.merged(f"{LAYER}.weight", W)
@@ -91,16 +92,16 @@ OF_THE_HEAD = {
 @pytest.mark.parametrize("kind", OF_THE_HEAD)
 def test_a_head_of_its_own_has_no_place_in_a_tied_base(tmp_path, kind):
     with pytest.raises(UserError, match="trained the head .lm_head.* apart from the embedding, and in this base both are"):
-        adapter(tmp_path, HALVES | OF_THE_HEAD[kind]).leave_tied_head()
+        adapter(tmp_path, HALVES | OF_THE_HEAD[kind]).check_places(tied=True)
     also = {name.replace("lm_head", "model.embed_tokens"): tensor + 1 for name, tensor in OF_THE_HEAD[kind].items()}
     with pytest.raises(UserError, match="apart from the embedding"):
-        adapter(tmp_path, OF_THE_HEAD[kind] | also).leave_tied_head()
+        adapter(tmp_path, OF_THE_HEAD[kind] | also).check_places(tied=True)
 
 
 def test_the_copy_that_a_tied_head_is_given_is_left(tmp_path):
     tensors = {"model.embed_tokens.weight": random(9, 8), "lm_head.weight": random(9, 8)}
     found = adapter(tmp_path, tensors)
-    found.leave_tied_head()
+    found.check_places(tied=True)
     found.merged("model.embed_tokens.weight", torch.zeros(9, 8))
     found.check_all_used()
 
@@ -108,7 +109,7 @@ def test_the_copy_that_a_tied_head_is_given_is_left(tmp_path):
 def test_lora_on_the_embedding_itself_is_for_peft(tmp_path):
     tensors = {"model.embed_tokens.lora_embedding_A": random(3, 9), "model.embed_tokens.lora_embedding_B": random(8, 3)}
     with pytest.raises(UserError, match="model.embed_tokens: LoRA on the embedding itself, which only peft merges - use"):
-        adapter(tmp_path, tensors)
+        adapter(tmp_path, tensors).check_places(tied=False)
 
 
 @pytest.mark.parametrize(
