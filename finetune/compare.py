@@ -48,7 +48,10 @@ def compare(options) -> None:
     from . import agreement, opened, side_by_side
 
     check(options)
-    models = [opened.open_named(name, options.base) for name in options.models]
+    adapters = [name for name in options.models if opened.is_adapter(name)]
+    if options.base and not adapters:
+        raise UserError(f"--base {options.base}: none of the models is an adapter, which has a base - leave it out")
+    models = [opened.open_named(name, options.base if name in adapters else None) for name in options.models]
     samples, prompts = scored_samples(options, models)
     prompts, dtype = prompts[: options.answers], dtype_of(options.dtype)
 

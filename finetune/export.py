@@ -21,7 +21,7 @@ HELP = {
     "out": "a new folder for what is exported",
     "to": "qwen2: first-generation Qwen for servers; qwen: back, to its own layout and code",
     "base": "of an adapter: its base, exported to the same layout",
-    "max_shard_size": "of a file of weights (default: %(default)s)",
+    "max_shard_size": f"of a file of weights (default: {MAX_SHARD_SIZE})",
 }
 
 
@@ -32,13 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help=HELP["out"])
     parser.add_argument("--to", choices=["qwen2", "qwen"], required=True, help=HELP["to"])
     parser.add_argument("--base", metavar="EXPORTED_BASE", help=HELP["base"])
-    parser.add_argument("--max_shard_size", default=MAX_SHARD_SIZE, help=HELP["max_shard_size"])
+    parser.add_argument("--max_shard_size", help=HELP["max_shard_size"])
     options = vars(parser.parse_args(argv))
     quiet()
     run(lambda: export(**options))
 
 
-def export(model: str, out: Path, to: str, base: str | None = None, max_shard_size: str = MAX_SHARD_SIZE) -> float:
+def export(model: str, out: Path, to: str, base: str | None = None, max_shard_size: str | None = None) -> float:
     """Exports `model` into `out`; returns the largest difference of a logit between the two layouts."""
     import qwen_model
 
@@ -46,11 +46,14 @@ def export(model: str, out: Path, to: str, base: str | None = None, max_shard_si
     from .shards import max_shard_bytes
 
     qwen_model.register()
-    folder, max_bytes = find_folder(str(model)), max_shard_bytes(max_shard_size)
+    folder, max_bytes = find_folder(str(model)), max_shard_bytes(max_shard_size or MAX_SHARD_SIZE)
     check_free(out, "what is exported", folder)
     if (folder / "adapter_config.json").is_file():
         from . import export_adapter
 
+        if max_shard_size is not None:
+            what = f"--max_shard_size {max_shard_size}: {folder} is an adapter, which is one file"
+            raise UserError(f"{what} - leave it out")
         difference = export_adapter.export(folder, out, to, base)
     elif base is not None:
         raise UserError(f"--base {base}: {folder} is a whole model, which has none - leave it out")

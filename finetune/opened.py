@@ -35,14 +35,20 @@ class Opened:
         return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
+def is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
+
+
 def open_named(name: str, base: str | None = None) -> Opened:
     """Finds the files and opens the tokenizer. base: of an adapter whose own has moved. UserError for what is not whole."""
     from . import model
 
     folder = Path(name)
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(name):
         base_folder = model.find_base(folder, base)
         return Opened(name, base_folder, folder, model.load_tokenizer(base_folder))
+    if base is not None:
+        raise UserError(f"--base {base}: {name} is a whole model, which has none - leave it out")
     folder = model.find_folder(name)
     tokenizer = model.load_tokenizer(folder)
     if problems := list(model_folder.problems(folder, may_be_quantized=True)):

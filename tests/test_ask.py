@@ -42,6 +42,9 @@ def test_an_adapter_answers_on_its_base(folders, capsys, tmp_path):
     assert printed.count("Q: hello\nA: " + answer) == 2 and "Q: 你好" in printed
     ask.main([str(base), "hello", "--max_new_tokens", "4"])  # a base model answers as well as it can
     assert answer not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        ask.main([str(base), "hello", "--base", "elsewhere"])
+    assert f"error: --base elsewhere: {base} is a whole model, which has none - leave it out" in capsys.readouterr().err
 
 
 def test_a_conversation_remembers(folders, capsys, monkeypatch):

@@ -119,6 +119,7 @@ def test_fewer_samples_are_drawn_with_the_seed(place):
         (["one"] * 27, "error: 27 models given - give 26 at most"),
         (["one", "other", "--data_path", "talks.json", "--samples", "-1"], "error: --samples -1: below 0 - give a larger number"),
         (["one", "other", "--samples", "3"], "error: --samples 3: nothing to draw from without --data_path - add it, or"),
+        (["one", "other", "--base", "x"], "error: --base x: none of the models is an adapter, which has a base - leave it out"),
         (["one", "other", "--answers", "-1"], "error: --answers -1: below 0 - give a larger number"),
         (["one", "other", "--data_path", "talks.json", "--model_max_length", "12", "--long_samples", "drop"],
          "leaves none; raise --model_max_length"),

@@ -295,6 +295,13 @@ def test_arguments_that_cannot_work(place, tmp_path, capsys, arguments, line):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_is_one_file(tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    words = [str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "qwen2", "--max_shard_size", "1GB"]
+    assert f"--max_shard_size 1GB: {tmp_path}/adapter is an adapter, which is one file - leave" in refused(capsys, *words)
+
+
 QWEN2_ONLY = {
     "use_sliding_window": ({"use_sliding_window": True, "layer_types": None}, "attend within a window (use_sliding_"),
     "tied": ({"tie_word_embeddings": True}, "embedding and head are one matrix (tie_word_embeddings)"),
