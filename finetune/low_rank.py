@@ -42,6 +42,7 @@ class DroppedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, p, seed):
+        x = x.contiguous()  # as its gradient will be: the kernel and torch, which does the rest, draw masks of their own
         ctx.save_for_backward(x, A)
         ctx.p, ctx.seed = p, seed
         return (drop(x, p, seed) @ A.T).mul_(scale_of(p))

@@ -73,6 +73,17 @@ def relative(got, expected) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
+def test_every_mask_of_a_pass_is_drawn_the_same_way(monkeypatch):
+    """Also for an input that does not lie in one piece, which its gradient does: the kernel takes only such."""
+    drawn = []
+    right = low_rank.drop
+    monkeypatch.setattr(low_rank, "drop", lambda x, *rest, **out: (drawn.append(x.is_contiguous()), right(x, *rest, **out))[1])
+    x = torch.randn(6, 5).T.requires_grad_()
+    A = torch.randn(2, 6, requires_grad=True)
+    low_rank.DroppedProduct.apply(x, A, 0.3, 7).sum().backward()
+    assert not x.is_contiguous() and drawn == [True] * 3
+
+
 def test_with_dropout_it_is_the_formula_with_the_mask_that_was_drawn():
     _, ours = lora(p=0.3)
     layer = ours.base_model.model.first
