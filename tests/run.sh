@@ -10,7 +10,7 @@ python=$(bash setup_env.sh)
 [[ " $* " == *" -m "* ]] || export OMP_NUM_THREADS=1
 export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 export HF_HUB_OFFLINE=1 # a test that would fetch something is a mistake
-# All of them: on as many cores as there are, four at most, a file on one. Slow ones start processes of their own.
+# All of them: on as many cores as there are, four at most, a file on one.
 parallel=()
 (($#)) || parallel=(-n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile)
 exec "$python" -m pytest -q -m "not slow and not gpu" "${parallel[@]}" "$@"
