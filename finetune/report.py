@@ -131,7 +131,7 @@ class Report(TrainerCallback):
     """
 
     def __init__(self, output_dir: str):
-        self.folder, self.bar, self.figures = Path(output_dir), None, {}
+        self.folder, self.bar, self.live, self.figures = Path(output_dir), None, True, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not on_first_rank():
@@ -143,13 +143,14 @@ class Report(TrainerCallback):
         written = self.folder / f"{LOG}.new"
         written.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(written, self.folder / LOG)
+        self.live = sys.stderr.isatty()  # a file keeps every line that a terminal draws over
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             unit="step",
             desc="training",
             dynamic_ncols=True,
-            mininterval=0.5,
+            mininterval=0.5 if self.live else 20,
             delay=0,  # unlike all others: at once
         )
 
@@ -164,7 +165,7 @@ class Report(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if "loss" in logs:
             self.figures.update(figures(logs))
-            self.bar.set_postfix(self.figures)
+            self.bar.set_postfix(self.figures, refresh=self.live)
         elif "eval_loss" in logs:
             loss, perplexity = logs["eval_loss"], logs["eval_perplexity"]
             self.bar.write(f"step {state.global_step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}")

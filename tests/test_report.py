@@ -103,6 +103,20 @@ def test_log_and_curve(tmp_path):
     assert (tmp_path / report.CURVE).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys, terminal):
+    """nohup ... > log: a line now and then, and the last one."""
+    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: terminal, raising=False)
+    told, state = report.Report(str(tmp_path)), SimpleNamespace(global_step=0, max_steps=30)
+    told.on_train_begin(None, state, None)
+    for state.global_step in range(1, 31):
+        told.on_step_end(None, state, None)
+        told.on_log(None, state, None, logs=LINE)
+    told.on_train_end(None, state, None)
+    printed = capsys.readouterr().err
+    assert "30/30" in printed and (printed.count("step") > 30 if terminal else printed.count("step") < 6)
+
+
 def test_smoothing_starts_at_the_first_value():
     points = report.smoothed([(1, 4.0), (2, 4.0), (3, 4.0)])
     assert [value for _, value in points] == pytest.approx([4.0, 4.0, 4.0])
