@@ -16,11 +16,14 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen_model.attention import choose_attention, packed_attention
+from qwen_model.compat import one_cache, refuse_unknown
 from qwen_model.head_loss import LMHead, summed_loss
 from qwen_model.tokenization_qwen import CHAT_TEMPLATE
 
 from .errors import note
 
+# what a packed row brings beside its tokens; bounds are the first as a list
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "bounds")
 PACKED = "packed"  # our name among transformers' attention implementations
 SLIDING = "some layers attend within a window: one mask for the whole row"
 
@@ -60,30 +63,39 @@ class PackedRows:
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         shift_labels=None,
         skip_logits: bool | None = None,
+        num_items_in_batch=None,
+        past_key_values=None,
         **kwargs,
     ):
         """With shift_labels (1, R): the row of batches.pack(), as QWenLMHeadModel.forward takes it. Without: as it ever was.
 
         The loss is the summed cross-entropy over num_items_in_batch, or over R. In training no logits are returned:
         skip_logits=False asks for them (1, R, V), True saves them in evaluation too.
+        Raises TypeError or ValueError for what a packed row has no use for: a mask, a cache, labels, unknown keywords.
         """
+        cache = one_cache(cache, past_key_values)
         if shift_labels is None:
-            usual = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache)
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            # by position: the fourth is past_key_values up to transformers 5.23, then cache
+            usual = (input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache)
             return super().forward(*usual, logits_to_keep=logits_to_keep, **kwargs)
-        count = kwargs.pop("num_items_in_batch", None)
-        kwargs.pop("return_dict", None)
+        refuse_unknown("a packed row", kwargs, PACKING)
+        if any(given is not None for given in (attention_mask, cache, labels)) or use_cache:
+            raise ValueError("a packed row (shift_labels) takes no attention_mask, cache, use_cache or labels: leave them out")
         x_RH = self.packed_hidden(input_ids, position_ids, inputs_embeds, **kwargs)[0, logits_to_keep]
         loss = summed_loss(self.lm_head, x_RH, shift_labels.reshape(-1))
         skip_logits = self.training if skip_logits is None else skip_logits
+        count = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(
-            loss=loss / (shift_labels.numel() if count is None else count),
+            loss=loss / count,
             logits=None if skip_logits else self.lm_head(x_RH)[None],
         )
 
@@ -125,6 +137,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout: 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    refuse_unknown("attention on packed rows", kwargs, (*PACKING, "position_ids", "use_cache"))
     # autocast leaves the rotated ones in float32, which the fast kernels do not take
     query, key = query.to(value.dtype), key.to(value.dtype)
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))

@@ -2,6 +2,8 @@
 
 from transformers import PretrainedConfig
 
+from .compat import CACHE_NAMES
+
 
 class QWenConfig(PretrainedConfig):
     """Sizes and switches of a first-generation Qwen model. A checkpoint's own config.json always wins over the defaults.
@@ -18,7 +20,7 @@ class QWenConfig(PretrainedConfig):
     """
 
     model_type = "qwen"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 151936
     hidden_size: int = 4096

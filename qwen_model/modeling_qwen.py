@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .attention import attend, choose_attention
+from .compat import CACHE_NAMES, FOR_GENERATE, cache_name, check_generation_inputs, one_cache, overrides, refuse_unknown
 from .configuration_qwen import QWenConfig
 from .fused import gated, rms_norm, rotated_heads
 from .generation_qwen import QWenChatMixin
@@ -29,6 +30,10 @@ from .head_loss import LMHead, summed_loss
 from .kv_cache import Int8Cache, kernel_obstacle
 
 logger = logging.get_logger(__name__)
+
+CACHE = cache_name(BaseModelOutputWithPast)
+# what a packed row brings beside its tokens, and attention reads
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "bounds")
 
 
 class QWenRMSNorm(nn.Module):
@@ -82,15 +87,15 @@ class QWenAttention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
 
-    def forward(self, x_BTH, rotary, logn, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+    def forward(self, x_BTH, rotary, logn, attention_mask=None, cache: Cache | None = None, **kwargs):
         """rotary: (cos, sin); logn None or (B, 1, T, 1); kwargs: bounds, cache_kernel and more, see attention.attend."""
         query, key, value = rotated_heads(self.c_attn(x_BTH), *rotary, self.head_dim)
         if logn is not None:
             query = (query * logn).to(query.dtype)
-        if past_key_values is not None:
+        if cache is not None:
             # read by the kernels, the int8 cache gives its (q, scale, zero point) instead of tensors
             as_it_is = {"kernel": True} if kwargs.get("cache_kernel") else {}
-            key, value = past_key_values.update(key, value, self.layer_idx, **as_it_is)
+            key, value = cache.update(key, value, self.layer_idx, **as_it_is)
         dropout_p = self.attn_dropout_prob if self.training else 0.0
         out, weights = attend(self, query, key, value, attention_mask, self.scaling, dropout_p, **kwargs)
         return self.c_proj(out.reshape(x_BTH.shape)), weights
@@ -120,9 +125,9 @@ class QWenBlock(GradientCheckpointingLayer):
         self.ln_2 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mlp = QWenMLP(config)
 
-    def forward(self, x_BTH, rotary=None, logn=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, x_BTH, rotary=None, logn=None, attention_mask=None, cache=None, **kwargs):
         """-> (x (B, T, H), attention weights or None)"""
-        attended, weights = self.attn(self.ln_1(x_BTH), rotary, logn, attention_mask, past_key_values, **kwargs)
+        attended, weights = self.attn(self.ln_1(x_BTH), rotary, logn, attention_mask, cache, **kwargs)
         x_BTH = x_BTH + attended
         return x_BTH + self.mlp(self.ln_2(x_BTH)), weights
 
@@ -134,13 +139,14 @@ class QWenPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
 
     attention_reason = "as asked for"
 
+    @overrides(PreTrainedModel, "requested_attention", "is_init_check")
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """What the user asks for; else flash-attn 2 where it is installed and config.use_flash_attn lets it, else sdpa."""
         if requested_attention is None:
@@ -172,31 +178,39 @@ class QWenModel(QWenPreTrainedModel):
     def set_input_embeddings(self, embeddings):
         self.wte = embeddings
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds=None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ):
         """input_ids (B, T) or inputs_embeds (B, T, H) -> hidden states (B, T, H).
 
         attention_mask (B, keys): 1 for tokens, 0 for padding, on either side. position_ids default to counting from the row's
-        first token, padding included, as the published model does. A packed row (B = 1) brings cu_seq_lens_q and max_length_q
-        (transformers' names), and bounds, the first as a list: samples lie one after another and do not see each other.
+        first token, padding included, as the published model does; without a mask and a cache, a sample begins where those
+        that are given do not count on. A packed row (B = 1) brings cu_seq_lens_q and max_length_q (transformers' names), and
+        bounds, the first as a list: samples lie one after another and do not see each other.
+        cache: past_key_values is its name before transformers 5.24.
+        Raises TypeError for a keyword that nobody would read, ValueError for what does not go together.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of them")
+        refuse_unknown("QWenModel.forward", kwargs, PACKING)
+        cache = one_cache(cache, past_key_values)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        self.refuse_contradictions(input_ids, inputs_embeds, attention_mask, cache, use_cache, output_attentions, kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if kwargs.get("cu_seq_lens_q") is not None or (self.gradient_checkpointing and self.training):
-            past_key_values = None
-        elif use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
+        if use_cache and cache is None and not (self.checkpoints() or kwargs.get("cu_seq_lens_q") is not None):
+            cache = self.new_cache()
         x_BTH = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if torch.is_autocast_enabled(x_BTH.device.type):
             # a float32 embedding under autocast would make the whole residual stream float32: twice the memory, and other
@@ -204,10 +218,11 @@ class QWenModel(QWenPreTrainedModel):
             x_BTH = x_BTH.to(torch.get_autocast_dtype(x_BTH.device.type))
         x_BTH = dropout(x_BTH, self.config.emb_dropout_prob, self.training)
 
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
+        given_positions = position_ids
         if position_ids is None:
             position_ids = self.positions(x_BTH, past, kwargs.get("cu_seq_lens_q"))
-        alpha = self.alpha(x_BTH, attention_mask, past, past_key_values, kwargs)
+        alpha = self.alpha(x_BTH, attention_mask, past, cache, kwargs)
         rotary = self.rotary(position_ids, alpha)
         logn = self.logn(position_ids, past + kwargs.get("max_length_q", x_BTH.shape[1]))
         mask = None
@@ -217,13 +232,14 @@ class QWenModel(QWenPreTrainedModel):
                 # to ask a GPU for them is to wait until it has done all that it was given: once a row, if it must be
                 kwargs["bounds"] = kwargs["cu_seq_lens_q"].tolist() if bounds is None else bounds
         else:
-            mask = create_causal_mask(self.config, x_BTH, attention_mask, past_key_values=past_key_values)
-            if self.config.use_cache_kernel and past_key_values is not None:
-                kwargs["cache_kernel"] = self.cache_kernel(past_key_values, x_BTH, mask)
+            # by position, because the name of the cache is not the same in all versions
+            mask = create_causal_mask(self.config, x_BTH, attention_mask, cache, given_positions)
+            if self.config.use_cache_kernel and cache is not None:
+                kwargs["cache_kernel"] = self.cache_kernel(cache, x_BTH, mask)
 
         hidden_states, attentions = (x_BTH,), ()
         for block in self.h:
-            x_BTH, weights = block(x_BTH, rotary, logn, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+            x_BTH, weights = block(x_BTH, rotary, logn, mask, cache, **kwargs)
             if output_hidden_states:
                 hidden_states += (x_BTH,)
             if output_attentions:
@@ -231,11 +247,34 @@ class QWenModel(QWenPreTrainedModel):
         x_BTH = self.ln_f(x_BTH)
         return BaseModelOutputWithPast(
             last_hidden_state=x_BTH,
-            past_key_values=past_key_values,
             # as in all of transformers: the last entry is the normed output
             hidden_states=hidden_states[:-1] + (x_BTH,) if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
+            **{CACHE: cache},
         )
+
+    def checkpoints(self) -> bool:
+        """Whether the blocks run twice, for the backward pass: a cache would be written twice."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def refuse_contradictions(self, input_ids, inputs_embeds, attention_mask, cache, use_cache, output_attentions, kwargs):
+        """ValueError for arguments of forward of which one would be passed over."""
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        if self.checkpoints() and (cache is not None or use_cache):
+            raise ValueError("a cache does not go with gradient checkpointing: use_cache=False, model.eval() or torch.no_grad()")
+        if packed and kwargs.get("max_length_q") is None:
+            raise ValueError("cu_seq_lens_q comes with max_length_q, the tokens of the longest sample")
+        if packed and (attention_mask is not None or cache is not None or use_cache):
+            raise ValueError("a packed row (cu_seq_lens_q) has no padding and no cache: leave out attention_mask, cache and use_cache")
+        if packed and (input_ids if inputs_embeds is None else inputs_embeds).shape[0] != 1:
+            raise ValueError("cu_seq_lens_q describes one packed row: the batch must be 1")
+        if output_attentions and (packed or self.config._attn_implementation != "eager"):
+            raise ValueError(
+                f'output_attentions takes attn_implementation="eager" and rows that are not packed; it is '
+                f"{self.config._attn_implementation}, whose kernels do not keep the weights"
+            )
 
     def new_cache(self) -> Cache:
         """The cache that the config asks for: int8, through which no gradient flows, or transformers' usual one."""
@@ -260,7 +299,7 @@ class QWenModel(QWenPreTrainedModel):
             positions = positions - starts.repeat_interleave(lengths, output_size=x_BTH.shape[1])
         return positions[None]
 
-    def alpha(self, x_BTH, attention_mask, past: int, past_key_values, kwargs):
+    def alpha(self, x_BTH, attention_mask, past: int, cache, kwargs):
         """Dynamic NTK's alpha: None where the base stays, else (B, 1), or (1, T) for a packed row.
 
         It is fixed at the prefill and kept in the cache: keys that were rotated with one base cannot meet queries of another.
@@ -268,7 +307,7 @@ class QWenModel(QWenPreTrainedModel):
         if self.training or not self.config.use_dynamic_ntk:
             return None
         if past > 0:
-            return getattr(past_key_values, "ntk_alpha", None)
+            return getattr(cache, "ntk_alpha", None)
         seq_length, alpha = self.config.seq_length, None
         cu_seq_lens = kwargs.get("cu_seq_lens_q")
         if cu_seq_lens is not None:
@@ -280,8 +319,8 @@ class QWenModel(QWenPreTrainedModel):
                 alpha = ntk_alpha(attention_mask.sum(-1, keepdim=True), seq_length)
             else:
                 alpha = ntk_alpha(x_BTH.shape[1], seq_length).reshape(1, 1).to(x_BTH.device)
-        if past_key_values is not None:
-            past_key_values.ntk_alpha = alpha
+        if cache is not None:
+            cache.ntk_alpha = alpha
         return alpha
 
     def logn(self, position_ids_BT, key_length: int):
@@ -309,12 +348,13 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, head):
         self.lm_head = head
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds=None,
         labels=None,
         use_cache: bool | None = None,
@@ -322,18 +362,20 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
         shift_labels=None,
         num_items_in_batch=None,
         skip_logits: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ):
-        """Logits (B, kept, V), and the loss if there are labels.
+        """Logits (B, kept, V), and the loss if there are labels. More keywords, and what is refused: QWenModel.forward.
 
         labels (B, T), -100 where nothing is learnt, are shifted by one here; shift_labels are taken as they are, one for each
         position that logits_to_keep (a number of last positions, or a tensor of positions) keeps. The loss is the summed
         cross-entropy over num_items_in_batch, or over the number of labels. With labels, in training, no logits are
         returned: skip_logits=False asks for them, True saves them in evaluation too.
         """
-        out = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
-        )  # fmt: skip
+        if labels is not None and shift_labels is not None:
+            raise ValueError("labels and shift_labels say the same in two ways: give one of them")
+        cache = one_cache(cache, past_key_values)
+        out = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
         x_BTH, loss, logits = out.last_hidden_state, None, None
         if labels is not None or shift_labels is not None:
             loss = self.loss(x_BTH, labels, shift_labels, logits_to_keep, num_items_in_batch)
@@ -343,9 +385,9 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
+            **{CACHE: out[CACHE] if CACHE in out else None},
         )
 
     def loss(self, x_BTH, labels, shift_labels, logits_to_keep, num_items_in_batch):
@@ -361,20 +403,31 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
         count = labels_R.numel() if num_items_in_batch is None else num_items_in_batch
         return summed_loss(self.lm_head, x_RH, labels_R) / count
 
+    @overrides(GenerationMixin)
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Positions count from the row's first token, padding included; forward does that by itself."""
         return None
 
+    @overrides(GenerationMixin, "generation_config", "model_kwargs")
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """The int8 cache where the config asks for it and the user brings none."""
-        if (
-            self.config.use_cache_quantization
-            and model_kwargs.get("past_key_values") is None
-            and generation_config.use_cache
-        ):
-            model_kwargs["past_key_values"] = Int8Cache()
+        brought = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
+        if self.config.use_cache_quantization and generation_config.use_cache and not brought:
+            if generation_config.cache_implementation is not None:
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r} and use_cache_quantization, of "
+                    "config.json, ask for two different caches: leave one of them out"
+                )
+            model_kwargs[CACHE] = Int8Cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @overrides(GenerationMixin, "input_ids")
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        """transformers' own, and a look whether the cache came along: without it the answer would be nonsense."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        check_generation_inputs(inputs, input_ids.shape[1])
+        return {name: value for name, value in inputs.items() if name not in FOR_GENERATE}
 
 
 def keep(x_BTH, logits_to_keep):

@@ -143,8 +143,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         return self.vocab_size
 
     def get_vocab(self) -> dict[bytes | str, int]:
-        """All tokens with their ids: pieces of text as bytes, special tokens as strings."""
-        return {**self.mergeable_ranks, **self.special_tokens}
+        """All tokens with their ids: pieces of text as bytes, special tokens as strings. They can be sorted together."""
+        return {**self.mergeable_ranks, **{SpecialToken(token): index for token, index in self.special_tokens.items()}}
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -325,6 +325,18 @@ class QWenTokenizer(PreTrainedTokenizer):
             tokenize=tokenize,
             **kwargs,
         )
+
+
+class SpecialToken(str):
+    """A special token's name, which takes its place among tokens that are bytes: `generate`'s stop_strings sorts them."""
+
+    __hash__ = str.__hash__
+
+    def __lt__(self, other) -> bool:
+        return as_bytes(self) < as_bytes(other)
+
+    def __gt__(self, other) -> bool:
+        return as_bytes(self) > as_bytes(other)
 
 
 def as_bytes(token: bytes | str | None) -> bytes:

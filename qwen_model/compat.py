@@ -1,0 +1,125 @@
+"""Where versions of transformers differ, in one place: the only file of the model that asks which one is installed.
+
+OLDEST to NEWEST is what tests/versions.sh has run. An older transformers is an ImportError, a newer one a warning: both say what to
+do. What a newer one may have renamed is asked for by name (`overrides`, `refuse_unknown`), so that it ends in an error and not in
+another answer: transformers 5.24 renamed past_key_values to cache, and a forward that swallowed the new word answered nonsense.
+
+This file is saved with every model, as the others of this folder are.
+"""
+
+import dataclasses
+import inspect
+
+import transformers
+from packaging.version import Version
+from transformers.utils import logging
+
+OLDEST, NEWEST = "5.17.0", "5.24.0"
+CACHE_NAMES = ("cache", "past_key_values")
+# what `generate` lets pass to forward, and reads itself (stop_strings)
+FOR_GENERATE = ("tokenizer", "assistant_tokenizer")
+
+TOO_OLD = (
+    "first-generation Qwen's code needs transformers {oldest} to {newest}, and {installed} is installed: "
+    'pip install "transformers=={newest}"'
+)
+NOT_TESTED = (
+    "transformers {installed} is newer than {newest}, the last one that this code of first-generation Qwen was tested with. If "
+    'something fails: pip install "transformers=={newest}". A newer fine-tuning toolkit brings newer code: '
+    "python -m finetune.refresh FOLDER replaces what lies in a model's folder"
+)
+CHANGED = (
+    "transformers {installed} has changed what first-generation Qwen's code builds on ({what}); that code is for {oldest} to "
+    '{newest}: pip install "transformers=={newest}", or newer code by python -m finetune.refresh FOLDER'
+)
+
+
+def words(text: str, **more) -> str:
+    """A message, with the versions in it."""
+    return text.format(installed=transformers.__version__, oldest=OLDEST, newest=NEWEST, **more)
+
+
+def check_version() -> None:
+    """ImportError for a transformers that is too old; one warning a process for one that nobody has tried."""
+    installed = Version(transformers.__version__)
+    if installed < Version(OLDEST):
+        raise ImportError(words(TOO_OLD))
+    if installed > Version(NEWEST):
+        # one logger for all copies of this file, so that several models give one line
+        logging.get_logger("transformers.qwen").warning_once(words(NOT_TESTED))
+
+
+check_version()
+
+
+def cache_name(output: type) -> str:
+    """What a class of model outputs calls the cache, and `generate` when it hands it on: past_key_values up to 5.23, then cache."""
+    fields = [field.name for field in dataclasses.fields(output)]
+    for name in CACHE_NAMES:
+        if name in fields:
+            return name
+    raise ImportError(words(CHANGED, what=f"{output.__name__} has no cache, but {', '.join(fields)}"))
+
+
+def one_cache(cache, past_key_values):
+    """The one cache that a caller gave, by either name. TypeError for both, and for what is no transformers Cache."""
+    from transformers import Cache
+
+    if cache is not None and past_key_values is not None:
+        raise TypeError("cache and past_key_values are two names of the same: give one of them")
+    found = past_key_values if cache is None else cache
+    if found is not None and not isinstance(found, Cache):
+        raise TypeError(
+            f"the cache is a {type(found).__name__}, and must be a transformers Cache (DynamicCache, StaticCache, Int8Cache ...): "
+            "neither tuples nor continuous batching go with first-generation Qwen"
+        )
+    return found
+
+
+def refuse_unknown(where: str, keywords: dict, known=()) -> None:
+    """TypeError for keywords with a value that `where` neither reads nor hands on. None asks for nothing."""
+    unknown = sorted(name for name, value in keywords.items() if value is not None and name not in known)
+    if unknown:
+        raise TypeError(
+            words(
+                "{where} does not know {names}. It is made for transformers {oldest} to {newest}; {installed} is installed",
+                where=where,
+                names=", ".join(unknown),
+            )
+        )
+
+
+def overrides(base: type, *parameters: str):
+    """Marks a method that `base` is expected to call: ImportError where it has no such method, or it takes no such parameters.
+
+    A hook that was renamed would otherwise never be called again, in silence.
+    """
+
+    def check(method):
+        name = method.__name__
+        theirs = inspect.getattr_static(base, name, None)
+        if theirs is None:
+            raise ImportError(words(CHANGED, what=f"{base.__name__}.{name} is gone"))
+        taken = inspect.signature(getattr(base, name)).parameters
+        missing = [parameter for parameter in parameters if parameter not in taken]
+        if missing:
+            raise ImportError(words(CHANGED, what=f"{base.__name__}.{name} takes no {', '.join(missing)}"))
+        return method
+
+    return check
+
+
+def check_generation_inputs(inputs: dict, length: int) -> None:
+    """That `generate` does not hand the model the end of a row alone, without the cache that holds its beginning.
+
+    inputs: what forward is given; length: tokens of the row so far. RuntimeError, where the answer would be nonsense.
+    """
+    given = inputs.get("input_ids")
+    if given is None or given.shape[1] >= length:
+        return
+    cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+    # of a StaticCache it is a tensor, which a GPU would have to be waited for
+    cached = cache.get_seq_length() if cache is not None else 0
+    if isinstance(cached, int) and given.shape[1] + cached < length:
+        what = f"generate gives the last {given.shape[1]} of {length} tokens, and a cache that holds {cached}"
+        raise RuntimeError(words(CHANGED, what=what))
