@@ -88,6 +88,7 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
     speak(line, say): calls say(), which prints the error that `line` sums up - in one of several processes that fail together.
     """
     try:
+        check_transformers()
         job()
     except KeyboardInterrupt:
         if on_first_rank() and sys.stderr.isatty():
@@ -101,6 +102,14 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
         line, shown = explained(error), f"{type(error).__name__}: {error}"
         speak(line or shown, lambda: tell(line) if line else traceback.print_exception(error))
         sys.exit(1)
+
+
+def check_transformers() -> None:
+    """Raises UserError for a transformers that is too old, before anything of it is imported."""
+    from qwen_model.versions import too_old
+
+    if line := too_old():
+        raise UserError(line)
 
 
 def explained(error: Exception) -> str | None:

@@ -9,6 +9,7 @@ Shapes: N tokens (rows), I input and O output features, r the rank.
 """
 
 import functools
+import sys
 
 import torch
 from torch import nn
@@ -134,8 +135,16 @@ def fused(cls):
 USUAL = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.gptq.GPTQLoraLinear")
 
 
+def check_names() -> None:
+    """ImportError where peft has moved a class that is known here by name: its layers would be slow and large, in silence."""
+    for module, _, name in (path.rpartition(".") for path in USUAL):
+        if module in sys.modules and not hasattr(sys.modules[module], name):
+            raise ImportError(f"peft has no {module}.{name} any more - pip install the version in requirements.txt")
+
+
 def install(model) -> None:
     """Turns the LoRA layers that peft put into `model` into ours. Without any, nothing happens."""
+    check_names()
     for layer in list(model.modules()):
         if f"{type(layer).__module__}.{type(layer).__qualname__}" not in USUAL:
             continue

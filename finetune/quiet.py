@@ -13,9 +13,10 @@ from .errors import on_first_rank
 
 def quiet() -> None:
     """To be called before transformers is imported: it looks at every package that is installed, and they speak up."""
-    # what torchao could do on another machine; that FSDP has a checkpointing of its own, which costs more memory
-    for name in ("torchao", "torch.utils._pytree", "transformers.training_args"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    import qwen_model  # noqa: F401 (silences what other packages say of kernels for other machines)
+
+    # that FSDP has a checkpointing of its own, which costs more memory
+    logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DELAY", "2")  # transformers' bars over what is done in a moment; seconds
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # connections that end with the process at their other end

@@ -15,6 +15,7 @@ from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import TrainableTokensWrapper
 from torch.nn.functional import embedding
 
+from qwen_model.compat import overrides
 from qwen_model.head_loss import LMHead, put_row_logits
 
 
@@ -24,6 +25,7 @@ class TokenRows(TrainableTokensLayer):
     The rows are read inside this module's forward, through its parameters: there ZeRO-3 gathers them.
     """
 
+    @overrides(TrainableTokensLayer, "x", "active_adapters")
     def forward_adapters(self, x, active_adapters, *args, **kwargs):
         """ids (B, T) -> (B, T, H), or hidden (..., H) -> logits (..., V); a head of ours also takes labels."""
         if self.disable_adapters or self.merged or not active_adapters:
@@ -46,6 +48,7 @@ class TokenRowsWrapper(TrainableTokensWrapper):
         """Whether what is wrapped returns a loss where it is given labels; see head_loss.summed_loss."""
         return getattr(self.original_module, "takes_labels", False)
 
+    @overrides(TrainableTokensWrapper, "x")
     def _forward_wrapped(self, x, *args, **kwargs):
         return self.token_adapter(x, *args, **kwargs)
 
@@ -75,7 +78,7 @@ def first_values():
         with gather_params_ctx([weight], modifier_rank=None):
             return weight.detach()[rows].clone()
 
-    before = TrainableTokensLayer._collect_token_weights
+    before = TrainableTokensLayer._collect_token_weights  # an AttributeError where peft has renamed it
     TrainableTokensLayer._collect_token_weights = collect
     try:
         yield

@@ -15,6 +15,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from qwen_model.compat import overrides
+
 from . import checkpoint, engines, optimizers, quantized
 from .batches import StepBatch, step_loader
 from .engines import size_of
@@ -55,6 +57,7 @@ class PlannedTrainer(Trainer):
         self.throughput = Throughput()
         self.weights = None  # how many there are, and train; see floating_point_ops
 
+    @overrides(Trainer)
     def create_accelerator_and_postprocess(self):
         """fp16 on the CPU too: accelerate scales gradients on GPUs only, and would train in float32 without a word.
 
@@ -70,6 +73,7 @@ class PlannedTrainer(Trainer):
 
     # ---- data
 
+    @overrides(Trainer)
     def get_train_dataloader(self):
         loader = self.loader(self.samples, self.plan)
         self.throughput.drain()  # from here on it is training
@@ -77,6 +81,7 @@ class PlannedTrainer(Trainer):
         self.add_callback(FollowEpoch(loader.batch_sampler))
         return loader
 
+    @overrides(Trainer, "eval_dataset")
     def get_eval_dataloader(self, eval_dataset=None):
         return self.loader(self.eval_samples, self.eval_plan)
 
@@ -84,14 +89,17 @@ class PlannedTrainer(Trainer):
         workers, on_gpu = self.args.dataloader_num_workers, self.args.device.type == "cuda"
         return step_loader(samples, plan, self.args.process_index, workers, on_gpu and self.args.dataloader_pin_memory)
 
+    @overrides(Trainer, "dataloader")
     def num_examples(self, dataloader) -> int:
         return len(dataloader.dataset.samples)
 
+    @overrides(Trainer, "batch_samples", "device")
     def _get_num_items_in_batch(self, batch_samples, device):
         return None  # the plan knows
 
     # ---- a step
 
+    @overrides(Trainer, "model", "inputs", "num_items_in_batch")
     def training_step(self, model, step: StepBatch, num_items_in_batch=None) -> torch.Tensor:
         """All passes of a step, forward and backward; returns this rank's share of the loss, times the ranks.
 
@@ -118,17 +126,20 @@ class PlannedTrainer(Trainer):
         device = self.args.device
         return {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in row.items()}
 
+    @overrides(Trainer, "model")
     def create_optimizer(self, model=None):
         """transformers' choice; with --bf16_weights rounding stochastically, with LoRA+ in more groups."""
         optimizers.prepare(self.args)
         optimizer = super().create_optimizer(model)
         return optimizers.add_lora_plus(optimizer, model or self.model, self.loraplus_lr_ratio)
 
+    @overrides(Trainer, "model")
     def get_decay_parameter_names(self, model) -> list[str]:
         """Matrices decay; biases and norms, vectors all of them, do not, whatever a model calls them."""
         # ds_shape: under ZeRO-3 a parameter is a flat shard that remembers its shape
         return [name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
 
+    @overrides(Trainer, "inputs")
     def floating_point_ops(self, step: StepBatch) -> float:
         """Of this rank's share: 2 a weight and token forward, 2 for the input's gradient, 2 for a weight's where it trains."""
         if self.weights is None:
@@ -139,6 +150,7 @@ class PlannedTrainer(Trainer):
         every, trained = self.weights
         return (4 * every + 2 * trained) * step.tokens / self.accelerator.num_processes
 
+    @overrides(Trainer, "inputs")
     def _track_num_input_tokens(self, step: StepBatch) -> None:
         self.state.num_input_tokens_seen += step.tokens
 
@@ -148,6 +160,7 @@ class PlannedTrainer(Trainer):
         with self.throughput.paused():
             return super().evaluate(*args, **kwargs)
 
+    @overrides(Trainer, "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -176,6 +189,7 @@ class PlannedTrainer(Trainer):
 
     # ---- the log
 
+    @overrides(Trainer, "logs", "start_time")
     def log(self, logs: dict, start_time: float | None = None) -> None:
         """Adds what the run really does (all ranks together): tokens a second, memory. Stops at a loss that is no number."""
         if "loss" in logs:
@@ -189,6 +203,7 @@ class PlannedTrainer(Trainer):
 
     # ---- saving
 
+    @overrides(Trainer, "output_dir", "_internal_call")
     def save_model(self, output_dir=None, _internal_call=False) -> None:
         """The model of a checkpoint. All ranks take part: where they hold shards, these are put together.
 
@@ -213,6 +228,7 @@ class PlannedTrainer(Trainer):
             checkpoint.save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
         meeting.wait("the result is written")
 
+    @overrides(Trainer, "model", "trial")
     def _save_checkpoint(self, model, trial) -> None:
         """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""
         place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -236,6 +252,7 @@ class PlannedTrainer(Trainer):
     @contextlib.contextmanager
     def redirected(self, folder: Path):
         """transformers asks _get_output_dir where to put a checkpoint."""
+        assert hasattr(Trainer, "_get_output_dir"), "transformers asks something else where to put a checkpoint"
         self._get_output_dir = lambda trial: str(folder)
         try:
             yield

@@ -1,8 +1,8 @@
-"""Where versions of transformers differ, in one place: the only file of the model that asks which one is installed.
+"""Where versions of transformers differ: the one place of the model that knows.
 
-OLDEST to NEWEST is what tests/versions.sh has run. An older transformers is an ImportError, a newer one a warning: both say what to
-do. What a newer one may have renamed is asked for by name (`overrides`, `refuse_unknown`), so that it ends in an error and not in
-another answer: transformers 5.24 renamed past_key_values to cache, and a forward that swallowed the new word answered nonsense.
+A transformers that is too old ends here, a newer one than was tested gives a warning; both say what to do. What a newer one may have
+renamed is asked for by name (cache_name, overrides, refuse_unknown), so that it ends in an error and not in another answer:
+transformers 5.24 renamed past_key_values to cache, and a forward that swallowed the new word answered nonsense.
 
 This file is saved with every model, as the others of this folder are.
 """
@@ -10,46 +10,19 @@ This file is saved with every model, as the others of this folder are.
 import dataclasses
 import inspect
 
-import transformers
-from packaging.version import Version
 from transformers.utils import logging
 
-OLDEST, NEWEST = "5.17.0", "5.24.0"
+from .versions import CHANGED, not_tested, too_old, words
+
+if too_old():
+    raise ImportError(too_old())
+if not_tested():
+    # one logger for all copies of this file, so that several models give one line
+    logging.get_logger("transformers.qwen").warning_once(not_tested())
+
 CACHE_NAMES = ("cache", "past_key_values")
 # what `generate` lets pass to forward, and reads itself (stop_strings)
 FOR_GENERATE = ("tokenizer", "assistant_tokenizer")
-
-TOO_OLD = (
-    "first-generation Qwen's code needs transformers {oldest} to {newest}, and {installed} is installed: "
-    'pip install "transformers=={newest}"'
-)
-NOT_TESTED = (
-    "transformers {installed} is newer than {newest}, the last one that this code of first-generation Qwen was tested with. If "
-    'something fails: pip install "transformers=={newest}". A newer fine-tuning toolkit brings newer code: '
-    "python -m finetune.refresh FOLDER replaces what lies in a model's folder"
-)
-CHANGED = (
-    "transformers {installed} has changed what first-generation Qwen's code builds on ({what}); that code is for {oldest} to "
-    '{newest}: pip install "transformers=={newest}", or newer code by python -m finetune.refresh FOLDER'
-)
-
-
-def words(text: str, **more) -> str:
-    """A message, with the versions in it."""
-    return text.format(installed=transformers.__version__, oldest=OLDEST, newest=NEWEST, **more)
-
-
-def check_version() -> None:
-    """ImportError for a transformers that is too old; one warning a process for one that nobody has tried."""
-    installed = Version(transformers.__version__)
-    if installed < Version(OLDEST):
-        raise ImportError(words(TOO_OLD))
-    if installed > Version(NEWEST):
-        # one logger for all copies of this file, so that several models give one line
-        logging.get_logger("transformers.qwen").warning_once(words(NOT_TESTED))
-
-
-check_version()
 
 
 def cache_name(output: type) -> str:
@@ -71,7 +44,7 @@ def one_cache(cache, past_key_values):
     if found is not None and not isinstance(found, Cache):
         raise TypeError(
             f"the cache is a {type(found).__name__}, and must be a transformers Cache (DynamicCache, StaticCache, Int8Cache ...): "
-            "neither tuples nor continuous batching go with first-generation Qwen"
+            "tuples and continuous batching do not go with this model"
         )
     return found
 
@@ -80,13 +53,8 @@ def refuse_unknown(where: str, keywords: dict, known=()) -> None:
     """TypeError for keywords with a value that `where` neither reads nor hands on. None asks for nothing."""
     unknown = sorted(name for name, value in keywords.items() if value is not None and name not in known)
     if unknown:
-        raise TypeError(
-            words(
-                "{where} does not know {names}. It is made for transformers {oldest} to {newest}; {installed} is installed",
-                where=where,
-                names=", ".join(unknown),
-            )
-        )
+        text = "{where} does not know {names}: it is made for transformers {oldest} to {newest}, and {installed} is installed"
+        raise TypeError(words(text, where=where, names=", ".join(unknown)))
 
 
 def overrides(base: type, *parameters: str):
@@ -97,12 +65,10 @@ def overrides(base: type, *parameters: str):
 
     def check(method):
         name = method.__name__
-        theirs = inspect.getattr_static(base, name, None)
-        if theirs is None:
+        if not hasattr(base, name):
             raise ImportError(words(CHANGED, what=f"{base.__name__}.{name} is gone"))
         taken = inspect.signature(getattr(base, name)).parameters
-        missing = [parameter for parameter in parameters if parameter not in taken]
-        if missing:
+        if missing := [parameter for parameter in parameters if parameter not in taken]:
             raise ImportError(words(CHANGED, what=f"{base.__name__}.{name} takes no {', '.join(missing)}"))
         return method
 

@@ -17,6 +17,7 @@ Shapes: B batch, N heads, T new tokens, K tokens held, C tokens there is room fo
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .compat import overrides, refuse_unknown
 from .on_triton import obstacle, triton
 
 # Multiplied, not divided by 255: torch divides by a number exactly on a CPU and by its reciprocal on CUDA.
@@ -69,6 +70,7 @@ class Int8Layer(DynamicLayer):
     They are the beginnings of larger tensors, `key_room` and `value_room`, in which later tokens are written in place.
     """
 
+    @overrides(DynamicLayer, "key_states", "value_states")
     def lazy_initialization(self, key_states, value_states=None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         empty = key_states.detach()[:, :, :0]
@@ -76,12 +78,15 @@ class Int8Layer(DynamicLayer):
         self.is_initialized = True
         self._show(0)
 
+    @overrides(DynamicLayer, "key_states", "value_states")
     @torch.no_grad()
     def update(self, key_states, value_states, *args, kernel: bool = False, **kwargs):
         """Appends (B, N, T, D) keys and values; returns all of them, dequantized to the states' type.
 
         kernel: Triton writes, and what is returned is `entry`, not dequantized.
         """
+        # what transformers' models hand on for caches of other kinds
+        refuse_unknown("Int8Layer.update", kwargs, ("kwargs", "cache_kwargs"))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.prefetch()
@@ -126,15 +131,19 @@ class Int8Layer(DynamicLayer):
             self.value_room = tuple(change(x).contiguous() for x in self.value_room)
             self._show(tokens)
 
+    @overrides(DynamicLayer, "beam_idx")
     def reorder_cache(self, beam_idx) -> None:
         self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
+    @overrides(DynamicLayer, "repeats")
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._change(lambda x: x.repeat_interleave(repeats, dim=0))
 
+    @overrides(DynamicLayer, "indices")
     def batch_select_indices(self, indices) -> None:
         self._change(lambda x: x[indices])
 
+    @overrides(DynamicLayer)
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last |tokens_to_remove| tokens (a negative number, as transformers passes it)."""
         if tokens_to_remove > 0:
@@ -142,14 +151,17 @@ class Int8Layer(DynamicLayer):
         if self.is_initialized:
             self._show(max(0, self.get_seq_length() + tokens_to_remove))
 
+    @overrides(DynamicLayer)
     def reset(self) -> None:
         """Forgets everything."""
         self.keys = self.values = self.key_range = self.value_range = self.key_room = self.value_room = None
         self.is_initialized = False
 
+    @overrides(DynamicLayer)
     def offload(self) -> None:
         self._change(lambda x: x.to("cpu", non_blocking=True))
 
+    @overrides(DynamicLayer)
     def prefetch(self) -> None:
         if self.is_initialized and self.keys.device != self.device:
             self._change(lambda x: x.to(self.device, non_blocking=True))

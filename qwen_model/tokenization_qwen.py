@@ -2,8 +2,7 @@
 
 Tokens are bytes (a piece of text need not be whole characters), special tokens are strings. By default the surface
 forms of special tokens in a text become the special tokens; `allowed_special=set()`, or transformers' own
-`split_special_tokens=True`, leaves them ordinary text. This file imports none of its neighbours, so that a saved folder
-carries the whole tokenizer.
+`split_special_tokens=True`, leaves them ordinary text.
 """
 
 import base64
@@ -18,6 +17,8 @@ from unicodedata import normalize
 import tiktoken
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
+
+from .compat import overrides
 
 logger = logging.get_logger(__name__)
 
@@ -151,6 +152,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         """The 208 special tokens, and whatever else a user has set by name."""
         return list(dict.fromkeys([*self.special_tokens, *super().all_special_tokens]))
 
+    @overrides(PreTrainedTokenizer, "new_tokens", "special_tokens")
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
         """Accepts the special tokens there are (0 are added). Ids of new ones would lie outside the embedding."""
         unknown = [str(token) for token in new_tokens if str(token) not in self.special_tokens]
@@ -161,6 +163,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             )
         return 0
 
+    @overrides(PreTrainedTokenizer, "save_directory", "filename_prefix")
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Writes qwen.tiktoken, extra tokens included, so that the folder needs no second file."""
         path = Path(save_directory, f"{filename_prefix}-{VOCABULARY_NAME}" if filename_prefix else VOCABULARY_NAME)
@@ -212,6 +215,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         return set() if split else "all"
 
+    @overrides(PreTrainedTokenizer, "text", "text_pair", "padding_strategy", "truncation_strategy")
     def _encode_plus(
         self, text, text_pair=None, allowed_special=None, disallowed_special=(), content_marked=False, **kwargs
     ) -> BatchEncoding:
@@ -282,6 +286,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[bytes | str]) -> str:
         return b"".join(map(as_bytes, tokens)).decode("utf-8", errors=self.errors)
 
+    @overrides(PreTrainedTokenizer, "token_ids", "skip_special_tokens", "clean_up_tokenization_spaces")
     def _decode(
         self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, errors=None, **kwargs
     ) -> str:
@@ -295,6 +300,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     # -- chat --
 
+    @overrides(PreTrainedTokenizer, "conversation", "tokenize", "tokenizer_kwargs")
     def apply_chat_template(
         self,
         conversation,

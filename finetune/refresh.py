@@ -1,0 +1,175 @@
+"""Replaces the code in a model's folder by this toolkit's: python -m finetune.refresh FOLDER
+
+A folder of first-generation Qwen carries the code that loads it without this toolkit (trust_remote_code). Code that was saved long
+ago, or published with the checkpoint, does not work on newer versions of transformers. Weights and settings are not touched.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .errors import UserError, note, run
+from .model_folder import LATER_TYPES, read_json
+from .quiet import quiet
+
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+# opens the folder as somebody without this toolkit would, but for the weights
+PROOF = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+if (Path(folder) / "tokenizer_config.json").is_file():
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("hello")
+if (Path(folder) / "config.json").is_file():
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.refresh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path, help="a model, or the output of a LoRA run")
+    parser.add_argument("--dry_run", action="store_true", help="say what would change, and change nothing")
+    options = parser.parse_args(argv)
+    quiet()
+    run(lambda: [refresh(folder, options.dry_run) for folder in options.folders])
+
+
+def refresh(folder: Path, dry_run: bool = False) -> list[str]:
+    """Brings the folder's code up to date, and returns the names of the files that changed."""
+    finish_interrupted(folder)
+    check(folder)
+    files = wanted(folder)
+    changed = sorted(name for name, content in files.items() if content_of(folder / name) != content)
+    if not changed:
+        note(f"{folder}: its code is this toolkit's already")
+    elif dry_run:
+        note(f"{folder}: would be replaced or added: {', '.join(changed)}")
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            prove(folder, files, Path(place))
+        replace(folder, {name: files[name] for name in changed})
+        note(f"{folder}: replaced or added {', '.join(changed)}; the weights are as they were")
+        for line in left_over(folder, files):
+            note(line)
+    return changed
+
+
+def check(folder: Path) -> None:
+    """Raises UserError for what has no code of first-generation Qwen in it."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder - give the folder of a model, or of an adapter")
+    if not (folder / CONFIG).is_file() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: neither config.json nor adapter_config.json there - give the folder of a model")
+    kind = model_type(folder)
+    if kind in LATER_TYPES:
+        raise UserError(f"{folder}: a {kind} model, whose code is part of transformers - there is nothing to refresh")
+    if kind != "qwen":
+        raise UserError(f"{folder}: not a first-generation Qwen (model_type {kind!r}) - only those carry this toolkit's code")
+
+
+def model_type(folder: Path) -> str | None:
+    """The type of the folder's model; of an adapter, which does not say it, by its tokenizer."""
+    if (folder / CONFIG).is_file():
+        return read_json(folder / CONFIG).get("model_type")
+    return "qwen" if (folder / "qwen.tiktoken").is_file() else None
+
+
+def wanted(folder: Path) -> dict[str, bytes]:
+    """{name: content} of the code as it would be saved today, and of the settings that name it."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    from qwen_model import modeling_qwen, new_checkpoint, tokenization_qwen
+
+    modules, files = [], {}
+    if (folder / CONFIG).is_file():
+        modules.append(modeling_qwen)
+        files[CONFIG] = with_auto_map(folder / CONFIG, new_checkpoint.AUTO_MAP)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        modules.append(tokenization_qwen)
+        files[TOKENIZER_CONFIG] = with_auto_map(folder / TOKENIZER_CONFIG, new_checkpoint.TOKENIZER["auto_map"])
+    for module in modules:
+        for path in map(Path, (module.__file__, *get_relative_import_files(module.__file__))):
+            files[path.name] = path.read_bytes()
+    return files
+
+
+def with_auto_map(path: Path, auto_map: dict) -> bytes:
+    """The settings with this auto_map; byte for byte as they are where they have it."""
+    settings = read_json(path)
+    if {name: settings.get("auto_map", {}).get(name) for name in auto_map} == auto_map:
+        return path.read_bytes()
+    settings["auto_map"] = settings.get("auto_map", {}) | auto_map
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def content_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def prove(folder: Path, files: dict[str, bytes], place: Path) -> None:
+    """The new code opens the folder's settings and tokenizer in a Python of its own; RuntimeError if it does not."""
+    copy = place / "model"
+    shutil.copytree(folder, copy, ignore=lambda _, names: [name for name in names if not is_small(folder / name)])
+    for name, content in files.items():
+        (copy / name).write_bytes(content)
+    environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", PROOF, str(copy)]
+    done = subprocess.run(command, check=False, cwd=place, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{folder}: this toolkit's code does not open it ({last}) - nothing was changed")
+
+
+def is_small(path: Path) -> bool:
+    """Settings and vocabularies, not weights, and no folders."""
+    return path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and path.stat().st_size < 50e6
+
+
+def replace(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes the files beside their places, then renames them. Until the last one is there the folder does not load."""
+    config = folder / (CONFIG if (folder / CONFIG).is_file() else TOKENIZER_CONFIG)
+    hidden = hidden_name(config)
+    try:
+        for name, content in files.items():
+            (folder / f".{name}.new").write_bytes(content)
+        os.replace(config, hidden)
+        for name in files:
+            target = hidden if name == config.name else folder / name
+            os.replace(folder / f".{name}.new", target)
+        os.replace(hidden, config)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}) - make it writable, then the same command again") from error
+
+
+def hidden_name(config: Path) -> Path:
+    return config.with_name(f"{config.name}.refreshing")
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Gives the settings their name back that an interrupted refresh has hidden; what it left half-done is done again."""
+    for name in (CONFIG, TOKENIZER_CONFIG):
+        if hidden_name(folder / name).is_file():
+            os.replace(hidden_name(folder / name), folder / name)
+    for left in folder.glob(".*.new"):
+        left.unlink()
+
+
+def left_over(folder: Path, files: dict[str, bytes]) -> list[str]:
+    """A line for code that nobody imports any more."""
+    others = sorted(path.name for path in folder.glob("*.py") if path.name not in files)
+    return [f"{folder}: not used by the new code, and left: {', '.join(others)}"] if others else []
+
+
+if __name__ == "__main__":
+    main()
