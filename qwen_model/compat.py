@@ -64,7 +64,7 @@ def overrides(base: type, *parameters: str):
     """
 
     def check(method):
-        name = method.__name__
+        name = getattr(method, "__func__", method).__name__
         if not hasattr(base, name):
             raise ImportError(words(CHANGED, what=f"{base.__name__}.{name} is gone"))
         taken = inspect.signature(getattr(base, name)).parameters

@@ -146,6 +146,12 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     attention_reason = "as asked for"
 
+    @overrides(PreTrainedModel)
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """True: transformers looks for its own words in this file, and would leave set_attn_implementation without effect."""
+        return True
+
     @overrides(PreTrainedModel, "requested_attention", "is_init_check")
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """What the user asks for; else flash-attn 2 where it is installed and config.use_flash_attn lets it, else sdpa."""
