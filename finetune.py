@@ -8,16 +8,17 @@ The job from top to bottom; its parts are in finetune/.
 
 from pathlib import Path
 
-from finetune.ranks import meeting
+from finetune.distributed.ranks import meeting
 
 
 def main() -> None:
     """Everything a user gave is checked before a weight is loaded, and all findings are shown together."""
     with meeting.as_one("flags"):
-        from finetune import args as arguments
+        from finetune.flags import args as arguments
 
         args = arguments.parse()  # before the imports that take seconds: --help is there at once
-    from finetune import engines, memory_plan, preparation, ranks, report
+    from finetune.distributed import engines, ranks
+    from finetune.steps import memory_plan, preparation, report
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
@@ -41,13 +42,15 @@ def make_trainer(args, job):
     """The model with what trains of it, and the trainer; prints the summary."""
     from transformers import set_seed
 
-    from finetune import model, quiet, recomputing, report
-    from finetune.trainer import PlannedTrainer
+    from finetune import quiet
+    from finetune.model import loading
+    from finetune.steps import recomputing, report
+    from finetune.steps.trainer import PlannedTrainer
 
     training = args.training
     quiet.first_rank_only()
     set_seed(training.seed)  # adapters start from random numbers, the same on all ranks
-    loaded = model.load_model(
+    loaded = loading.load_model(
         job.folder, job.tokenizer, args.lora, training, job.resume_from, args.model.model_name_or_path
     )
     report.show(report.summary(args, job, loaded))

@@ -4,8 +4,8 @@ import json
 from collections import namedtuple
 from pathlib import Path
 
-from finetune import args as arguments
 from finetune.errors import UserError
+from finetune.flags import args as arguments
 
 CONFIG = {
     "model_type": "qwen", "architectures": ["QWenLMHeadModel"],

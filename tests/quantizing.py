@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import GPTQ_LAYERS
 
-from finetune import checkpoint
+from finetune.folders import checkpoint
 from qwen_model.new_checkpoint import new_checkpoint
 
 ROOT = Path(__file__).parent.parent
