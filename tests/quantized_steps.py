@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from tiny import packed, random_samples
 
-from finetune.flags.args import LoraArguments
+from finetune.flags.definitions import LoraArguments
 from finetune.model import loading as models
 
 STEPS = 4

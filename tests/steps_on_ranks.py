@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from tiny import packed, random_samples
 
 import qwen_model
-from finetune.flags.args import LoraArguments
+from finetune.flags.definitions import LoraArguments
 from finetune.lora import adapters
 from finetune.model.loading import load_weights
 

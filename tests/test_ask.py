@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import qwen_model
 from finetune import ask
-from finetune.folders import checkpoint
 from finetune.model import loading
+from finetune.steps import saving
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folders(tmp_path_factory, tokenizer):
             if "lora_" in name:
                 parameter.mul_(10)
     loading.set_chat_settings(lora, tokenizer)
-    checkpoint.save_final(lora, tokenizer, place / "adapter")
+    saving.save_final(lora, tokenizer, place / "adapter")
     answer = lora.chat(tokenizer, "hello", do_sample=False, max_new_tokens=4)[0]
     return base, place / "adapter", answer
 
@@ -70,7 +70,7 @@ def later(request, tmp_path_factory):
     lora = get_peft_model(loading.load_weights(base, torch.float32, False), settings).eval()
     tokenizer = loading.load_tokenizer(base)
     loading.set_chat_settings(lora, tokenizer)
-    checkpoint.save_final(lora, tokenizer, place / "adapter")
+    saving.save_final(lora, tokenizer, place / "adapter")
     prompt = tokenizer(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     )

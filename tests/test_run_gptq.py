@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qwen_model
 import run_gptq
 from finetune.data import conversations
-from finetune.flags.args import LoraArguments
-from finetune.folders import checkpoint, model_folder, shards
+from finetune.flags.definitions import LoraArguments
+from finetune.folders import checkpoint, model_folder, quant_settings, shards
 from finetune.folders.new_folder import new_folder, withhold
 from finetune.gptq import calibration, pipeline
 from finetune.model import loading
@@ -62,7 +62,7 @@ def same_logits_as_plain_weights(folder):
     expected = logits(quantizing.twin(folder))
     for_training = loading.load_weights(folder, torch.float32, half_on_cuda=False, device=CPU)
     torch.testing.assert_close(logits(for_training), expected, atol=2e-5, rtol=1e-4)
-    if quantized_model.of_folder(folder).bits == 4:
+    if quant_settings.of_folder(folder).bits == 4:
         as_it_lies = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         torch.testing.assert_close(logits(as_it_lies), expected, atol=0.03 * expected.abs().max().item(), rtol=0)
 
@@ -81,7 +81,7 @@ def test_the_folder_holds_what_published_ones_do(made, source):
         assert expected.items() <= settings.items()
         assert (config["dtype"], config["fp16"], config["bf16"], config["fp32"]) == ("float16", True, False, False)
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_qwen.QWenLMHeadModel"
-        assert quantized_model.of_folder(folder) == quantized_model.Quantization("gptq", bits, 32, True, False, "gptq")
+        assert quant_settings.of_folder(folder) == quant_settings.Quantization("gptq", bits, 32, True, False, "gptq")
         assert "was_run" not in (folder / "modeling_qwen.py").read_text()
 
 

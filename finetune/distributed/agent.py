@@ -38,7 +38,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from ..errors import UserError, note, tell, warn
-from .torchrun import Job, own_address, wait_for_master
+from .network import Job, own_address, wait_for_master
 
 USER_ERROR = 2  # the exit code of a worker whose user has to change something
 STORE_SECONDS = 60  # for an answer of the store

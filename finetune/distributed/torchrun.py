@@ -3,44 +3,21 @@
     python finetune/distributed/torchrun.py --nproc_per_node 8 SCRIPT [its arguments]
     python finetune/distributed/torchrun.py --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr ADDRESS --master_port 6001 ...
 
-torch's own elastic agent (what torchrun runs) does the work, in agent.py; here is what is checked before torch is
-imported, so that a wrong address or a busy port is told within seconds. The exit code is that of the worker that failed.
+torch's own elastic agent (what torchrun runs) does the work, in agent.py; network.py checks, before torch is imported,
+whether the machines can find each other. The exit code is that of the worker that failed.
 """
 
 import argparse
-import errno
-import fcntl
 import os
 import signal
-import socket
-import struct
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-CONNECT_SECONDS = 5  # an address that is there answers within this, be it by refusing
-
-
-@dataclass
-class Job:
-    """What launch.sh has checked: 0 <= node_rank < nnodes; master_addr is not localhost where nnodes > 1.
-
-    master_port: 0 (a free one) only where nnodes is 1. master_timeout: seconds to wait for another machine.
-    """
-
-    command: list[str]
-    nproc_per_node: int = 1
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str = "localhost"
-    master_port: int = 0
-    max_restarts: int = 0
-    master_timeout: int = 600
-
-    @property
-    def place(self) -> str:
-        return f"{self.master_addr}:{self.master_port}"
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its module names are everyday words
+from finetune.distributed import network  # noqa: E402
+from finetune.distributed.network import Job  # noqa: E402
+from finetune.errors import run  # noqa: E402
 
 
 def parse(argv: list[str]) -> Job:
@@ -56,127 +33,6 @@ def parse(argv: list[str]) -> Job:
     return Job(argv[end:], **values)
 
 
-# ---- before torch is imported
-
-
-def check_network(job: Job) -> None:
-    """Raises UserError where the machines cannot come together; waits for machine 0 where it has not started yet."""
-    if job.node_rank == 0:
-        if job.master_port:
-            check_port(job)
-        if job.nnodes > 1:
-            check_own_address(job)
-    else:
-        wait_for_master(job)
-
-
-def check_port(job: Job) -> None:
-    """Machine 0 listens at the port: it must be free."""
-    from finetune.errors import UserError
-
-    with socket.socket() as listener:
-        listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as torch does: a run that has ended is no hindrance
-        try:
-            listener.bind(("", job.master_port))
-            listener.listen()
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                same = ", the same on all machines" if job.nnodes > 1 else ", or leave it out"
-                what = f"port {job.master_port} is in use on this machine"
-                raise UserError(f"{what} - set MASTER_PORT to a free one{same}") from None
-            what = f"port {job.master_port} cannot be used ({error.strerror})"
-            raise UserError(f"{what} - set MASTER_PORT to another one, for example 6001") from None
-
-
-def check_own_address(job: Job) -> None:
-    """Warns where MASTER_ADDR is no address of this machine. Not an error: a network may translate addresses."""
-    from finetune.errors import warn
-
-    family, address = resolve(job)
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            warn(
-                f"MASTER_ADDR={job.master_addr} is no address of this machine, though NODE_RANK=0 - give that of this one"
-            )
-
-
-def wait_for_master(job: Job, patient: bool = False) -> None:
-    """Returns once machine 0 listens. Raises UserError at once where it cannot be reached, else after the time-out.
-
-    patient: it was there before, and may be starting up again: until the time-out, no answer at all is no reason to end.
-    """
-    from finetune.errors import UserError, note
-
-    if not patient:
-        resolve(job)
-    deadline, told = time.monotonic() + job.master_timeout, False
-    while True:
-        try:
-            socket.create_connection((job.master_addr, job.master_port), timeout=CONNECT_SECONDS).close()
-            return
-        except ConnectionRefusedError:
-            why = ""  # the machine is there, the run is not
-        except OSError as error:
-            why = f" ({'no answer' if isinstance(error, TimeoutError) else error.strerror or error})"
-            if not patient:
-                what = f"machine 0 cannot be reached at {job.place}{why}"
-                remedy = f"check MASTER_ADDR, and that no firewall shuts port {job.master_port} there"
-                raise UserError(f"{what} - {remedy}") from None
-        if time.monotonic() > deadline:
-            what = f"nothing listens at {job.place} after {job.master_timeout} s{why}"
-            raise UserError(f"{what} - start the run with NODE_RANK=0 there; MASTER_TIMEOUT gives it more seconds")
-        if not told:
-            how = "start the same command there, with NODE_RANK=0"
-            note(f"waiting up to {job.master_timeout} s for machine 0 to listen at {job.place}: {how}")
-            told = True
-        time.sleep(1)
-
-
-def resolve(job: Job) -> tuple[socket.AddressFamily, str]:
-    """(family, address) of MASTER_ADDR; UserError where the name is unknown."""
-    from finetune.errors import UserError
-
-    try:
-        family, _, _, _, address = socket.getaddrinfo(job.master_addr, job.master_port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        what = f"MASTER_ADDR={job.master_addr}: no such machine ({error.strerror})"
-        raise UserError(f"{what} - give the name or address of the machine with NODE_RANK=0") from None
-    return family, address[0]
-
-
-# ---- this machine, as the others see it
-
-
-def own_address(job: Job) -> str:
-    """The address by which the other machines reach this one."""
-    if job.nnodes == 1:
-        return "localhost"
-    family, address = resolve(job)
-    if job.node_rank == 0:
-        return address
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting sends nothing: it asks the routing table
-        probe.connect((address, job.master_port))
-        return probe.getsockname()[0]
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address; None if there is none."""
-    siocgifaddr = 0x8915
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, siocgifaddr, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue  # an interface without an address
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
-
-
 def settle_environment(job: Job) -> None:
     """What the workers inherit. What the user has set stays."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # some clusters set them, for one process a machine
@@ -184,7 +40,7 @@ def settle_environment(job: Job) -> None:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // job.nproc_per_node)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # sockets warn of every name that DNS does not know
-    if job.nnodes > 1 and (interface := interface_of(own_address(job))):
+    if job.nnodes > 1 and (interface := network.interface_of(network.own_address(job))):
         # gloo would take the address of the host's name, which on many systems is 127.0.1.1
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
@@ -199,7 +55,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     os.environ.pop("RANK", None)  # this process speaks, whatever rank a cluster has given it
-    check_network(job)
+    network.check_network(job)
     settle_environment(job)
     from finetune.distributed import agent
 
@@ -207,7 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its module names are everyday words
-    from finetune.errors import run
-
     run(main)

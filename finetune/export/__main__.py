@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import UserError, note, run
 from ..folders.new_folder import check_free
-from ..merge.__main__ import MAX_SHARD_SIZE
+from ..folders.tensor_files import MAX_SHARD_SIZE
 from ..quiet import quiet
 
 HELP = {

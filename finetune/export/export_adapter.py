@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ..errors import UserError, note
-from ..folders import adapter_folder, checkpoint, model_folder
+from ..folders import adapter_folder, checkpoint, config_files, model_folder, quant_settings
 from ..folders.new_folder import check_free, new_folder, withhold
 from ..folders.shards import Shards
 from ..lora import pissa
@@ -40,7 +40,7 @@ def export(folder: Path, out: Path, to: str, base: str | None) -> float:
     with Shards(base_folder) as stored, new_folder(out, CONFIG) as staging:
         there = Relaid(stored, to, zeros_of(checkpoint.read_record(base_folder), OTHER[to]))
         check_base(folder, base_folder, there)
-        relaid = RelaidAdapter(adapter, OTHER[to], model_folder.config_of(base_folder)["num_hidden_layers"])
+        relaid = RelaidAdapter(adapter, OTHER[to], config_files.config_of(base_folder)["num_hidden_layers"])
         write(staging, folder, base_folder, relaid, name=str(base_folder) if Path(base).is_dir() else base)
         adapter_folder.check(staging, base_folder)
         return prove(staging, base_folder, adapter, there)
@@ -65,7 +65,7 @@ def check_adapter(adapter: formulas.Adapter, to: str) -> None:
 
 def find_base(folder: Path, to: str, base: str | None) -> Path:
     """The exported base's folder."""
-    its_own = model_folder.read_json(folder / CONFIG).get("base_model_name_or_path") or "BASE"
+    its_own = config_files.read_json(folder / CONFIG).get("base_model_name_or_path") or "BASE"
     first = f"python -m finetune.export {shlex.quote(its_own)} EXPORTED_BASE --to {to}"
     if base is None:
         what = f"{folder}: an adapter goes along with its base"
@@ -73,7 +73,7 @@ def find_base(folder: Path, to: str, base: str | None) -> Path:
     found = loading.find_folder(base)
     if not (found / "config.json").is_file():
         raise UserError(f"--base {base}: no config.json there - give the folder of the exported base")
-    kind = model_folder.config_of(found).get("model_type")
+    kind = config_files.config_of(found).get("model_type")
     if kind != to:
         raise UserError(f"--base {base}: is in the layout of {kind} - export it ({first}) and give that")
     if findings := model_folder.problems(found, may_be_quantized=True):
@@ -87,7 +87,7 @@ def check_base(folder: Path, base: Path, there: Relaid) -> None:
     if made_for is None:
         return note(f"{folder}: does not say which base it was trained on, so that {base} is the one is not checked")
     found = fingerprint(base, there)
-    if quantized_model.may_take(made_for, found, base):
+    if quant_settings.may_take(made_for, found, base):
         note(f"{folder}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
     elif found != made_for:
         what = f"{folder}: the adapter was made for another base ({checkpoint.describe(made_for)})"
@@ -121,7 +121,7 @@ def write(staging: Path, folder: Path, base: Path, relaid: RelaidAdapter, name: 
     came_from = {"from": str(folder.resolve()), "layout": relaid.layout, "base": record.get("base")}
     came_from |= {"generation_config": own}
     write_json(staging / checkpoint.RECORD, record | {"base": now, "exported": came_from})
-    (staging / "README.md").write_text(checkpoint.adapter_card(name), encoding="utf-8")
+    (staging / "README.md").write_text(adapter_folder.adapter_card(name), encoding="utf-8")
     withhold(staging, CONFIG)
     save_file(relaid.stored(), staging / WEIGHTS, metadata={"format": "pt"})
 

@@ -9,7 +9,7 @@ from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.tokenization_qwen import N_RANKS
 
 from ..errors import UserError, note
-from ..folders import model_folder
+from ..folders import config_files, model_folder
 from . import layouts
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = N_RANKS, N_RANKS + 1, N_RANKS + 2
@@ -161,7 +161,7 @@ def generation(settings: dict, folder: Path, layout: str, record: dict) -> dict:
             return original
     if layout == layouts.QWEN:
         return generation_for_qwen2(settings, chat)
-    return generation_for_qwen(settings, chat, model_folder.trained_length(model_folder.config_of(folder)))
+    return generation_for_qwen(settings, chat, model_folder.trained_length(config_files.config_of(folder)))
 
 
 def chats(settings: dict, layout: str) -> bool:
@@ -194,7 +194,7 @@ def same_settings(ours: dict, found: dict) -> bool:
 def settings_of(folder: Path) -> dict:
     """generation_config.json as it lies there, or {}."""
     path = folder / "generation_config.json"
-    return model_folder.read_json(path) if path.is_file() else {}
+    return config_files.read_json(path) if path.is_file() else {}
 
 
 # ---- GPTQ

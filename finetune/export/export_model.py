@@ -8,11 +8,10 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from ..errors import UserError, note
-from ..folders import checkpoint, model_folder, model_writer
+from ..folders import checkpoint, config_files, model_folder, model_writer, quant_settings
 from ..folders.new_folder import new_folder
 from ..folders.shards import Shards
 from ..model import loading
-from ..quantized import quantized_model
 from ..quantized.plain_weights import PlainWeights
 from . import export_config, export_proof, export_tokenizer
 from .layouts import OTHER, QWEN, QWEN2, Relaid
@@ -43,7 +42,7 @@ def check_layout(folder: Path, to: str) -> None:
     """UserError unless the model is of the layout that can be exported `to` the other."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there - give the folder of a model, or of a LoRA adapter")
-    kind = model_folder.read_json(folder / "config.json").get("model_type")
+    kind = config_files.read_json(folder / "config.json").get("model_type")
     if kind == to:
         raise UserError(f"{folder}: is in that layout already (model_type {kind}) - use it as it is")
     if kind != OTHER[to]:
@@ -100,12 +99,12 @@ def check_tensors(folder: Path, shapes: dict, wanted: dict, zeros: set[str]) -> 
 
 def quantize_config(config, folder: Path, staging: Path, layout: str) -> None:
     """GPTQ's settings go along, in config.json and, if they lie there too, in quantize_config.json."""
-    settings, _ = quantized_model.settings_of(folder)
+    settings, _ = quant_settings.settings_of(folder)
     if not settings:
         return
     config.quantization_config = {"quant_method": "gptq"} | export_config.quantization(settings, layout, folder)
     if (path := folder / "quantize_config.json").is_file():
-        renamed = export_config.quantization(model_folder.read_json(path), layout, folder)
+        renamed = export_config.quantization(config_files.read_json(path), layout, folder)
         (staging / path.name).write_text(json.dumps(renamed, indent=2) + "\n", encoding="utf-8")
 
 
@@ -119,7 +118,7 @@ def new_record(folder: Path, relaid: Relaid, record: dict) -> dict:
         "exported": {
             "from": str(folder.resolve()),
             "layout": relaid.layout,
-            "config": model_folder.read_json(folder / "config.json"),
+            "config": config_files.read_json(folder / "config.json"),
             "generation_config": export_config.settings_of(folder),
             "zero_biases": zeros,
         }

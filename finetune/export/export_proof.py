@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from ..compare.agreement import question_prompts
 from ..errors import note
-from ..folders.model_folder import config_of, trained_length
+from ..folders.config_files import config_of
+from ..folders.model_folder import trained_length
 from ..gptq.streamed import streamed
 from .export_tokenizer import PROBES
 

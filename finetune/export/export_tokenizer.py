@@ -13,7 +13,7 @@ from qwen_model.tokenization_qwen import N_RANKS, PATTERN, SPECIAL_TOKENS, VOCAB
 from qwen_model.vocabulary import VOCABULARY_SHA256
 
 from ..errors import UserError
-from ..folders import model_folder
+from ..folders import config_files
 from ..model import kinds
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -150,7 +150,7 @@ def first_generation(folder: Path):
 
     from qwen_model.tokenization_qwen import QWenTokenizer
 
-    settings = model_folder.read_json(folder / TOKENIZER_CONFIG)
+    settings = config_files.read_json(folder / TOKENIZER_CONFIG)
     ranks = ranks_of(folder)
     check_special_tokens(folder, settings)
     by_rank = sorted(ranks.items(), key=lambda item: item[1])
@@ -168,8 +168,8 @@ def first_generation(folder: Path):
 def ranks_of(folder: Path) -> dict[bytes, int]:
     """The vocabulary of tokenizer.json, or of the older vocab.json, as bytes."""
     path = folder / TOKENIZER_FILE
-    model = model_folder.read_json(path).get("model") or {} if path.is_file() else {}
-    vocabulary = model.get("vocab") if path.is_file() else model_folder.read_json(folder / "vocab.json")
+    model = config_files.read_json(path).get("model") or {} if path.is_file() else {}
+    vocabulary = model.get("vocab") if path.is_file() else config_files.read_json(folder / "vocab.json")
     byte_of = {character: byte for byte, character in enumerate(printable_bytes())}
     special = set(SPECIAL_TOKENS)
     try:
@@ -182,7 +182,7 @@ def ranks_of(folder: Path) -> dict[bytes, int]:
 def check_special_tokens(folder: Path, settings: dict) -> None:
     """UserError unless what the tokenizer lists beside the vocabulary are first-generation Qwen's tokens, by id."""
     path, ours = folder / TOKENIZER_FILE, {text: N_RANKS + i for i, text in enumerate(SPECIAL_TOKENS)}
-    added = model_folder.read_json(path).get("added_tokens") or [] if path.is_file() else []
+    added = config_files.read_json(path).get("added_tokens") or [] if path.is_file() else []
     listed = kinds.special_tokens(folder, settings) | {token["content"]: token["id"] for token in added}
     for text, index in sorted(listed.items(), key=lambda item: item[1]):
         if ours.get(text) != index:

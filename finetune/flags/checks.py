@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..distributed import engines
 from ..errors import UserError, note, warn
-from ..folders import model_folder
+from ..folders import adapter_folder, config_files, model_folder
 from ..model import kinds, optimizers
 from . import method_checks
 
@@ -115,14 +115,14 @@ def base_model(args) -> Iterator[str]:
         yield from problems
         if problems:
             return
-        kind = model_folder.config_of(folder).get("model_type")
+        kind = config_files.config_of(folder).get("model_type")
         if kind not in model_folder.TRAINED_TYPES:
             trained = ", ".join(model_folder.TRAINED_TYPES)
             what = f"--model_name_or_path {folder}: is of model type {kind}, and trained are {trained}"
             yield f"{what} - give a checkpoint of Qwen, Qwen1.5, Qwen2, Qwen2.5 or Qwen3 that is no mixture of experts"
             return
         yield from kinds.kind_problems(args, folder)
-        length = model_folder.trained_length(model_folder.config_of(folder))
+        length = model_folder.trained_length(config_files.config_of(folder))
         if length and args.training.model_max_length > length:
             warn(
                 f"--model_max_length {args.training.model_max_length}: the model was trained on {length} tokens "
@@ -177,10 +177,10 @@ def resuming(args) -> Iterator[str]:
         return
     folder = Path(args.model.model_name_or_path or "")
     config = point / "adapter_config.json"
-    was = f"LoRA {method_checks.describe(model_folder.read_json(config))}" if config.is_file() else "full-parameter"
+    was = f"LoRA {adapter_folder.describe(config_files.read_json(config))}" if config.is_file() else "full-parameter"
     own = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "bias": lora.lora_bias}
     own["target_modules"] = lora_layers(args, folder)
-    now = f"LoRA {method_checks.describe(own)}" if lora.use_lora else "full-parameter"
+    now = f"LoRA {adapter_folder.describe(own)}" if lora.use_lora else "full-parameter"
     # the layers of a hub's model are not known before it is here; then it is checked once more
     known = (folder / "config.json").is_file() and lora.lora_weight_path is None
     if was.split()[0] != now.split()[0] or (was != now and known):
@@ -243,7 +243,7 @@ def adapter_size(args, folder: Path) -> int:
 def lora_layers(args, folder: Path) -> list[str]:
     """--lora_target_modules, with auto spelt out."""
     asked = list(args.lora.lora_target_modules)
-    return asked if asked != ["auto"] else model_folder.block_layers(model_folder.config_of(folder).get("model_type"))
+    return asked if asked != ["auto"] else model_folder.block_layers(config_files.config_of(folder).get("model_type"))
 
 
 # ---- small things

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..distributed import engines
 from ..errors import note, warn
-from ..folders import adapter_folder, model_folder
+from ..folders import adapter_folder, config_files, model_folder
 from ..model import kinds
 from . import methods
 
@@ -51,7 +51,7 @@ def combination(args) -> Iterator[str]:
         return  # model_folder's finding, of whatever kind (GPTQ, AWQ, FP8)
     weights = {None: methods.PLAIN, "nf4": methods.NF4, "gptq": methods.GPTQ}[found and found.method]
     engine = engines.name_of(vars(args.training))
-    tied = bool(model_folder.config_of(folder).get("tie_word_embeddings"))
+    tied = bool(config_files.config_of(folder).get("tie_word_embeddings"))
     of_run = dataclasses.replace(args, lora=adapter_folder.lora_of_run(lora))
     asked = methods.of_run(of_run, kinds.embeddings_of_run(of_run, folder), tied)
     by = f" (so {lora.lora_weight_path} has it)" if lora.lora_weight_path else ""
@@ -115,7 +115,7 @@ def adapter(args) -> Iterator[str]:
         what = f"--lora_weight_path {folder}: no adapter_model.safetensors there"
         yield f"{what} - give the whole output folder of a LoRA run"
     else:
-        config = model_folder.read_json(folder / "adapter_config.json")
+        config = config_files.read_json(folder / "adapter_config.json")
         base = Path(args.model.model_name_or_path or "")
         there = (base / "config.json").is_file()
         if there and (model_folder.lfs_pointers(base) or model_folder.weight_problems(base)):
@@ -124,10 +124,10 @@ def adapter(args) -> Iterator[str]:
             checkpoint.check_base(folder, base, remedy="give that one with -m")
         adapter_folder.check(folder, base if there else None, "--lora_weight_path")
         if ignored := adapter_folder.ignored_flags(args.lora):
-            what = f"--lora_weight_path {folder}: its own settings hold ({describe(config)})"
+            what = f"--lora_weight_path {folder}: its own settings hold ({adapter_folder.describe(config)})"
             yield f"{what}, and not {', '.join(ignored)} - leave these out, or train a new adapter"
         else:
-            note(f"going on from {folder}: its own settings hold ({describe(config)})")
+            note(f"going on from {folder}: its own settings hold ({adapter_folder.describe(config)})")
 
 
 # ---- small things
@@ -136,10 +136,3 @@ def adapter(args) -> Iterator[str]:
 def word(choice) -> str:
     """The text of an enum of transformers, or of plain text."""
     return getattr(choice, "value", choice)
-
-
-def describe(config: dict) -> str:
-    """An adapter's settings: "r=64 alpha=16 on c_attn, c_proj, w1, w2, bias none"."""
-    targets = config.get("target_modules") or []
-    listed = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    return f"r={config.get('r')} alpha={config.get('lora_alpha')} on {listed}, bias {config.get('bias', 'none')}"

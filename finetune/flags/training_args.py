@@ -12,7 +12,7 @@ import transformers
 
 from ..distributed import engines, ranks
 from ..errors import note
-from .args import TrainingFlags
+from .definitions import TrainingFlags
 
 # Flags of transformers that the step plan, the packed rows or the loss of this toolkit leave without meaning.
 NO_EFFECT = (

@@ -1,11 +1,12 @@
 """Does an adapter folder hold every tensor that its config lists? Told from headers, before weights are loaded."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
 from ..errors import UserError
-from . import model_folder
+from . import config_files, model_folder
 
 PREFIX = "base_model.model."
 EMBEDDINGS = {"wte", "lm_head", "embed_tokens"}
@@ -29,8 +30,8 @@ def missing_tensors(folder: Path, base: Path | None = None) -> list[str]:
 
     Raises UserError where the file cannot be read.
     """
-    config, names = model_folder.read_json(folder / "adapter_config.json"), tensor_names(folder)
-    tied = base is not None and model_folder.config_of(base).get("tie_word_embeddings", False)
+    config, names = config_files.read_json(folder / "adapter_config.json"), tensor_names(folder)
+    tied = base is not None and config_files.config_of(base).get("tie_word_embeddings", False)
     expected = [*whole_modules(config, tied), *rows(config, tied), *halves(config, names), *everywhere(config, names)]
     if base is not None:
         expected += layers(config, base) + biases(config, base)
@@ -67,7 +68,7 @@ def lora_of_run(lora):
     if lora.lora_weight_path is None:
         return lora
     file = Path(lora.lora_weight_path) / "adapter_config.json"
-    config = model_folder.read_json(file) if file.is_file() else {}
+    config = config_files.read_json(file) if file.is_file() else {}
     targets, init = config.get("target_modules") or [], config.get("init_lora_weights")
     whole = EMBEDDINGS & {name.split(".")[-1] for name in config.get("modules_to_save") or []}
     return dataclasses.replace(
@@ -155,7 +156,7 @@ def layers(config: dict, base: Path) -> list[tuple[str, str]]:
 
 def biases(config: dict, base: Path) -> list[tuple[str, str]]:
     """The base's biases, all of them or those of the adapted layers. A quantized file lists some that no model has."""
-    if model_folder.config_of(base).get("quantization_config"):
+    if config_files.config_of(base).get("quantization_config"):
         return []
     there = [name.removesuffix(".bias") for name in model_folder.shapes(base) if name.endswith(".bias")]
     adapted = set(adapted_layers(config, base))
@@ -178,3 +179,21 @@ def adapted_layers(config: dict, base: Path) -> list[str]:
 
 def listed(layer: str, part: str) -> tuple[str, str]:
     return f"{layer}.{part.removesuffix('.weight')}", f".{layer}.{part}"
+
+
+def adapter_card(base: str) -> str:
+    """What an adapter is, for people and for the hub. Of a base that was a folder, the name only."""
+    base = Path(base).name if os.path.isdir(base) else base
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: peft\n---\n\n# LoRA adapter for {base}\n\n"
+        "training.json says how it was made: data, settings, versions, and the fingerprint of its base. Try it with\n"
+        "`python -m finetune.ask THIS_FOLDER`, make a model of it that stands alone with\n"
+        "`python -m finetune.merge THIS_FOLDER OUT`, or open it with peft on its base.\n"
+    )
+
+
+def describe(config: dict) -> str:
+    """An adapter's settings: "r=64 alpha=16 on c_attn, c_proj, w1, w2, bias none"."""
+    targets = config.get("target_modules") or []
+    listed = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    return f"r={config.get('r')} alpha={config.get('lora_alpha')} on {listed}, bias {config.get('bias', 'none')}"

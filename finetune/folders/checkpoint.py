@@ -1,8 +1,7 @@
-"""What is saved: folders that are complete, load by themselves, and are either whole or not there."""
+"""What a run has left on disk: its record, which base an adapter belongs to, and its checkpoints."""
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,134 +10,9 @@ import torch
 from safetensors import safe_open
 
 from ..errors import UserError, note
-from ..lora import pissa
-from ..quantized import quantized_model
+from . import quant_settings, tensor_files
 
 RECORD = "training.json"
-MAX_SHARD_SIZE = "2GB"
-
-
-def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:
-    """Writes an adapter (peft) or a full model, with tokenizer, code and chat settings, into `folder`.
-
-    An adapter folder holds the chat settings too: after merging, or beside its base, the model knows how to stop.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.use_cache = True  # switched off in training; a saved model generates
-    # peft would ask the hub whether the vocabulary has grown, to save the embedding; it never does here
-    embeddings = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE, **embeddings)
-    pissa.save_start(model, folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if record:
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if embeddings and (base := record.get("base", {}).get("name")):
-            # in the place of peft's form, which nobody has filled in
-            (folder / "README.md").write_text(adapter_card(base), encoding="utf-8")
-
-
-def adapter_card(base: str) -> str:
-    """What an adapter is, for people and for the hub. Of a base that was a folder, the name only."""
-    base = Path(base).name if os.path.isdir(base) else base
-    return (
-        f"---\nbase_model: {base}\nlibrary_name: peft\n---\n\n# LoRA adapter for {base}\n\n"
-        "training.json says how it was made: data, settings, versions, and the fingerprint of its base. Try it with\n"
-        "`python -m finetune.ask THIS_FOLDER`, make a model of it that stands alone with\n"
-        "`python -m finetune.merge THIS_FOLDER OUT`, or open it with peft on its base.\n"
-    )
-
-
-def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:
-    """The result of a run: written beside its place, opened again and compared, then moved into `folder` file by file.
-
-    The file without which nothing loads (the config) comes last, so a run that is killed here leaves no half model.
-    """
-    staging = folder / ".unfinished"
-    shutil.rmtree(staging, ignore_errors=True)
-    save_model(model, tokenizer, staging, state_dict=state_dict, record=record)
-    pissa.make_plain(model, staging)
-    verify(staging, model, state_dict)
-    remove_result(folder)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
-        move_into_place(path, folder / path.name)
-    staging.rmdir()
-
-
-def remove_result(folder: Path) -> None:
-    """Removes what an earlier save left in `folder`, the configs first: an adapter beside a full model would be put onto it."""
-    weights = [path for ending in ("safetensors", "bin", "index.json") for path in folder.glob(f"*.{ending}")]
-    for path in [folder / "adapter_config.json", folder / "config.json", *weights]:
-        path.unlink(missing_ok=True)
-
-
-def move_into_place(written: Path, place: Path) -> None:
-    """Renames a file or folder over what may stand there."""
-    if place.is_dir():
-        shutil.rmtree(place)
-    os.replace(written, place)
-
-
-def verify(folder: Path, model, state_dict=None) -> None:
-    """Reads a saved folder again: every tensor is compared with the model's, bit by bit, and config and tokenizer are opened.
-
-    Raises RuntimeError naming the first difference: a run must not end in a folder that does not load.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    expected = pissa.as_plain(model, saved_tensors(model, state_dict))
-    for name, tensor in read_tensors(folder):
-        wanted = expected.pop(name, None)
-        if wanted is None or wanted.shape != tensor.shape or not torch.equal(wanted.to(tensor.dtype).cpu(), tensor):
-            raise RuntimeError(
-                f"{folder}: {name} was not written as it stands in memory; the disk or its quota may be at fault"
-            )
-    if expected:
-        raise RuntimeError(f"{folder}: {len(expected)} tensors are missing, the first is {next(iter(expected))}")
-    if (folder / "config.json").is_file():
-        AutoConfig.from_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)
-
-
-def saved_tensors(model, state_dict=None) -> dict[str, torch.Tensor]:
-    """The tensors that save_pretrained writes, under the names that it writes. state_dict: of a model in shards."""
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        return get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
-    tensors = model.state_dict() if state_dict is None else state_dict
-    tied = model.all_tied_weights_keys  # a head that is its embedding: written once
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: the index's shards, or the one file; safetensors before .bin."""
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [folder / shard for shard in sorted(shards)]
-        if (folder / name).is_file():
-            return [folder / name]
-    raise UserError(
-        f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards) - give a complete folder"
-    )
-
-
-def read_tensors(folder: Path):
-    """Yields (name, tensor), one at a time; .bin files are read with weights_only."""
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of a folder's weights as they lie there."""
-    return next(tensor.dtype for _, tensor in read_tensors(folder) if tensor.is_floating_point())
 
 
 # ---- which base an adapter belongs to
@@ -152,7 +26,7 @@ def fingerprint(folder: Path) -> dict:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     found = {key: config.get(key) for key in keys} | {"sha256": hash_of_tensors(folder)}
-    quantization = quantized_model.describe(quantized_model.of_folder(folder))
+    quantization = quant_settings.describe(quant_settings.of_folder(folder))
     return found | ({"quantization": quantization} if quantization else {})
 
 
@@ -173,7 +47,7 @@ def hash_of_adapter(folder: Path) -> str:
 
 def beginnings(folder: Path, values: int = 8):
     """A line for each tensor: name, shape, first values. Reads a few bytes of each, not the file."""
-    for path in weight_files(folder):
+    for path in tensor_files.weight_files(folder):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
@@ -209,7 +83,7 @@ def check_base(adapter: Path, base: Path, remedy: str = "give that one with --ba
     if made_for is None:
         return  # an adapter of other hands says nothing; shapes are checked when it is loaded
     found = fingerprint(base)
-    if quantized_model.may_take(made_for, found, base):
+    if quant_settings.may_take(made_for, found, base):
         note(f"{adapter}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
     elif found != made_for:
         raise UserError(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import UserError, warn
+from . import config_files, quant_settings, tensor_files
 
 LFS = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -32,7 +33,7 @@ def problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
     if not (folder / "config.json").is_file():
         return [no_config(folder)]
     try:
-        config = read_json(folder / "config.json")
+        config = config_files.read_json(folder / "config.json")
         findings = config_problems(folder, config, may_be_quantized) + weight_problems(folder)
         if config.get("model_type") == "qwen":
             warn_of_unknown_keys(folder, config)
@@ -65,32 +66,6 @@ def no_config(folder: Path) -> str:
     return f"--model_name_or_path {folder}: no config.json there - give the folder of a whole checkpoint{meant}"
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object; UserError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}) - download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, found a {type(value).__name__} - download it again")
-    return value
-
-
-def config_of(folder: Path) -> dict:
-    """config.json, or {} where there is none to read."""
-    try:
-        return read_json(folder / "config.json")
-    except UserError:
-        return {}
-
-
-def name_of(folder: Path) -> str:
-    """What people call the model in a folder: in the Hub's cache the folder itself has a hash for a name."""
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.split("--", 2)[-1]  # models--Qwen--Qwen-7B
-    return folder.name
-
-
 # ---- config.json
 
 
@@ -98,17 +73,15 @@ def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[
     """A model that this toolkit trains?"""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    from ..quantized import quantized_model
-
     kind = config.get("model_type")
     if kind != "qwen" and kind not in CONFIG_MAPPING_NAMES:
         what = f'model_type "{kind}"' if kind else "no model_type"
         what = f"{folder}/config.json: {what}, which transformers does not know"
         return [f"{what} - give the folder of a Qwen checkpoint"]
-    if findings := quantized_model.folder_problems(folder):
+    if findings := quant_settings.folder_problems(folder):
         return findings
-    if quantized_model.of_folder(folder) and not may_be_quantized:
-        return [quantized_model.needs_q_lora(folder)]
+    if quant_settings.of_folder(folder) and not may_be_quantized:
+        return [quant_settings.needs_q_lora(folder)]
     if kind == "qwen":
         from qwen_model.configuration_qwen import QWenConfig
 
@@ -156,10 +129,8 @@ def weight_problems(folder: Path) -> list[str]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights, whether they are there or not; UserError where nothing names any."""
-    from . import checkpoint
-
     try:
-        return checkpoint.weight_files(folder)
+        return tensor_files.weight_files(folder)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -231,7 +202,7 @@ def block_layers(model_type: str | None) -> list[str]:
 
 def adaptable_layers(folder: Path) -> list[str]:
     """The names of the layers that LoRA can adapt; [] where that is not known."""
-    if config_of(folder).get("model_type") == "qwen":
+    if config_files.config_of(folder).get("model_type") == "qwen":
         return block_layers("qwen")
     found = shapes(folder).items()
     matrices = [name.split(".") for name, shape in found if len(shape) == 2 and name.endswith(".weight")]

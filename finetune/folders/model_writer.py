@@ -22,7 +22,7 @@ def skeleton(config):
 
 def tensor_shapes(model) -> dict[str, list[int]]:
     """The tensors of the model's files; of a tied pair the one that is written."""
-    return {name: list(tensor.shape) for name, tensor in checkpoint.saved_tensors(model).items()}
+    return {name: list(tensor.shape) for name, tensor in saved_tensors(model).items()}
 
 
 def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, remedy: str) -> torch.Tensor:
@@ -74,3 +74,14 @@ def write_weights(
     if missing:
         raise RuntimeError(f"{folder}: {len(missing)} tensors were not made, the first is {next(iter(missing))}")
     writer.close()
+
+
+def saved_tensors(model, state_dict=None) -> dict[str, torch.Tensor]:
+    """The tensors that save_pretrained writes, under the names that it writes. state_dict: of a model in shards."""
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    tensors = model.state_dict() if state_dict is None else state_dict
+    tied = model.all_tied_weights_keys  # a head that is its embedding: written once
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}

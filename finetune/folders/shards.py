@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
-from . import checkpoint
+from . import tensor_files
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -41,7 +41,7 @@ class Shards:
 
     def __init__(self, folder: Path):
         self.folder, self.open_files, self.files = folder, contextlib.ExitStack(), {}
-        for path in checkpoint.weight_files(folder):
+        for path in tensor_files.weight_files(folder):
             if not path.is_file():
                 raise UserError(f"{folder}: {path.name}, which its index lists, is missing - download it again")
             if path.suffix == ".safetensors":

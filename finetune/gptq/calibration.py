@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.chat_template import renderer_of
 from ..data.conversations import Conversations
-from ..folders import model_folder
+from ..folders import config_files, model_folder
 
 ENOUGH = (64, 512)  # samples: with fewer the statistics are poor, with more nothing is gained but hours
 BATCH = 256  # conversations rendered at a time
@@ -61,7 +61,7 @@ class Calibration:
 
 def longest(folder: Path, max_len: int) -> int:
     """--max_len, but not beyond the length of the model's own training samples."""
-    return min(max_len, model_folder.trained_length(model_folder.config_of(folder)) or max_len)
+    return min(max_len, model_folder.trained_length(config_files.config_of(folder)) or max_len)
 
 
 def draw(conversations: Conversations, tokenizer, count: int, seed: int, max_length: int) -> Calibration:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import Findings, UserError
-from ..folders import model_folder, new_folder
+from ..folders import config_files, model_folder, new_folder, quant_settings
 from ..quantized import quantized_model
 from . import gptq_tensors
 
@@ -23,7 +23,7 @@ def check(folder: Path, out: Path, settings, samples: int, max_length: int) -> N
     with findings:
         check_numbers(settings, samples, max_length)
     with findings:
-        quantized_model.check_packages(quantized_model.Quantization("gptq", settings.bits))
+        quantized_model.check_packages(quant_settings.Quantization("gptq", settings.bits))
     findings.raise_if_any()
 
 
@@ -31,14 +31,14 @@ def check_model(folder: Path) -> None:
     """A whole 16-bit Qwen?"""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds a LoRA adapter - merge first: python -m finetune.merge {shlex.quote(str(folder))} MERGED")
-    if found := quantized_model.of_folder(folder):
-        plain = quantized_model.sibling(folder)
-        named = f" ({plain})" if plain != model_folder.name_of(folder) else ""
+    if found := quant_settings.of_folder(folder):
+        plain = quant_settings.sibling(folder)
+        named = f" ({plain})" if plain != config_files.name_of(folder) else ""
         what = f"{folder}: is already quantized ({found})"
         raise UserError(f"{what} - give the 16-bit model that it was made from{named}")
     if problems := model_folder.problems(folder):
         raise UserError(*problems)
-    kind = model_folder.config_of(folder).get("model_type")
+    kind = config_files.config_of(folder).get("model_type")
     if kind not in model_folder.TRAINED_TYPES:
         known = ", ".join(model_folder.TRAINED_TYPES)
         raise UserError(f"{folder}: is of model type {kind} - give a Qwen of one of these: {known}")
@@ -47,7 +47,7 @@ def check_model(folder: Path) -> None:
 def check_numbers(settings, samples: int, max_length: int) -> None:
     """Settings that no model allows."""
     findings = []
-    if settings.bits not in quantized_model.GPTQ_BITS:
+    if settings.bits not in quant_settings.GPTQ_BITS:
         findings.append(f"--bits {settings.bits}: the format holds 2, 3, 4 or 8 bits - give one of these")
     if settings.group_size not in (-1, *GROUP_SIZES):
         sizes = f"{', '.join(map(str, GROUP_SIZES))}, and -1 for one group"
@@ -75,7 +75,7 @@ def check_widths(layers: dict[str, list[int]], settings) -> None:
     """Do groups divide the layers' input widths, and does what is packed along either side fill whole 32-bit words?"""
     bits, size = settings.bits, settings.group_size
     inputs = sorted({shape[1] for shape in layers.values()})
-    if bits not in quantized_model.GPTQ_BITS or size not in (-1, *GROUP_SIZES):
+    if bits not in quant_settings.GPTQ_BITS or size not in (-1, *GROUP_SIZES):
         return  # said elsewhere
     findings = []
     if size != -1 and any(width % size for width in inputs):
@@ -84,7 +84,7 @@ def check_widths(layers: dict[str, list[int]], settings) -> None:
         findings.append(f"--group-size {size}: does not divide the layers' input widths ({listed}) - give {remedy}")
     widths = {width for shape in layers.values() for width in shape}
     if odd := sorted(width for width in widths if width * bits % 32):
-        fitting = [str(bits) for bits in quantized_model.GPTQ_BITS if not any(width * bits % 32 for width in widths)]
+        fitting = [str(bits) for bits in quant_settings.GPTQ_BITS if not any(width * bits % 32 for width in widths)]
         remedy = f"give --bits {' or '.join(fitting)}" if fitting else "give another model: this one cannot be packed"
         listed = ", ".join(map(str, odd))
         findings.append(f"--bits {bits}: widths of {listed} do not fill whole 32-bit words - {remedy}")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from ..compare.agreement import Agreement, measure
+from ..folders import quant_settings
 from ..folders.shards import Shards
 from ..quantized import quantized_model
 from .streamed import give_back, streamed
@@ -28,7 +29,7 @@ def proof(
     def loaded():
         give_back()  # the plain one's
         half = torch.float16 if device.type == "cuda" else torch.float32
-        return quantized_model.load(made, quantized_model.of_folder(made), half, device, attn_implementation="sdpa").eval()
+        return quantized_model.load(made, quant_settings.of_folder(made), half, device, attn_implementation="sdpa").eval()
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with Shards(source) as shards:

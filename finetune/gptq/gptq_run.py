@@ -16,7 +16,7 @@ from gptqmodel.models.auto import MODEL_MAP
 from gptqmodel.models.definitions.qwen import QwenQModel
 from gptqmodel.utils import logger
 
-from ..folders import checkpoint
+from ..folders import tensor_files
 from ..folders.new_folder import withhold
 from ..folders.shards import Shards, ShardWriter
 
@@ -90,7 +90,7 @@ def stripped(folder: Path, place: Path, names: Container[str]) -> None:
     Files are linked; it loads only as long as this process lives. names: of the model's tensors; of a tied pair one.
     """
     place.mkdir()
-    pickled = checkpoint.weight_files(folder)[0].suffix == ".bin"
+    pickled = tensor_files.weight_files(folder)[0].suffix == ".bin"
     without_code(folder / "config.json", place)
     withhold(place)  # before there is anything that a config would open
     for path in folder.iterdir():

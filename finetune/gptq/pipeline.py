@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..compare.agreement import Agreement
 from ..errors import note, on_first_rank, warn
-from ..folders import checkpoint, model_writer
+from ..folders import checkpoint, model_writer, tensor_files
 from ..model import loading
 from ..quiet import contained, errors_only
 from . import gptq_tensors
@@ -100,7 +100,7 @@ def pass_dtype(folder: Path, settings: Settings, device) -> torch.dtype:
     """
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    return torch.float32 if device.type == "cpu" or settings.bits == 8 else checkpoint.stored_dtype(folder)
+    return torch.float32 if device.type == "cpu" or settings.bits == 8 else tensor_files.stored_dtype(folder)
 
 
 def run(folder: Path, source: Path, made: Path, names, calibration, settings, dtype, device, blocks: int) -> None:

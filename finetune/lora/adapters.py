@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ..errors import UserError
-from ..folders import adapter_folder, model_folder
+from ..folders import adapter_folder, config_files, model_folder
 from ..quiet import unquantized
 from . import pissa
 
@@ -130,7 +130,7 @@ def flags_of(lora, tokenizer):
     own = adapter_folder.lora_of_run(lora)
     if own.train_embeddings != "chat_rows":
         return own
-    ids = adapter_folder.row_ids(model_folder.read_json(Path(lora.lora_weight_path) / "adapter_config.json"))
+    ids = adapter_folder.row_ids(config_files.read_json(Path(lora.lora_weight_path) / "adapter_config.json"))
     known = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
     asked = trained_rows(tokenizer, lora.train_embeddings, lora.train_tokens)
     if more := [known[index] for index in asked if index not in ids]:

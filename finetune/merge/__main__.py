@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ..errors import UserError, note, run
 from ..folders.new_folder import check_free, new_folder
+from ..folders.tensor_files import MAX_SHARD_SIZE
 from ..quiet import quiet
 
 # Largest difference of a logit, computed in float32, as a share of the largest: of the sums before they are rounded, and what
 # rounding them makes of it. Each rounded number is also compared with its sum.
 EXACT = 1e-4
 TOLERANCES = {"float32": EXACT, "float16": 1e-2, "bfloat16": 5e-2}
-MAX_SHARD_SIZE = "2GB"
 NEW_TOKENS = 16  # of each answer in the proof
 
 
@@ -74,6 +74,7 @@ def merge(
 
     Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit.
     """
+    from ..folders import quant_settings
     from ..folders.shards import max_shard_bytes
     from ..model import loading
     from ..quantized import quantized_model
@@ -88,7 +89,7 @@ def merge(
     over = quantized_model.of_adapter(adapter) if base is None else None
     back_to = requantize.earlier(adapter, base_folder) if requantized else None
     conversations = requantize.check(requantized) if requantized else None
-    found = over or quantized_model.of_folder(base_folder)
+    found = over or quant_settings.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
     if base is not None and not found and (seen := quantized_model.of_adapter(adapter)):
         note(f"the training saw {seen}; --base is taken as it is stored")
@@ -168,13 +169,13 @@ def card(adapter: Path, base: Path) -> str:
 
 def check(adapter: Path, out: Path) -> None:
     """Raises UserError if there is no whole adapter, or OUT is not free."""
-    from ..folders import checkpoint
+    from ..folders import tensor_files
 
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
             f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run; a full model needs no merge"
         )
-    checkpoint.weight_files(adapter)
+    tensor_files.weight_files(adapter)
     check_free(out, "the merged model")
 
 
@@ -221,7 +222,7 @@ def whole(folder: Path, adapter: Path, base: Path, weights, dtype: str, as_train
     """
     import torch
 
-    from ..folders import checkpoint
+    from ..folders import model_writer
     from ..model import loading
 
     def merged():
@@ -229,7 +230,7 @@ def whole(folder: Path, adapter: Path, base: Path, weights, dtype: str, as_train
 
     def exact():
         loaded, sums = merged(), Sums(folder, adapter, weights, dtype)
-        for name, tensor in checkpoint.saved_tensors(loaded).items():
+        for name, tensor in model_writer.saved_tensors(loaded).items():
             tensor.data.copy_(sums[name])
         return loaded
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..folders import model_folder
+from ..folders import config_files
 from ..folders.adapter_folder import PREFIX
 from ..folders.shards import Shards
 from ..lora import pissa
@@ -44,7 +44,7 @@ class Adapter:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.config = folder, model_folder.read_json(folder / "adapter_config.json")
+        self.folder, self.config = folder, config_files.read_json(folder / "adapter_config.json")
         self.check_formula()
         with Shards(folder) as shards:
             self.tensors = {plain(name): shards[name] for name in shards}

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, note
-from ..folders import checkpoint
-from ..quantized import quantized_model
-from ..quantized.quantized_model import Quantization
+from ..folders import checkpoint, quant_settings
+from ..folders.quant_settings import Quantization
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Wish:
 def earlier(adapter: Path, base: Path) -> Quantization:
     """How the weights were quantized that the adapter was trained over. UserError where there is nothing to go back to."""
     kept = checkpoint.read_record(adapter).get("method", {}).get("quantization")
-    found = quantized_model.of_folder(base) or (Quantization(**kept) if kept else None)
+    found = quant_settings.of_folder(base) or (Quantization(**kept) if kept else None)
     if found is None or found.method != "gptq":
         over = "NF4, which is made while a model is loaded" if found else "weights that are not quantized"
         what = f"--requantize: {adapter} was trained over {over}"

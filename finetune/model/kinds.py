@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from ..folders import model_folder
+from ..folders import config_files
 
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 OF_FORMAT = {"chatml": "chat", "raw": "base"}
@@ -18,7 +18,7 @@ OF_END = {END_OF_TURN: "chat", END_OF_TEXT: "base"}
 def kind(folder: Path) -> str | None:
     """ "base", "chat", or None where the files do not tell: generation_config.json, else the tokenizer's eos_token."""
     settings, tokenizer = read(folder / "generation_config.json"), read(folder / "tokenizer_config.json")
-    if model_folder.config_of(folder).get("model_type") == "qwen":
+    if config_files.config_of(folder).get("model_type") == "qwen":
         return OF_FORMAT.get(settings.get("chat_format"))
     stops, ids = settings.get("eos_token_id"), special_tokens(folder, tokenizer)
     stops = {stops} if isinstance(stops, int) else set(stops or ())
@@ -56,7 +56,7 @@ def kind_problems(args, folder: Path) -> Iterator[str]:
 
 def kind_in_name(folder: Path) -> str | None:
     """What the folder's own name says, or that of the model in the Hub's cache: Qwen2.5-7B-Instruct, Qwen3-8B-Base."""
-    words = re.split(r"[^a-z0-9]+", model_folder.name_of(folder).lower())
+    words = re.split(r"[^a-z0-9]+", config_files.name_of(folder).lower())
     says = {
         "chat": {"chat", "instruct"} & set(words),
         "base": "base" in words[1:],
@@ -82,6 +82,6 @@ def text_of(token) -> str | None:
 def read(path: Path) -> dict:
     """A JSON object, or {} where there is none to read."""
     try:
-        return model_folder.read_json(path)
+        return config_files.read_json(path)
     except UserError:
         return {}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import qwen_model
 
 from ..errors import UserError
-from ..folders import adapter_folder, checkpoint, hub
+from ..folders import adapter_folder, checkpoint, hub, quant_settings
 from ..folders.model_folder import LATER_TYPES, is_hub_id
 from ..lora import adapters
 from ..quantized import quantized_model
@@ -75,7 +75,7 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, dev
     Quantized, as the folder is or as `quantization` says, it comes onto `device` (None: the GPU if there is one).
     """
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
-    if quantization := quantization or quantized_model.of_folder(folder):
+    if quantization := quantization or quant_settings.of_folder(folder):
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = quantized_model.load(folder, quantization, dtype, device, **attention)
     else:
@@ -137,7 +137,7 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
         # settings of the adapter, but for a place, which may move
         "method": vars(args.lora)
-        | {"lora_weight_path": None, "quantization": quantized_model.describe(quantization)},
+        | {"lora_weight_path": None, "quantization": quant_settings.describe(quantization)},
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,

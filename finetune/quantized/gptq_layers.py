@@ -16,7 +16,7 @@ from torch import nn
 
 from qwen_model.on_triton import obstacle
 
-from ..folders import checkpoint
+from ..folders import tensor_files
 
 
 def settings(quantization) -> dict:
@@ -121,7 +121,7 @@ def add_biases(quantized: dict, folder: Path, unexpected: set[str]) -> None:
 
 def tensors(folder: Path, names: set[str]):
     """Yields (name, tensor) of those of a folder's tensors."""
-    for path in checkpoint.weight_files(folder) if names else []:
+    for path in tensor_files.weight_files(folder) if names else []:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 for name in names & set(file.keys()):

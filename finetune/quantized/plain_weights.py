@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
-from ..folders import gptq_format
+from ..folders import gptq_format, quant_settings
+from ..folders.quant_settings import Quantization
 from ..folders.shards import Shards
-from . import quantized_model
-from .quantized_model import Quantization
 
 
 class PlainWeights:
@@ -17,7 +16,7 @@ class PlainWeights:
     """
 
     def __init__(self, folder: Path, over: Quantization | None = None):
-        self.folder, self.gptq = folder, quantized_model.of_folder(folder)
+        self.folder, self.gptq = folder, quant_settings.of_folder(folder)
         self.shards = Shards(folder)
         self.rounded: set[str] = set()
         if over is not None and over.method == "nf4":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..distributed import engines
 from ..errors import note, warn
-from ..folders import model_folder
+from ..folders import config_files
 from ..model import optimizers
 from .memory_model import Estimate, Run, Sizes, estimate
 
@@ -42,7 +42,7 @@ def settle(args, folder: Path, longest: int, step_tokens: int, free: float) -> E
     longest: tokens of the longest sample; step_tokens: of the largest step, of a rank; free: bytes, the least of all ranks.
     """
     data, training = args.data, args.training
-    config = model_folder.config_of(folder)
+    config = config_files.config_of(folder)
     sizes, run = Sizes.of(config), run_of(args, config)
     asked = training.recompute
     choices = range(sizes.layers + 1) if asked == AUTO else [sizes.layers if asked else 0]

@@ -9,7 +9,7 @@ from ..data import rendered_samples
 from ..data.rendered_samples import Samples
 from ..distributed import engines, ranks
 from ..errors import Findings, UserError, each_line_once, note, warn
-from ..flags import args as arguments
+from ..flags import checks, definitions
 from ..folders import checkpoint
 from ..lora import adapters
 from ..model import kinds, loading
@@ -74,7 +74,7 @@ def checked(args) -> Path:
     """As check(), which sees to the lines."""
     findings, name = Findings(), args.model.model_name_or_path
     with findings:
-        arguments.check(args)
+        checks.check(args)
     if findings.findings or not os.path.isdir(name):  # else the data is read once, when it is rendered
         for flag, path in args.data.files().items():
             with findings:
@@ -82,7 +82,7 @@ def checked(args) -> Path:
     findings.raise_if_any()
     folder = loading.find_folder(name, args.training.cache_dir)
     if not os.path.isdir(name):
-        arguments.check(arguments.on_folder(args, folder))
+        checks.check(definitions.on_folder(args, folder))
     return folder
 
 
@@ -155,7 +155,7 @@ def card(args, job) -> dict:
     if training.deepspeed:
         same[DEEPSPEED] = training.deepspeed
     same |= {"engine": training.engine, CHECKPOINT: point and point.name, VERSIONS: job.record["versions"]}
-    return same | arguments.shared_flags(args)
+    return same | definitions.shared_flags(args)
 
 
 CHECKPOINT, VERSIONS, DEEPSPEED = "checkpoint to go on from", "versions", "content of --deepspeed"

@@ -17,7 +17,7 @@ from qwen_model.attention import torch_has_varlen
 from ..distributed import engines, ranks
 from ..distributed.engines import size_of
 from ..errors import note, on_first_rank, warn
-from ..flags import method_checks
+from ..folders import adapter_folder
 from ..lora import pissa
 from ..model import later_qwen
 from ..model.loading import compute_dtype
@@ -83,7 +83,7 @@ def method(model, loraplus_lr_ratio: float | None = None) -> str:
     kinds = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, "PiSSA": pissa.is_asked_for(config.init_lora_weights)}
     kinds[f"LoRA+ ({loraplus_lr_ratio})"] = loraplus_lr_ratio
     kind = ", ".join(name for name, asked in kinds.items() if asked) or "LoRA"
-    said = f"{kind} {method_checks.describe(vars(config))}{beside(config)}"
+    said = f"{kind} {adapter_folder.describe(vars(config))}{beside(config)}"
     over = getattr(model.config, "quantization_config", None)
     return f"Q-{said}" if over else said
 

@@ -22,6 +22,7 @@ from ..folders import checkpoint
 from ..model import optimizers
 from ..model.loading import compute_dtype
 from ..quantized import quantized_model
+from . import saving
 from .batches import StepBatch, step_loader
 from .plan import Plan
 
@@ -201,7 +202,7 @@ class PlannedTrainer(Trainer):
         tensors = engines.gather(model, self.engine)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            checkpoint.save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
+            saving.save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
         meeting.wait("a model is written")
 
     def save_result(self) -> None:
@@ -213,7 +214,7 @@ class PlannedTrainer(Trainer):
             if tensors is None and dtype is not None:
                 model.to(dtype)
             out = Path(self.args.output_dir)
-            checkpoint.save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
+            saving.save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
         meeting.wait("the result is written")
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -231,7 +232,7 @@ class PlannedTrainer(Trainer):
             if self.state.best_model_checkpoint == str(written):
                 self.state.best_model_checkpoint = str(place)
                 self.state.save_to_json(written / "trainer_state.json")
-            checkpoint.move_into_place(written, place)
+            saving.move_into_place(written, place)
             staging.rmdir()
             checkpoint.keep_newest(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         meeting.wait("a checkpoint is in its place")

@@ -63,7 +63,7 @@ def test_the_scripts_say_what_the_arithmetic_says():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import memory
 
-    from finetune.flags.args import TrainingFlags
+    from finetune.flags.definitions import TrainingFlags
 
     table = memory.table(8)
     rows = {method: {size: f"{needed:.0f} GB" for size, needed in row.items()} for method, row in table.items()}

@@ -121,7 +121,7 @@ def test_the_adapters_rows_of_the_head_count(tmp_path, tokenizer, samples):
     from transformers import AutoModelForCausalLM
 
     import qwen_model
-    from finetune.flags.args import LoraArguments
+    from finetune.flags.definitions import LoraArguments
     from finetune.lora import adapters
 
     qwen_model.register()

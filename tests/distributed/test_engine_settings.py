@@ -223,9 +223,9 @@ def test_nothing_joins_a_process_group_before_it_is_connected(world, monkeypatch
 
 def test_both_errors_are_listed_together(world, config):
     with pytest.raises(UserError) as caught:
-        from finetune.flags import args as arguments
+        from finetune.flags import checks
 
-        arguments.check(
+        checks.check(
             read(world, "--deepspeed", config(ZERO2 | {"gradient_clipping": 3}), "--lora_r", "0", "--use_lora")
         )
     assert len(caught.value.findings) == 2

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.distributed import torchrun
+from finetune.distributed import network, torchrun
 from finetune.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -158,7 +158,7 @@ def is_alive(pid: int) -> bool:
 
 def test_the_scripts_words_are_its_own():
     job = torchrun.parse(["--nproc_per_node", "2", "--max_restarts", "1", "s.py", "--nnodes", "3", "--", "-x"])
-    assert job == torchrun.Job(["s.py", "--nnodes", "3", "--", "-x"], nproc_per_node=2, max_restarts=1)
+    assert job == network.Job(["s.py", "--nnodes", "3", "--", "-x"], nproc_per_node=2, max_restarts=1)
     with pytest.raises(SystemExit):
         torchrun.parse(["--nproc_per_node", "2"])
 
@@ -176,8 +176,8 @@ def test_a_busy_port(agents):
         assert time.monotonic() < started + 5  # torch has not been imported
 
 
-def on_machine_1(address: str, port=6001, **settings) -> torchrun.Job:
-    return torchrun.Job(["x.py"], nnodes=2, node_rank=1, master_addr=address, master_port=port, **settings)
+def on_machine_1(address: str, port=6001, **settings) -> network.Job:
+    return network.Job(["x.py"], nnodes=2, node_rank=1, master_addr=address, master_port=port, **settings)
 
 
 @pytest.mark.parametrize("address, line", [
@@ -186,7 +186,7 @@ def on_machine_1(address: str, port=6001, **settings) -> torchrun.Job:
 ])  # fmt: skip
 def test_an_address_that_cannot_be(address, line):
     with pytest.raises(UserError, match=line):
-        torchrun.check_network(on_machine_1(address))
+        network.check_network(on_machine_1(address))
 
 
 def test_an_address_that_does_not_answer(monkeypatch):
@@ -198,7 +198,7 @@ def test_an_address_that_does_not_answer(monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", silent)
     with pytest.raises(UserError, match=r"cannot be reached at 127.0.0.1:6001 \(no answer\)"):
-        torchrun.check_network(on_machine_1("127.0.0.1"))
+        network.check_network(on_machine_1("127.0.0.1"))
 
 
 def test_a_machine_0_that_was_there_is_waited_for(monkeypatch, capsys):
@@ -219,12 +219,12 @@ def test_a_machine_0_that_was_there_is_waited_for(monkeypatch, capsys):
     monkeypatch.setattr(socket, "create_connection", starting_up)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     job = on_machine_1("no-such-host.invalid", master_timeout=60)
-    torchrun.wait_for_master(job, patient=True)
+    network.wait_for_master(job, patient=True)
     assert left == [] and capsys.readouterr().err.count("waiting up to 60 s") == 1
     for error, why in zip(refusals[1:], (" (No route to host)", " (no answer)", "")):
         left[:] = [error] * 2
         with pytest.raises(UserError) as raised:
-            torchrun.wait_for_master(on_machine_1("a", master_timeout=-1), patient=True)
+            network.wait_for_master(on_machine_1("a", master_timeout=-1), patient=True)
         assert f"nothing listens at a:6001 after -1 s{why} - start the run" in str(raised.value)
 
 
@@ -233,9 +233,9 @@ def test_machine_0_has_not_started(capsys):
     with pytest.raises(
         UserError, match=f"nothing listens at 127.0.0.1:{port} after 0 s - start the run with NODE_RANK=0"
     ):
-        torchrun.check_network(on_machine_1("127.0.0.1", port, master_timeout=0))
+        network.check_network(on_machine_1("127.0.0.1", port, master_timeout=0))
     with pytest.raises(UserError, match="after 1 s"):
-        torchrun.check_network(on_machine_1("127.0.0.1", port, master_timeout=1))
+        network.check_network(on_machine_1("127.0.0.1", port, master_timeout=1))
     told = capsys.readouterr().err
     assert told == (
         f"note: waiting up to 1 s for machine 0 to listen at 127.0.0.1:{port}: "
@@ -254,13 +254,13 @@ def test_machine_0_starts_later():
 
     thread = threading.Thread(target=start)
     thread.start()
-    torchrun.check_network(on_machine_1("127.0.0.1", port, master_timeout=30))
+    network.check_network(on_machine_1("127.0.0.1", port, master_timeout=30))
     thread.join()
 
 
 def test_an_address_of_another_machine_is_warned_of(capsys):
-    job = torchrun.Job(["x.py"], nnodes=2, master_addr="198.51.100.7", master_port=free_port())
-    torchrun.check_network(job)
+    job = network.Job(["x.py"], nnodes=2, master_addr="198.51.100.7", master_port=free_port())
+    network.check_network(job)
     assert capsys.readouterr().err.startswith("warning: MASTER_ADDR=198.51.100.7 is no address of this machine")
 
 
@@ -270,7 +270,7 @@ def test_what_the_workers_inherit(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    torchrun.settle_environment(torchrun.Job([], nproc_per_node=3))
+    torchrun.settle_environment(network.Job([], nproc_per_node=3))
     assert (os.environ["OMP_NUM_THREADS"], "RANK" in os.environ) == ("5", False)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

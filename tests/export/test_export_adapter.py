@@ -19,6 +19,7 @@ from finetune.folders import checkpoint
 from finetune.merge import __main__ as merge
 from finetune.merge import formulas
 from finetune.model import loading
+from finetune.steps import saving
 
 ALL = {
     "qwen": ["c_attn", "c_proj", "w1", "w2"],
@@ -217,7 +218,7 @@ def adapter(bases, tmp_path_factory, tokenizer):
     loading.set_chat_settings(lora, tokenizer)
     folder = tmp_path_factory.mktemp("adapter") / "lora"
     base = {"name": str(bases["qwen"]), "fingerprint": checkpoint.fingerprint(bases["qwen"])}
-    checkpoint.save_final(lora, tokenizer, folder, record={"base": base, "seed": 7})
+    saving.save_final(lora, tokenizer, folder, record={"base": base, "seed": 7})
     return lora, folder
 
 
@@ -321,7 +322,7 @@ def test_an_adapter_over_gptq_knows_its_exported_base(tmp_path, tokenizer, capsy
     published_gptq(tmp_path / "int", 4, twin=tmp_path / "twin")
     lora = trained(tmp_path / "twin", target_modules=["c_attn"])
     base = {"name": str(tmp_path / "int"), "fingerprint": checkpoint.fingerprint(tmp_path / "int")}
-    checkpoint.save_final(lora, tokenizer, tmp_path / "lora", record={"base": base})
+    saving.save_final(lora, tokenizer, tmp_path / "lora", record={"base": base})
     for name in ("int", "twin"):
         export.export(tmp_path / name, tmp_path / f"{name}-q2", "qwen2")
         capsys.readouterr()

@@ -23,7 +23,7 @@ from command_lines import (
 
 from finetune.errors import UserError
 from finetune.flags import args as arguments
-from finetune.flags import checks
+from finetune.flags import checks, definitions
 from finetune.folders import model_folder
 from finetune.steps import preparation
 
@@ -39,7 +39,7 @@ def world(tmp_path, monkeypatch):
 
 def test_data_path_missing(world):
     with pytest.raises(UserError) as error:
-        arguments.check(arguments.parse(["-m", str(world.model), "-o", str(world.out), "--model_max_length", "64"]))
+        checks.check(arguments.parse(["-m", str(world.model), "-o", str(world.out), "--model_max_length", "64"]))
     assert error.value.findings == ["--data_path: missing - give your training JSON with -d"]
 
 
@@ -71,7 +71,7 @@ def test_evaluating_on_the_training_data_is_warned_of(world, capsys):
 
 def test_no_model(world):
     with pytest.raises(UserError) as error:
-        arguments.check(arguments.parse(["-d", str(world.data), "-o", str(world.out)]))
+        checks.check(arguments.parse(["-d", str(world.data), "-o", str(world.out)]))
     assert error.value.findings[0].startswith("--model_name_or_path: missing - give a checkpoint's folder with -m")
 
 
@@ -411,9 +411,9 @@ def test_resuming_from_a_hubs_model_that_is_not_here_yet(world):
     flags = ["-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto"]
     assert found(world, *flags, "--use_lora") == []
     assert "this run is full-parameter" in only(world, *flags)
-    here = arguments.on_folder(read(world, *flags, "--use_lora", "--lora_r", "8"), world.model)
+    here = definitions.on_folder(read(world, *flags, "--use_lora", "--lora_r", "8"), world.model)
     with pytest.raises(UserError, match="this run is LoRA r=8"):
-        arguments.check(here)
+        checks.check(here)
 
 
 def test_a_hubs_run_goes_on(world, monkeypatch):

@@ -196,7 +196,7 @@ def test_a_proof_of_equal_and_of_different_models(tmp_path, monkeypatch):
     samples = [(ids + i, np.where(np.arange(20) < 5, -100, ids + i).astype(np.int32)) for i in range(9)]
 
     def proof_with(other):
-        monkeypatch.setattr(gptq_proof.quantized_model, "of_folder", lambda folder: None)
+        monkeypatch.setattr(gptq_proof.quant_settings, "of_folder", lambda folder: None)
         monkeypatch.setattr(gptq_proof.quantized_model, "load", lambda *args, **settings: other)
         return gptq_proof.proof(folder, tmp_path, samples, CPU, torch.float32)
 

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import qwen_model
 from finetune.errors import UserError
-from finetune.flags.args import LoraArguments
+from finetune.flags.definitions import LoraArguments
 from finetune.folders import checkpoint
 from finetune.lora import adapters
 from finetune.model import loading
+from finetune.steps import saving
 
 IDS = torch.tensor([[151644, 8948, 198, 9707, 151645, 151646, 271]])
 CHAT = [151644, 151645]
@@ -71,7 +72,7 @@ def train(adapted, steps=3):
 def save(adapted, tokenizer, base, folder):
     loading.set_chat_settings(adapted, tokenizer)
     record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}}
-    checkpoint.save_final(adapted, tokenizer, folder, record=record)
+    saving.save_final(adapted, tokenizer, folder, record=record)
     return folder
 
 
@@ -233,7 +234,7 @@ def test_pissa_goes_on_from_a_checkpoint_to_the_same_weights(base, tokenizer, tm
     """With the model begun anew, from the checkpoint's own beginning, and what trained read back as transformers does."""
     changes = METHODS[method]
     adapted = train(begin(base, tokenizer, **changes))
-    checkpoint.save_model(adapted, tokenizer, tmp_path / "checkpoint-1")
+    saving.save_model(adapted, tokenizer, tmp_path / "checkpoint-1")
     torch.manual_seed(99)  # another decomposition, where that is random
     again = begin(base, tokenizer, start=tmp_path / "checkpoint-1", **changes)
     again.load_adapter(tmp_path / "checkpoint-1", "default", is_trainable=True)
@@ -255,7 +256,7 @@ def test_the_same_seed_decomposes_alike(base, tokenizer):
 def test_a_pissa_checkpoint_can_be_used_and_trained_on(base, tokenizer, tmp_path):
     adapted = train(begin(base, tokenizer, init_lora_weights="pissa_niter_4"))
     expected = adapted(input_ids=IDS).logits
-    checkpoint.save_model(adapted, tokenizer, tmp_path / "checkpoint-1")
+    saving.save_model(adapted, tokenizer, tmp_path / "checkpoint-1")
     tuned = loading.load_tuned(base, tmp_path / "checkpoint-1", torch.float32)
     torch.testing.assert_close(tuned(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
     again = train(adapters.add(load(base), flags(lora_weight_path=str(tmp_path / "checkpoint-1"))))

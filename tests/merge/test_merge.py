@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 from finetune.errors import UserError
-from finetune.flags.args import LoraArguments
+from finetune.flags.definitions import LoraArguments
 from finetune.folders import checkpoint, model_writer, shards
 from finetune.lora import adapters
 from finetune.merge import __main__ as merge
 from finetune.merge import formulas, requantize
 from finetune.model import loading
+from finetune.steps import saving
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def trained(tmp_path_factory, tokenizer):
                 parameter.add_(0.1)
     loading.set_chat_settings(lora, tokenizer)
     record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}}
-    checkpoint.save_final(lora, tokenizer, place / "adapter", record=record)
+    saving.save_final(lora, tokenizer, place / "adapter", record=record)
     return lora, place / "adapter", base
 
 
@@ -79,7 +80,7 @@ def test_what_trained_beside_the_adapters_is_merged(trained, tmp_path, tokenizer
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    save = checkpoint.save_model if checkpointed else checkpoint.save_final
+    save = saving.save_model if checkpointed else saving.save_final
     save(adapted, tokenizer, tmp_path / "adapter")
     assert merge.merge(tmp_path / "adapter", tmp_path / "out", base=str(base)) < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -210,8 +211,8 @@ def test_what_requantizing_needs(wish, message):
 
 
 def test_requantizing_takes_every_setting_of_the_base(monkeypatch, tmp_path, tokenizer):
+    from finetune.folders.quant_settings import Quantization
     from finetune.gptq import calibration, pipeline
-    from finetune.quantized.quantized_model import Quantization
 
     small_checkpoint(tmp_path / "merged")
     given = []

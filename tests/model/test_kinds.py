@@ -8,7 +8,7 @@ import pytest
 from command_lines import CONFIG, found, make_world, only, read
 from tiny import tiny_later_qwen
 
-from finetune.flags import args as arguments
+from finetune.flags import definitions
 from finetune.model import kinds
 
 
@@ -106,5 +106,5 @@ def test_a_kind_that_files_do_not_tell_is_asked_for(world):
 
 
 def test_a_wish_outlives_the_download(world, tmp_path):
-    args = arguments.on_folder(read(world, "--use_lora", "--model_kind", "base"), tmp_path)
+    args = definitions.on_folder(read(world, "--use_lora", "--model_kind", "base"), tmp_path)
     assert args.model.model_kind == "base" and args.model.model_name_or_path == str(tmp_path)

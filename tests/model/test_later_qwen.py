@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import later_config, later_model, packed, random_samples, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from finetune.folders import checkpoint, hub
+from finetune.folders import hub, tensor_files
 from finetune.merge import __main__ as merge
 from finetune.model import later_qwen, loading
-from finetune.steps import report
+from finetune.steps import report, saving
 
 KINDS = pytest.mark.parametrize("kind,tied", [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)])
 SAMPLES, LABELS = random_samples(5, vocab_size=400)
@@ -154,17 +154,17 @@ def test_what_is_saved_loads_with_plain_transformers(kind, tied, tmp_path):
     loaded = loading.load_weights(folder, torch.float32, half_on_cuda=False)
     assert isinstance(loaded, later_qwen.PackedRows)
     tokenizer = loading.load_tokenizer(folder)
-    checkpoint.save_final(loaded, tokenizer, tmp_path / "out")
+    saving.save_final(loaded, tokenizer, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again).__name__ == json.loads((tmp_path / "out/config.json").read_text())["architectures"][0]
     assert not isinstance(again, later_qwen.PackedRows) and again.config._attn_implementation == "sdpa"
     ids = torch.tensor([SAMPLES[0]])
     torch.testing.assert_close(again(ids).logits, loaded(ids).logits)
-    names = set(dict(checkpoint.read_tensors(tmp_path / "out")))
+    names = set(dict(tensor_files.read_tensors(tmp_path / "out")))
     assert ("lm_head.weight" in names) is not tied
     gathered = {name: parameter.detach().clone() for name, parameter in loaded.named_parameters()}  # as engines.gather
-    checkpoint.save_final(loaded, tokenizer, tmp_path / "gathered", state_dict=gathered)
-    assert set(dict(checkpoint.read_tensors(tmp_path / "gathered"))) == names
+    saving.save_final(loaded, tokenizer, tmp_path / "gathered", state_dict=gathered)
+    assert set(dict(tensor_files.read_tensors(tmp_path / "gathered"))) == names
 
 
 def test_a_base_model_that_is_tuned_stops_after_its_answer(tmp_path):
@@ -199,7 +199,7 @@ def test_an_adapter_is_merged(kind, tied, tmp_path, capsys):
     settings = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     lora = get_peft_model(loading.load_weights(base, torch.float32, False), settings).eval()
     loading.set_chat_settings(lora, tokenizer)
-    checkpoint.save_final(lora, tokenizer, tmp_path / "adapter")
+    saving.save_final(lora, tokenizer, tmp_path / "adapter")
     merge.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
     ids = torch.tensor([SAMPLES[0]])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -222,7 +222,7 @@ def test_the_model_to_train_keeps_the_name_that_it_was_given(tmp_path, monkeypat
     tokenizer = loading.load_tokenizer(folder)
     for given, stored in (("Qwen/Qwen2-0B", "Qwen/Qwen2-0B"), (str(folder), str(folder))):
         tuned = loading.load_model(folder, tokenizer, lora, training, name=given)
-        checkpoint.save_final(tuned, tokenizer, tmp_path / "out")
+        saving.save_final(tuned, tokenizer, tmp_path / "out")
         written = json.loads((tmp_path / "out/adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == stored
         assert len(written["target_modules"]) == 7

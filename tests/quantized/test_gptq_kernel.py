@@ -11,7 +11,7 @@ from quantizing import numbers
 from tiny import tiny_gptq
 
 import qwen_model
-from finetune.folders import gptq_format
+from finetune.folders import gptq_format, quant_settings
 from finetune.quantized import quantized_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,7 +65,7 @@ def test_the_kernel_in_tritons_interpreter():
 def layer_of(folder: Path, bits: int, dtype: torch.dtype, device: str):
     qwen_model.register()
     tiny_gptq(folder, bits)
-    model = quantized_model.load(folder, quantized_model.of_folder(folder), dtype, torch.device(device))
+    model = quantized_model.load(folder, quant_settings.of_folder(folder), dtype, torch.device(device))
     return model.transformer.h[1].mlp.w1
 
 

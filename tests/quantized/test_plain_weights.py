@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from tiny import gptq, pack, tiny_gptq, wide_checkpoint
 
 import qwen_model
+from finetune.folders import quant_settings
 from finetune.folders.gptq_format import dequantize, unpack
 from finetune.quantized import nf4, quantized_model
 from finetune.quantized.plain_weights import PlainWeights
@@ -47,12 +48,12 @@ def test_nf4(tmp_path):
     """As bitsandbytes' layers unpack them."""
     qwen_model.register()
     folder = wide_checkpoint(tmp_path / "wide")
-    model = quantized_model.load(folder, quantized_model.NF4, torch.float32, torch.device("cpu"))
+    model = quantized_model.load(folder, quant_settings.NF4, torch.float32, torch.device("cpu"))
     from bitsandbytes.functional import dequantize_4bit
 
     layers = {name: module for name, module in model.named_modules() if module in nf4.layers(model)}
     assert layers
-    with PlainWeights(folder, quantized_model.NF4) as weights, PlainWeights(folder) as stored:
+    with PlainWeights(folder, quant_settings.NF4) as weights, PlainWeights(folder) as stored:
         for name, layer in layers.items():
             assert torch.equal(weights[f"{name}.weight"], dequantize_4bit(layer.weight.data, layer.weight.quant_state))
         for name in stored.shards:

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import qwen_model
 from finetune import ask
 from finetune.errors import UserError
-from finetune.flags.args import LoraArguments
-from finetune.folders import checkpoint, model_folder
+from finetune.flags.definitions import LoraArguments
+from finetune.folders import checkpoint, model_folder, quant_settings
 from finetune.merge import __main__ as merge
 from finetune.model import loading
 from finetune.quantized import nf4, quantized_model
+from finetune.steps import saving
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def twin_of(folders, kind, tokenizer):
         training,
     )
     if kind == "nf4":
-        put_in_dequantized(plain, quantized_model.load(folders[kind][0], quantized_model.NF4, torch.float32, CPU))
+        put_in_dequantized(plain, quantized_model.load(folders[kind][0], quant_settings.NF4, torch.float32, CPU))
     steps.fill(plain)
     return plain
 
@@ -79,7 +80,7 @@ def put_in_dequantized(plain, four_bit) -> None:
 def test_gptq_weights_and_biases_are_those_that_were_packed(tmp_path, bits, published_style, capfd):
     qwen_model.register()
     tiny_gptq(tmp_path / "q", bits, published_style=published_style, twin=tmp_path / "plain")
-    loaded = quantized_model.load(tmp_path / "q", quantized_model.of_folder(tmp_path / "q"), torch.float32, CPU)
+    loaded = quantized_model.load(tmp_path / "q", quant_settings.of_folder(tmp_path / "q"), torch.float32, CPU)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, twin(IDS).logits, atol=1e-5, rtol=1e-4)
@@ -89,7 +90,7 @@ def test_gptq_weights_and_biases_are_those_that_were_packed(tmp_path, bits, publ
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_half_precision(folders, dtype, tolerance):
-    loaded = quantized_model.load(folders[4][0], quantized_model.of_folder(folders[4][0]), dtype, CPU)
+    loaded = quantized_model.load(folders[4][0], quant_settings.of_folder(folders[4][0]), dtype, CPU)
     twin = AutoModelForCausalLM.from_pretrained(folders[4][1], dtype=torch.float32)
     with torch.no_grad():
         found = loaded(IDS).logits
@@ -111,7 +112,7 @@ def test_older_folders_say_it_in_quantize_config(folders, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
-    found = quantized_model.of_folder(folder)
+    found = quant_settings.of_folder(folder)
     assert (found.method, found.bits, found.group_size, found.format) == ("gptq", 4, 32, "gptq")
     twin = AutoModelForCausalLM.from_pretrained(folders[4][1], dtype=torch.float32)
     with torch.no_grad():
@@ -128,7 +129,7 @@ def test_a_missing_tensor_is_an_error(folders, tmp_path):
     gone = next(name for name in tensors if name.endswith("scales"))
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, shard, {"format": "pt"})
     with pytest.raises(RuntimeError, match=f"1 tensors are missing, the first is {gone}"):
-        quantized_model.load(folder, quantized_model.of_folder(folder), torch.float32, CPU)
+        quantized_model.load(folder, quant_settings.of_folder(folder), torch.float32, CPU)
 
 
 def test_gptqmodel_leaves_no_trace(folders):
@@ -153,7 +154,7 @@ assert {{k: v for k, v in os.environ.items() if before.get(k) != v}} == {{"GPTQM
 
 def test_nf4_takes_the_blocks_and_nothing_else(folders):
     plain = AutoModelForCausalLM.from_pretrained(folders["nf4"][0], dtype=torch.float32)
-    four_bit = quantized_model.load(folders["nf4"][0], quantized_model.NF4, torch.float32, CPU)
+    four_bit = quantized_model.load(folders["nf4"][0], quant_settings.NF4, torch.float32, CPU)
     assert len(nf4.layers(four_bit)) == 2 * 4 and four_bit.transformer.h[1].mlp.c_proj.weight.dtype == torch.float32
     assert four_bit.lm_head.weight.dtype == four_bit.transformer.wte.weight.dtype == torch.float32
     weight, wanted = four_bit.transformer.h[0].mlp.w1.weight, plain.transformer.h[0].mlp.w1.weight
@@ -169,17 +170,17 @@ def test_nf4_takes_the_blocks_and_nothing_else(folders):
 
 def test_nf4_is_refused_where_no_layer_can_be_quantized(tmp_path):
     with pytest.raises(UserError, match="inputs of a multiple of 64 values - train with --use_lora alone"):
-        quantized_model.load(small_checkpoint(tmp_path / "narrow"), quantized_model.NF4, torch.float32, CPU)
+        quantized_model.load(small_checkpoint(tmp_path / "narrow"), quant_settings.NF4, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_later_qwens(tmp_path, tied):
     """transformers' own classes, GPTQ and NF4; tied: the head is the embedding, as in the small ones."""
     folder, plain = later_qwen_gptq(tmp_path, tied)
-    loaded = quantized_model.load(folder, quantized_model.of_folder(folder), torch.float32, CPU)
+    loaded = quantized_model.load(folder, quant_settings.of_folder(folder), torch.float32, CPU)
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS % 200).logits, plain(IDS % 200).logits, atol=1e-5, rtol=1e-4)
-    four_bit = quantized_model.load(tmp_path / "plain", quantized_model.NF4, torch.float32, CPU)
+    four_bit = quantized_model.load(tmp_path / "plain", quant_settings.NF4, torch.float32, CPU)
     assert len(nf4.layers(four_bit)) == 2 * 7 and four_bit.lm_head.weight.dtype == torch.float32
     training = SimpleNamespace(device=CPU, bf16=False, fp16=False, deepspeed=None, bf16_weights=False)
     for place, quant in ((folder, "none"), (tmp_path / "plain", "nf4")):
@@ -219,7 +220,7 @@ def test_sizes_are_those_of_the_plain_model(folders):
     """For the summary of a run, the disk that it needs, and --lora_target_modules."""
     for kind in (4, 8, "nf4"):
         loaded = quantized_model.load(
-            folders[kind][0], quantized_model.of_folder(folders[kind][0]) or quantized_model.NF4, torch.float32, CPU
+            folders[kind][0], quant_settings.of_folder(folders[kind][0]) or quant_settings.NF4, torch.float32, CPU
         )
         plain = AutoModelForCausalLM.from_pretrained(folders[kind][1], dtype=torch.float32)
         biases = sum(p.numel() for name, p in plain.named_parameters() if name.endswith("bias")) if kind != "nf4" else 0
@@ -280,9 +281,9 @@ def saved(folders, tokenizer, tmp_path_factory):
         wish = SimpleNamespace(q_lora=True, quant=quant_of(kind))
         record = {
             "base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)},
-            "method": {"quantization": quantized_model.describe(quantized_model.of_run(base, wish))},
+            "method": {"quantization": quant_settings.describe(quantized_model.of_run(base, wish))},
         }
-        checkpoint.save_final(trained, tokenizer, out, record=record)
+        saving.save_final(trained, tokenizer, out, record=record)
         found[kind] = (trained.eval(), out)
     return found
 
@@ -310,7 +311,7 @@ def test_an_adapter_merges_into_what_it_was_trained_over(saved, tmp_path, kind, 
     trained, adapter = saved[kind]
     assert merge.merge(adapter, tmp_path / "out", to="float32") < 1e-4
     assert ", dequantized from " + ("NF4" if kind == "nf4" else f"GPTQ Int{kind}") in capsys.readouterr().err
-    assert quantized_model.of_folder(tmp_path / "out") is None and not (tmp_path / "out" / "quantize_config.json").exists()
+    assert quant_settings.of_folder(tmp_path / "out") is None and not (tmp_path / "out" / "quantize_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, trained(IDS).logits, atol=1e-4, rtol=0)
@@ -370,7 +371,7 @@ def test_a_hubs_model_is_called_by_its_name(folders, tmp_path):
     places = [tmp_path / f"models--Qwen--{name}" / "snapshots" / "8f3a1b" for name in names]
     plain, four = (shutil.copytree(folders[which][0], place) for which, place in zip(("nf4", 4), places))
     assert "needs an Int4 model (Qwen-7B-Chat-Int4)" in quantized_model.run_problems(plain, flags())[0]
-    assert quantized_model.needs_q_lora(four).endswith("or give the 16-bit checkpoint (Qwen-7B-Chat)")
+    assert quant_settings.needs_q_lora(four).endswith("or give the 16-bit checkpoint (Qwen-7B-Chat)")
 
 
 def test_quant_needs_q_lora():
@@ -412,4 +413,4 @@ def test_missing_packages(folders, monkeypatch):
     line = "GPTQ Int4 needs gptqmodel, not installed here - pip install gptqmodel"
     assert quantized_model.run_problems(folders[4][0], flags()) == [line]
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        quantized_model.load(folders["nf4"][0], quantized_model.NF4, torch.float32, CPU)
+        quantized_model.load(folders["nf4"][0], quant_settings.NF4, torch.float32, CPU)

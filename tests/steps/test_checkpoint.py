@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import qwen_model
 from finetune.errors import UserError
-from finetune.folders import checkpoint
+from finetune.folders import checkpoint, tensor_files
 from finetune.model import loading
+from finetune.steps import saving
 
 PROMPT = torch.tensor([[151644, 8948, 198, 9707, 151645]])
 
@@ -33,7 +34,7 @@ def adapter(base, tokenizer, tmp_path):
     )
     loading.set_chat_settings(lora, tokenizer)
     record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}}
-    checkpoint.save_final(lora, tokenizer, tmp_path / "adapter", record=record)
+    saving.save_final(lora, tokenizer, tmp_path / "adapter", record=record)
     return lora.eval(), tmp_path / "adapter"
 
 
@@ -59,7 +60,7 @@ def test_every_published_form_of_weights(base, tmp_path, form):
     state = expected.state_dict()
     if form == "sharded":
         expected.save_pretrained(folder, max_shard_size="8MB")
-        assert len(checkpoint.weight_files(folder)) > 1
+        assert len(tensor_files.weight_files(folder)) > 1
     elif form == "bin":
         torch.save(state, folder / "pytorch_model.bin")
     else:
@@ -78,7 +79,7 @@ def test_full_model_is_complete(base, tokenizer, tmp_path):
     trained = load(base)
     trained.config.use_cache = False
     loading.set_chat_settings(trained, tokenizer)
-    checkpoint.save_final(trained, tokenizer, tmp_path / "out")
+    saving.save_final(trained, tokenizer, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     code = {path.name for path in (tmp_path / "out").glob("*.py")}
     assert {
@@ -102,7 +103,7 @@ def test_saved_folder_loads_in_a_python_without_this_toolkit(base, tokenizer, tm
     trained = load(base)
     loading.set_chat_settings(trained, tokenizer)
     out = tmp_path / "my. model 2"
-    checkpoint.save_final(trained, tokenizer, out)
+    saving.save_final(trained, tokenizer, out)
     program = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,7 +148,7 @@ def test_verify_finds_a_changed_a_missing_and_a_foreign_tensor(adapter):
     from safetensors.torch import load_file, save_file
 
     lora, folder = adapter
-    checkpoint.verify(folder, lora)
+    saving.verify(folder, lora)
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
     name = next(iter(state))
@@ -158,20 +159,20 @@ def test_verify_finds_a_changed_a_missing_and_a_foreign_tensor(adapter):
     ]:
         save_file(broken, file)
         with pytest.raises(RuntimeError, match=message):
-            checkpoint.verify(folder, lora)
+            saving.verify(folder, lora)
 
 
 def test_a_save_that_fails_leaves_no_model(base, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "verify", lambda *args: (_ for _ in ()).throw(RuntimeError("disk")))
+    monkeypatch.setattr(saving, "verify", lambda *args: (_ for _ in ()).throw(RuntimeError("disk")))
     with pytest.raises(RuntimeError, match="disk"):
-        checkpoint.save_final(load(base), tokenizer, tmp_path)
+        saving.save_final(load(base), tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".unfinished"]
 
 
 def test_a_new_result_takes_the_place_of_an_old_one(base, tokenizer, adapter):
     """A full model saved over an adapter: transformers would put the old adapter onto the new model."""
     _, folder = adapter
-    checkpoint.save_final(load(base), tokenizer, folder)
+    saving.save_final(load(base), tokenizer, folder)
     assert not list(folder.glob("adapter_*"))
     assert not hasattr(load(folder), "peft_config")
 
@@ -267,7 +268,7 @@ def test_fingerprint_tells_models_apart(base, tmp_path):
 
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(UserError, match="no weights"):
-        checkpoint.weight_files(tmp_path)
+        tensor_files.weight_files(tmp_path)
 
 
 def test_checkpoints_in_order_and_complete_only(tmp_path):
