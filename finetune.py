@@ -25,7 +25,7 @@ def main() -> None:
     free = min(meeting.exchange("free memory", memory_plan.free_bytes(args.training)))
     with meeting.as_one("checks and data"):
         job = preparation.prepare(args, out, meeting.restarted, launches, free)
-    ranks.agree(preparation.card(args, job), preparation.REMEDIES)
+    ranks.agree(preparation.consistency_record(args, job), preparation.REMEDIES)
     preparation.check_storage(args, out)
     preparation.make_room(args, job, out)
 
@@ -34,7 +34,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
     trainer.save_result()
     if ranks.rank() == 0:
-        report.farewell(out, args.lora.use_lora)
+        report.print_next_steps(out, args.lora.use_lora)
     engines.disconnect()
 
 
@@ -60,7 +60,7 @@ def make_trainer(args, job):
     trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **kept)
     recomputing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
-    report.take_over(trainer)
+    report.replace_progress_callbacks(trainer)
     return trainer
 
 

@@ -35,7 +35,7 @@ def job(options) -> None:
     with findings:
         settings = replace(settings, max_shard_bytes=shards.max_shard_bytes(options.max_shard_size))
     with findings:
-        gptq_checks.check(folder, options.out_path, settings, options.samples, options.max_len)
+        gptq_checks.check_quantizing(folder, options.out_path, settings, options.samples, options.max_len)
     with findings:
         read = conversations.read(options.data_path)
     findings.raise_if_any()

@@ -169,8 +169,8 @@ def start(folder: Path, options) -> dict:
         def on_step_end(self, *arguments, **kwargs):
             ends.append(time.perf_counter())
 
-    take_over = report.take_over
-    report.take_over = lambda made: (take_over(made), made.add_callback(FirstStep()))
+    replace = report.replace_progress_callbacks
+    report.replace_progress_callbacks = lambda made: (replace(made), made.add_callback(FirstStep()))
     flags = "--max_steps 1 --use_cpu --per_device_train_batch_size 4 --save_strategy no --gradient_accumulation_steps 4"
     paths = ["-m", str(folder / "model"), "-d", str(folder / "data.jsonl"), "-o", str(folder / "out")]
     sys.argv = ["finetune.py", *paths, *flags.split(), "--overwrite_output_dir"]

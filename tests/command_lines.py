@@ -1,4 +1,4 @@
-"""A place to try command lines in: a checkpoint of zeros, a data file, and what check() finds there."""
+"""A place to try command lines in: a checkpoint of zeros, a data file, and what check_flags() finds there."""
 
 import json
 from collections import namedtuple
@@ -89,7 +89,7 @@ def read(world: World, *flags: str) -> definitions.Args:
 def found(world: World, *flags: str) -> list[str]:
     """All findings on a command line."""
     try:
-        checks.check(read(world, *flags))
+        checks.check_flags(read(world, *flags))
     except UserError as error:
         return error.findings
     return []

@@ -22,7 +22,7 @@ import run_gptq
 from finetune.data import conversations
 from finetune.flags.definitions import LoraArguments
 from finetune.folders import checkpoint, model_folder, quant_settings, shards
-from finetune.folders.new_folder import new_folder, withhold
+from finetune.folders.new_folder import hide_config_until_done, new_folder
 from finetune.gptq import calibration, pipeline
 from finetune.model import loading
 from finetune.quantized import quantized_model
@@ -190,7 +190,7 @@ def test_a_merge_may_quantize_what_it_has_just_written(source, tmp_path):
     drawn = calibration.draw(conversations.read(quantizing.DATA), loading.load_tokenizer(source), 4, 0, 64)
     with new_folder(tmp_path / "out") as staging:
         shutil.copytree(source, staging / "merged")
-        withhold(staging / "merged")
+        hide_config_until_done(staging / "merged")
         before, after = pipeline.quantize(
             staging / "merged", staging, drawn, pipeline.Settings(bits=8, group_size=32), made_from={"merged": "x"}
         )
@@ -243,9 +243,9 @@ def test_a_stripped_folder_opens_only_while_the_process_lives(source, tmp_path, 
 
     def look(place):
         seen.append(sorted(path.name for path in place.iterdir()))
-        withhold(place)
+        hide_config_until_done(place)
 
-    monkeypatch.setattr(gptq_run, "withhold", look)
+    monkeypatch.setattr(gptq_run, "hide_config_until_done", look)
     gptq_run.stripped(source, tmp_path / "source", {})
     assert seen == [["config.json"]] and (tmp_path / "source" / "config.json").is_symlink()
     assert "auto_map" not in json.loads((tmp_path / "source" / "config.json").read_text())

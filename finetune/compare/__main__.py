@@ -47,7 +47,7 @@ def compare(options) -> None:
     """Checks, measures, prints."""
     from . import agreement, opened, side_by_side
 
-    check(options)
+    check_options(options)
     adapters = [name for name in options.models if opened.is_adapter(name)]
     if options.base and not adapters:
         raise UserError(f"--base {options.base}: none of the models is an adapter, which has a base - leave it out")
@@ -69,7 +69,7 @@ def compare(options) -> None:
         note(f"all figures: {options.json}")
 
 
-def check(options) -> None:
+def check_options(options) -> None:
     """UserError for options that cannot work, before anything is opened; sets those of the draw, if there is one."""
     if not 2 <= len(options.models) <= len(LABELS):
         count = len(options.models)

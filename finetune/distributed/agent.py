@@ -186,7 +186,7 @@ class Agent(LocalElasticAgent):
         if result.is_failed() and self.to_blame(result)[1].exitcode == USER_ERROR:
             self._remaining_restarts = 0
         if result.is_failed() and self.restarts:
-            warn(f"{describe(*self.to_blame(result))}; starting again, restarts left: {self.restarts - 1}")
+            warn(f"{describe_failure(*self.to_blame(result))}; starting again, restarts left: {self.restarts - 1}")
         elif not result.is_failed() and self.others_ended():
             raise self.rendezvous.ended()
         if result.state == WorkerState.SUCCEEDED and not self.all_finished(group):
@@ -246,7 +246,7 @@ def exit_code(failure) -> int:
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
-def describe(rank: int, failure) -> str:
+def describe_failure(rank: int, failure) -> str:
     """What became of a worker, and what it wrote into torch's error file, if it did."""
     who = f"rank {rank} on {socket.gethostname()}"
     message = failure.error_file_data.get("message")
@@ -262,7 +262,7 @@ def describe(rank: int, failure) -> str:
 def tell_failure(agent: Agent, result: RunResult) -> int:
     """Ends the run on all machines; prints a line unless a worker has told what it was. The exit code."""
     rank, failure = agent.to_blame(result)
-    code, line = exit_code(failure), describe(rank, failure)
+    code, line = exit_code(failure), describe_failure(rank, failure)
     # a worker that wrote its error file has told its user, too
     told = any(os.path.isfile(failed.error_file) for failed in result.failures.values())
     if failure.exitcode > 0 and not (told and code == USER_ERROR):  # else it is certain that the cause is here

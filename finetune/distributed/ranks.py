@@ -116,20 +116,20 @@ class Meeting:
         topic = f"finetune/{self.topics}/{what}"
         if self.store.add(f"{topic}/arrived", 1) == count():
             self.store.set(f"{topic}/all", "")
-        self.comes(f"{topic}/all", f"the other ranks ({what})")
+        self.wait_for_key(f"{topic}/all", f"the other ranks ({what})")
 
     def get(self, key: str, what: str, other: int) -> bytes:
         """Waits for a value of another rank."""
-        self.comes(key, f"rank {other} ({what})")
+        self.wait_for_key(key, f"rank {other} ({what})")
         return self.store.get(key)
 
-    def comes(self, key: str, whom: str) -> None:
+    def wait_for_key(self, key: str, whom: str) -> None:
         """Waits for a key, and says for whom when that takes long."""
-        if not self.appears(key, PATIENCE_SECONDS):
+        if not self.poll_key(key, PATIENCE_SECONDS):
             note(f"waiting for {whom}")
-            self.appears(key, math.inf)
+            self.poll_key(key, math.inf)
 
-    def appears(self, key: str, seconds: float) -> bool:
+    def poll_key(self, key: str, seconds: float) -> bool:
         """Whether a key is there within so many seconds. Asks again and again: torch's own waiting prints when it gives up."""
         begin, pause = time.monotonic(), 0.01
         while not self.store.check([key]):
@@ -170,7 +170,7 @@ class Meeting:
         with contextlib.suppress(Exception):  # the store may be gone with the machine that kept it
             speaker = self.store.compare_set("finetune/failure", "", f"{name()}: {line}").decode()
             if not speaker.startswith(f"{name()}: "):
-                self.appears("finetune/said", 10)
+                self.poll_key("finetune/said", 10)
                 return None
         say()
         with contextlib.suppress(Exception):

@@ -1,7 +1,7 @@
 """Starts the training processes of this machine, and joins them with those of the other machines. launch.sh calls it:
 
     python finetune/distributed/torchrun.py --nproc_per_node 8 SCRIPT [its arguments]
-    python finetune/distributed/torchrun.py --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr ADDRESS --master_port 6001 ...
+    ... --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr ADDRESS --master_port 6001 SCRIPT [its arguments]
 
 torch's own elastic agent (what torchrun runs) does the work, in agent.py; network.py checks, before torch is imported,
 whether the machines can find each other. The exit code is that of the worker that failed.
@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> Job:
     return Job(argv[end:], **values)
 
 
-def settle_environment(job: Job) -> None:
+def set_worker_environment(job: Job) -> None:
     """What the workers inherit. What the user has set stays."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # some clusters set them, for one process a machine
         os.environ.pop(name, None)
@@ -56,7 +56,7 @@ def main() -> None:
         signal.signal(number, stop)
     os.environ.pop("RANK", None)  # this process speaks, whatever rank a cluster has given it
     network.check_network(job)
-    settle_environment(job)
+    set_worker_environment(job)
     from finetune.distributed import agent
 
     sys.exit(agent.run(job))

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ..errors import UserError, note
 from ..folders import adapter_folder, checkpoint, config_files, model_folder, quant_settings
-from ..folders.new_folder import check_free, new_folder, withhold
+from ..folders.new_folder import check_free, hide_config_until_done, new_folder
 from ..folders.shards import Shards
 from ..lora import pissa
 from ..merge import formulas
@@ -42,7 +42,7 @@ def export(folder: Path, out: Path, to: str, base: str | None) -> float:
         check_base(folder, base_folder, there)
         relaid = RelaidAdapter(adapter, OTHER[to], config_files.config_of(base_folder)["num_hidden_layers"])
         write(staging, folder, base_folder, relaid, name=str(base_folder) if Path(base).is_dir() else base)
-        adapter_folder.check(staging, base_folder)
+        adapter_folder.check_adapter(staging, base_folder)
         return prove(staging, base_folder, adapter, there)
 
 
@@ -90,8 +90,8 @@ def check_base(folder: Path, base: Path, there: Relaid) -> None:
     if quant_settings.may_take(made_for, found, base):
         note(f"{folder}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
     elif found != made_for:
-        what = f"{folder}: the adapter was made for another base ({checkpoint.describe(made_for)})"
-        other = f"{base} is an export of {checkpoint.describe(found)}"
+        what = f"{folder}: the adapter was made for another base ({checkpoint.describe_fingerprint(made_for)})"
+        other = f"{base} is an export of {checkpoint.describe_fingerprint(found)}"
         raise UserError(f"{what}; {other} - give the export of the adapter's own with --base")
     if quantized_model.of_adapter(folder):
         what = f"{folder}: was trained over NF4, whose scales are rounded for a whole layer"
@@ -121,8 +121,8 @@ def write(staging: Path, folder: Path, base: Path, relaid: RelaidAdapter, name: 
     came_from = {"from": str(folder.resolve()), "layout": relaid.layout, "base": record.get("base")}
     came_from |= {"generation_config": own}
     write_json(staging / checkpoint.RECORD, record | {"base": now, "exported": came_from})
-    (staging / "README.md").write_text(adapter_folder.adapter_card(name), encoding="utf-8")
-    withhold(staging, CONFIG)
+    (staging / "README.md").write_text(adapter_folder.adapter_model_card(name), encoding="utf-8")
+    hide_config_until_done(staging, CONFIG)
     save_file(relaid.stored(), staging / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -81,7 +81,7 @@ def write(staging: Path, folder: Path, relaid: Relaid, config, tokenizer, max_by
     if config.model_type == QWEN2:  # some servers look for it there
         config.eos_token_id = stops[0] if isinstance(stops := settings["eos_token_id"], list) else stops
     frame = tokenizer, export_config.GenerationFile(settings), dtype, new_record(folder, relaid, record)
-    model_writer.write_frame(staging, skeleton, *frame, card(folder, config))
+    model_writer.write_frame(staging, skeleton, *frame, model_card(folder, config))
     bar = tqdm(relaid, desc="exporting", total=len(shapes), unit=" tensors", delay=2, leave=False)
     model_writer.write_weights(staging, ((name, relaid[name]) for name in bar), max_bytes, shapes)
 
@@ -132,7 +132,7 @@ def zeros_of(record: dict, to: str) -> dict:
     return {name: (getattr(torch, dtype), length) for name, (dtype, length) in stored.items()}
 
 
-def card(folder: Path, config) -> str:
+def model_card(folder: Path, config) -> str:
     """README.md."""
     lines = [f"---\nbase_model: {folder.name}\n---\n\n# {folder.name}, in the layout of {config.model_type}\n"]
     if config.model_type == QWEN2:

@@ -1,7 +1,7 @@
 """The flags of finetune.py: ours, the published trainer's, and everything that transformers' TrainingArguments takes.
 
-    args = parse()             # args.model, args.data, args.lora, args.training
-    checks.check(args)         # one UserError that lists all findings
+    args = parse()                # args.model, args.data, args.lora, args.training
+    checks.check_flags(args)      # one UserError that lists all findings
 
 This module imports neither torch nor transformers until it parses, so that --help is there at once.
 """
@@ -106,7 +106,7 @@ def parse(argv: list[str] | None = None) -> Args:
     training, more = training_args.build(values.pop())
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
     own[-1].use_lora |= own[-1].q_lora  # Q-LoRA is LoRA over quantized weights
-    more += own[1].settle_numbers()
+    more += own[1].parse_pass_size()
     return Args(*own, training=training, findings=findings + more)
 
 

@@ -1,4 +1,4 @@
-"""check(args): what can be wrong with a command line, its files and its folders, found before weights are loaded.
+"""check_flags(args): what can be wrong with a command line, its files and its folders, found before weights are loaded.
 
 Each part yields findings, one line each: what, where, what to do. Nothing is written; warnings are printed.
 """
@@ -39,7 +39,7 @@ RANGES = {
 }
 
 
-def check(args) -> None:
+def check_flags(args) -> None:
     """Raises one UserError with all findings. args: of args.parse()."""
     findings = list(args.findings)
     for part in (ranges, data_files, base_model, method_checks.method, output_folder, resuming, reporting, disk_space):
@@ -177,10 +177,10 @@ def resuming(args) -> Iterator[str]:
         return
     folder = Path(args.model.model_name_or_path or "")
     config = point / "adapter_config.json"
-    was = f"LoRA {adapter_folder.describe(config_files.read_json(config))}" if config.is_file() else "full-parameter"
+    was = f"LoRA {adapter_folder.describe_adapter(config_files.read_json(config))}" if config.is_file() else "full-parameter"
     own = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "bias": lora.lora_bias}
     own["target_modules"] = lora_layers(args, folder)
-    now = f"LoRA {adapter_folder.describe(own)}" if lora.use_lora else "full-parameter"
+    now = f"LoRA {adapter_folder.describe_adapter(own)}" if lora.use_lora else "full-parameter"
     # the layers of a hub's model are not known before it is here; then it is checked once more
     known = (folder / "config.json").is_file() and lora.lora_weight_path is None
     if was.split()[0] != now.split()[0] or (was != now and known):

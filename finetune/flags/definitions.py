@@ -14,7 +14,7 @@ def flag(default: Any, help: str, **argparse_settings) -> Any:
     return field(**kind, metadata={"help": help, **argparse_settings})
 
 
-# A value that a user must give is None here, and checks.check() misses it.
+# A value that a user must give is None here, and check_flags() misses it.
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DataArguments:
     )
     lazy_preprocess: bool = flag(False, "Accepted for the published scripts' sake; without effect.")
 
-    def settle_numbers(self) -> list[str]:
+    def parse_pass_size(self) -> list[str]:
         """max_tokens_per_pass as a number, unless it is auto; returns the findings."""
         given = self.max_tokens_per_pass
         if given != "auto":
@@ -178,7 +178,7 @@ class TrainingFlags:
 
 @dataclass
 class Args:
-    """What a user asked for. findings: what could not even be parsed; check() lists them with its own.
+    """What a user asked for. findings: what could not even be parsed; check_flags() lists them with its own.
 
     training: training_args.TrainingArguments; where there are findings, possibly a plain object with its attributes.
     """

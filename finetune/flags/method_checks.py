@@ -122,12 +122,12 @@ def adapter(args) -> Iterator[str]:
             return  # of the model, others speak
         if there:  # first: on a larger base than its own it would seem to lack tensors
             checkpoint.check_base(folder, base, remedy="give that one with -m")
-        adapter_folder.check(folder, base if there else None, "--lora_weight_path")
+        adapter_folder.check_adapter(folder, base if there else None, "--lora_weight_path")
         if ignored := adapter_folder.ignored_flags(args.lora):
-            what = f"--lora_weight_path {folder}: its own settings hold ({adapter_folder.describe(config)})"
+            what = f"--lora_weight_path {folder}: its own settings hold ({adapter_folder.describe_adapter(config)})"
             yield f"{what}, and not {', '.join(ignored)} - leave these out, or train a new adapter"
         else:
-            note(f"going on from {folder}: its own settings hold ({adapter_folder.describe(config)})")
+            note(f"going on from {folder}: its own settings hold ({adapter_folder.describe_adapter(config)})")
 
 
 # ---- small things

@@ -43,7 +43,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise transformers refuses --bf16 where there is no GPU
-        self.settle_recomputing()
+        self.resolve_checkpointing()
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = 0.1  # transformers would take logging_steps: with ours, at every step
         if self.logging_dir:
@@ -62,7 +62,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
                 "another, and the scripts *_ds.sh take all"
             )
 
-    def settle_recomputing(self) -> None:
+    def resolve_checkpointing(self) -> None:
         """Sets `recompute`: "auto", True or False; transformers, which knows but yes and no, is told of auto as of yes.
 
         recomputed_blocks: how many of the model's blocks, from the first on, are computed again; None: not decided, or all.

@@ -12,7 +12,7 @@ PREFIX = "base_model.model."
 EMBEDDINGS = {"wte", "lm_head", "embed_tokens"}
 
 
-def check(folder: Path, base: Path | None = None, flag: str = "") -> None:
+def check_adapter(folder: Path, base: Path | None = None, flag: str = "") -> None:
     """Raises UserError where tensors are missing. flag: the one that names the folder, for the message."""
     missing = missing_tensors(folder, base)
     if missing:
@@ -181,7 +181,7 @@ def listed(layer: str, part: str) -> tuple[str, str]:
     return f"{layer}.{part.removesuffix('.weight')}", f".{layer}.{part}"
 
 
-def adapter_card(base: str) -> str:
+def adapter_model_card(base: str) -> str:
     """What an adapter is, for people and for the hub. Of a base that was a folder, the name only."""
     base = Path(base).name if os.path.isdir(base) else base
     return (
@@ -192,7 +192,7 @@ def adapter_card(base: str) -> str:
     )
 
 
-def describe(config: dict) -> str:
+def describe_adapter(config: dict) -> str:
     """An adapter's settings: "r=64 alpha=16 on c_attn, c_proj, w1, w2, bias none"."""
     targets = config.get("target_modules") or []
     listed = targets if isinstance(targets, str) else ", ".join(sorted(targets))

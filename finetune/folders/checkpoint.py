@@ -26,7 +26,7 @@ def fingerprint(folder: Path) -> dict:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     found = {key: config.get(key) for key in keys} | {"sha256": hash_of_tensors(folder)}
-    quantization = quant_settings.describe(quant_settings.of_folder(folder))
+    quantization = quant_settings.as_record(quant_settings.of_folder(folder))
     return found | ({"quantization": quantization} if quantization else {})
 
 
@@ -63,7 +63,7 @@ def beginning(name: str, shape: list[int], tensor: torch.Tensor, values: int) ->
     return f"{name} {shape} {tensor.flatten()[:values].double().tolist()}\n"
 
 
-def describe(print_: dict) -> str:
+def describe_fingerprint(print_: dict) -> str:
     """A fingerprint in words."""
     sizes = (
         f"hidden size {print_['hidden_size']}, {print_['num_hidden_layers']} layers, vocabulary {print_['vocab_size']}"
@@ -87,8 +87,8 @@ def check_base(adapter: Path, base: Path, remedy: str = "give that one with --ba
         note(f"{adapter}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
     elif found != made_for:
         raise UserError(
-            f"{adapter}: the adapter was made for another base ({describe(made_for)}); {base} is {describe(found)} - "
-            f"{remedy}"
+            f"{adapter}: the adapter was made for another base ({describe_fingerprint(made_for)}); "
+            f"{base} is {describe_fingerprint(found)} - {remedy}"
         )
 
 

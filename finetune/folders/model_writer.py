@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from . import checkpoint
-from .new_folder import withhold
+from .new_folder import hide_config_until_done
 from .shards import ShardWriter
 
 
@@ -40,7 +40,7 @@ def write_frame(folder: Path, model, tokenizer, generation_config, dtype: torch.
     """All but the weights: config, code, generation_config, tokenizer, the record of its making, README.md.
 
     model: a skeleton, or the model itself; its config is written as it is, with `dtype`. From here on the folder only loads
-    as long as this process lives (see new_folder.withhold).
+    as long as this process lives (see new_folder.hide_config_until_done).
     """
     from transformers.dynamic_module_utils import custom_object_save
 
@@ -57,7 +57,7 @@ def write_frame(folder: Path, model, tokenizer, generation_config, dtype: torch.
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     (folder / checkpoint.RECORD).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-    withhold(folder)
+    hide_config_until_done(folder)
 
 
 def write_weights(

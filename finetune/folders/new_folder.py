@@ -62,7 +62,7 @@ def remove(staging: Path) -> None:
 def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
     """Yields a folder to write into; it becomes `out` when the block ends well, and is removed when it does not.
 
-    Write everything but the weights first, then call withhold(), then write the weights and prove them. config: the file
+    Write everything but the weights first, then call hide_config_until_done(), then write the weights and prove them. config: the file
     without which nothing opens the folder.
     """
     out = out.resolve()
@@ -79,7 +79,7 @@ def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 fcntl.flock(mark, fcntl.LOCK_EX)
             yield staging
-            content = (staging / config).read_bytes()  # through the link of withhold()
+            content = (staging / config).read_bytes()  # through the link of hide_config_until_done()
             (staging / f"{config}.whole").write_bytes(content)
             os.replace(staging / f"{config}.whole", staging / config)
             if out.is_dir():
@@ -91,7 +91,7 @@ def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
         raise
 
 
-def withhold(staging: Path, config: str = CONFIG) -> None:
+def hide_config_until_done(staging: Path, config: str = CONFIG) -> None:
     """From here on the folder loads, for a proof of what it holds, but only as long as this process lives.
 
     Its config becomes a link to a file in this process's memory: should it be killed, the link leads nowhere.

@@ -99,6 +99,6 @@ def may_take(made_for: dict, base: dict, folder: Path) -> bool:
     return same and made_for.get("quantization") is not None and of_folder(folder) is None
 
 
-def describe(quantization: Quantization | None) -> dict | None:
+def as_record(quantization: Quantization | None) -> dict | None:
     """For a run's record and a base's fingerprint."""
     return quantization and dataclasses.asdict(quantization)

@@ -12,7 +12,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel makes
 ROW_PARALLEL = ("c_proj", "o_proj", "down_proj")  # tensor parallelism shares out their inputs; of all others, outputs
 
 
-def check(folder: Path, out: Path, settings, samples: int, max_length: int) -> None:
+def check_quantizing(folder: Path, out: Path, settings, samples: int, max_length: int) -> None:
     """Raises one UserError with all findings. folder: of the model; samples, max_length: of the calibration."""
     findings = Findings()
     with findings:

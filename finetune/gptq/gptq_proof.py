@@ -12,7 +12,7 @@ from ..compare.agreement import Agreement, measure
 from ..folders import quant_settings
 from ..folders.shards import Shards
 from ..quantized import quantized_model
-from .streamed import give_back, streamed
+from .streamed import release_memory, streamed
 
 SAMPLES, TOKENS = 4, 1024  # of the proof; tokens of each sample
 WORSE = 1.1  # a perplexity so many times as high deserves a warning
@@ -27,7 +27,7 @@ def proof(
     """
 
     def loaded():
-        give_back()  # the plain one's
+        release_memory()  # the plain one's
         half = torch.float16 if device.type == "cuda" else torch.float32
         return quantized_model.load(made, quant_settings.of_folder(made), half, device, attn_implementation="sdpa").eval()
 

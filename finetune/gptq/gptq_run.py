@@ -17,7 +17,7 @@ from gptqmodel.models.definitions.qwen import QwenQModel
 from gptqmodel.utils import logger
 
 from ..folders import tensor_files
-from ..folders.new_folder import withhold
+from ..folders.new_folder import hide_config_until_done
 from ..folders.shards import Shards, ShardWriter
 
 
@@ -47,7 +47,7 @@ class FirstGeneration(QwenQModel):
 def run(source: Path, made: Path, samples: list, settings, dtype, device, layer_done: Callable[[], None]) -> None:
     """Quantizes the layers of `source` (see stripped()) on samples (ids, labels); each gets a folder in `made`.
 
-    settings: quantize.Settings. layer_done is called after each block.
+    settings: pipeline.Settings. layer_done is called after each block.
     """
     loop_processor._PROJECT_LOG_DIR = made / "logs"  # else it leaves a folder of logs wherever the program is started
     logger._suppress_live_renderables = lambda: True  # a dozen bars
@@ -92,7 +92,7 @@ def stripped(folder: Path, place: Path, names: Container[str]) -> None:
     place.mkdir()
     pickled = tensor_files.weight_files(folder)[0].suffix == ".bin"
     without_code(folder / "config.json", place)
-    withhold(place)  # before there is anything that a config would open
+    hide_config_until_done(place)  # before there is anything that a config would open
     for path in folder.iterdir():
         if path.name == "tokenizer_config.json":
             without_code(path, place)

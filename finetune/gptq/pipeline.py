@@ -21,7 +21,7 @@ from ..quiet import contained, errors_only
 from . import gptq_tensors
 from .calibration import Calibration
 from .gptq_proof import WORSE, lines, proof
-from .streamed import give_back
+from .streamed import release_memory
 
 VERSIONS = ("gptqmodel", "torch", "transformers", "optimum")
 
@@ -66,7 +66,7 @@ def quantize(
 ) -> tuple[Agreement, Agreement]:
     """Writes the quantized model of `folder` into `staging`, a folder of new_folder.new_folder(), and proves it.
 
-    Check first: quantize_checks.check(). folder may lie in staging. made_from: for the record, instead of `folder` and
+    Check first: gptq_checks.check_quantizing(). folder may lie in staging. made_from: for the record, instead of `folder` and
     its fingerprint. Returns how the plain and the quantized model do on answers. Raises RuntimeError where what was
     written is not what was made, or gives no numbers.
     """
@@ -117,7 +117,7 @@ def run(folder: Path, source: Path, made: Path, names, calibration, settings, dt
 
         gptq_run.run(source, made, calibration.samples, settings, dtype, device, block_done)
     shutil.rmtree(source)
-    give_back()
+    release_memory()
 
 
 def memory(device) -> str:
@@ -142,7 +142,7 @@ def write_frame(folder: Path, staging: Path, skeleton, settings: Settings, recor
     if (folder / "generation_config.json").is_file():
         chat = GenerationConfig.from_pretrained(folder)
     (staging / "quantize_config.json").write_text(json.dumps(settings.config(), indent=2) + "\n", encoding="utf-8")
-    model_writer.write_frame(staging, skeleton, tokenizer, chat, torch.float16, record, card(record["quantized"]))
+    model_writer.write_frame(staging, skeleton, tokenizer, chat, torch.float16, record, model_card(record["quantized"]))
 
 
 def record(folder: Path, calibration: Calibration, settings: Settings, dtype, made_from: dict | None) -> dict:
@@ -157,7 +157,7 @@ def record(folder: Path, calibration: Calibration, settings: Settings, dtype, ma
     return checkpoint.read_record(folder) | {"quantized": made}
 
 
-def card(made: dict) -> str:
+def model_card(made: dict) -> str:
     """README.md."""
     name, settings, data = Path(made["from"].get("folder", "")).name, made["settings"], made["calibration"]
     bits = settings["bits"]

@@ -25,7 +25,7 @@ def streamed(config, weights: Callable, dtype=torch.float32, device="cpu", block
         names = {own: f"{name}.{own}" for own, _ in part.named_parameters()}
         names = {own: tied.get(full, full) for own, full in names.items()}
         done = None if stays else block_done
-        let_through(part, lambda own, names=names: weights(names[own]), list(names), dtype, device, done)
+        attach_offload_hooks(part, lambda own, names=names: weights(names[own]), list(names), dtype, device, done)
     move_buffers(model, device)
     return model
 
@@ -43,7 +43,7 @@ def parts(model) -> list[tuple[str, nn.Module, bool]]:
     return [(name, model.get_submodule(name), name in outside) for name in (*blocks, *outside)]
 
 
-def let_through(part: nn.Module, weight: Callable, own: list[str], dtype, device, done: Callable | None) -> None:
+def attach_offload_hooks(part: nn.Module, weight: Callable, own: list[str], dtype, device, done: Callable | None) -> None:
     """Hooks that bring the part's own parameters before its pass, and drop them after it; then done() is called.
 
     weight(name): the tensor of one of them. done: None for a part that is brought once and not dropped.
@@ -73,7 +73,7 @@ def move_buffers(model, device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Memory that was freed, to the system: large tensors among it, which malloc would keep."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # other C libraries than glibc have no such call

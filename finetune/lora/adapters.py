@@ -25,7 +25,7 @@ def add(model, lora, rows: list[int] = (), start: Path | None = None):
     init = lora.init_lora_weights
     begun = pissa.is_asked_for(init) and start is not None and pissa.stored(start)
     settings = config(model, lora, rows, init="default" if begun else init)
-    adapted = made(lambda: get_peft_model(model, settings))
+    adapted = apply_peft(lambda: get_peft_model(model, settings))
     if begun:
         pissa.begin_again(adapted, start, init)
     elif pissa.is_asked_for(init):
@@ -67,14 +67,14 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     if pissa.stored(folder):  # a checkpoint: its adapters are for a base that lacks what they began with
         own.init_lora_weights = True
     own.inference_mode = not is_trainable
-    adapted = made(lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings))
+    adapted = apply_peft(lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings))
     if pissa.stored(folder):
         pissa.take_out_of_base(adapted, pissa.read_start(folder))
         own.init_lora_weights = init
     return adapted if is_trainable else adapted.requires_grad_(False)  # biases too, which peft would leave
 
 
-def made(make):
+def apply_peft(make):
     """What make() returns, a model on which peft puts adapters; trained rows get our forward instead of peft's."""
     from . import low_rank, token_rows
 

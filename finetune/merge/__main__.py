@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(options) -> None:
     """The flags as merge() takes them."""
-    from .requantize import Wish  # not above: --help is there at once
+    from .requantize import RequantizeOptions  # not above: --help is there at once
 
     given = {name: getattr(options, name) for name in ("data_path", "samples", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not options.requantize:
         name, value = next(iter(given.items()))
         raise UserError(f"--{name} {value}: only --requantize calibrates - add it, or leave this out")
-    wish = Wish(**given) if options.requantize else None
+    wish = RequantizeOptions(**given) if options.requantize else None
     kept = {name: getattr(options, name) for name in ("base", "to", "max_shard_size")}
     merge(options.adapter, options.out, **kept, requantized=wish)
 
@@ -70,7 +70,7 @@ def merge(
     max_shard_size: str = MAX_SHARD_SIZE,
     requantized=None,
 ) -> float:
-    """Merges `adapter` into `out`; with `requantized`, a requantize.Wish, quantizes the result as the base was.
+    """Merges `adapter` into `out`; with `requantized`, requantize.RequantizeOptions, quantizes the result as the base was.
 
     Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit.
     """
@@ -81,14 +81,14 @@ def merge(
     from ..quantized.plain_weights import PlainWeights
     from . import requantize
 
-    check(adapter, out)
+    check_folders(adapter, out)
     max_bytes = max_shard_bytes(max_shard_size)
     base_folder = loading.find_base(adapter, base)
     check_free(out, "the merged model", base_folder, adapter)
     # --base means that model as it lies there; else it is what the adapter was trained over
     over = quantized_model.of_adapter(adapter) if base is None else None
     back_to = requantize.earlier(adapter, base_folder) if requantized else None
-    conversations = requantize.check(requantized) if requantized else None
+    conversations = requantize.read_calibration_data(requantized) if requantized else None
     found = over or quant_settings.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
     if base is not None and not found and (seen := quantized_model.of_adapter(adapter)):
@@ -122,7 +122,7 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
     dtype = weights.dtype if to == "auto" else getattr(torch, to)
     record = checkpoint.read_record(adapter)
     record |= {"merged": {"adapter": str(adapter.resolve()), "base": str(base.resolve())}}
-    model_writer.write_frame(folder, merged, tokenizer, merged.generation_config, dtype, record, card(adapter, base))
+    model_writer.write_frame(folder, merged, tokenizer, merged.generation_config, dtype, record, model_card(adapter, base))
     bar = tqdm(expected, desc="merging", unit=" tensors", delay=2, leave=False)
     tensors = ((name, rounded(name, changes.merged(name, weights[name]), dtype)) for name in bar)
     model_writer.write_weights(folder, tensors, max_bytes, expected)
@@ -157,7 +157,7 @@ def skeleton(base: Path, adapter: Path, tokenizer, weights):
     return merged
 
 
-def card(adapter: Path, base: Path) -> str:
+def model_card(adapter: Path, base: Path) -> str:
     """README.md of a merged model."""
     return (
         f"---\nbase_model: {base.name}\n---\n\n# {base.name}, fine-tuned\n\n"
@@ -167,7 +167,7 @@ def card(adapter: Path, base: Path) -> str:
     )
 
 
-def check(adapter: Path, out: Path) -> None:
+def check_folders(adapter: Path, out: Path) -> None:
     """Raises UserError if there is no whole adapter, or OUT is not free."""
     from ..folders import tensor_files
 

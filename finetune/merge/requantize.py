@@ -9,7 +9,7 @@ from ..folders.quant_settings import Quantization
 
 
 @dataclass
-class Wish:
+class RequantizeOptions:
     """What to calibrate on; the defaults are those of run_gptq.py."""
 
     data_path: str | None = None
@@ -29,7 +29,7 @@ def earlier(adapter: Path, base: Path) -> Quantization:
     return found
 
 
-def check(wish: Wish):
+def read_calibration_data(wish: RequantizeOptions):
     """The conversations, read and checked before anything is merged."""
     from ..data import conversations
 
@@ -40,8 +40,8 @@ def check(wish: Wish):
     return conversations.read(wish.data_path)
 
 
-def requantize(merged: Path, staging: Path, read, wish: Wish, to: Quantization, name: str, max_bytes: int) -> None:
-    """Writes the model of `merged` into `staging`, quantized. read: of check(). name: what it was made from, for people."""
+def requantize(merged: Path, staging: Path, read, wish: RequantizeOptions, to: Quantization, name: str, max_bytes: int) -> None:
+    """Writes the model of `merged` into `staging`, quantized. read: of read_calibration_data(). name: what it was made from, for people."""
     from ..gptq import calibration, pipeline
     from ..model import loading
 

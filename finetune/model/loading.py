@@ -95,7 +95,7 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     if folder is None or not (folder / "config.json").is_file():
         raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
     checkpoint.check_base(adapter, folder)
-    adapter_folder.check(adapter, folder)
+    adapter_folder.check_adapter(adapter, folder)
     return folder
 
 
@@ -137,7 +137,7 @@ def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
         # settings of the adapter, but for a place, which may move
         "method": vars(args.lora)
-        | {"lora_weight_path": None, "quantization": quant_settings.describe(quantization)},
+        | {"lora_weight_path": None, "quantization": quant_settings.as_record(quantization)},
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,

@@ -36,7 +36,7 @@ def free_bytes(training) -> float:
     return psutil.virtual_memory().available / max(1, training.world_size)
 
 
-def settle(args, folder: Path, longest: int, step_tokens: int, free: float) -> Estimate:
+def resolve_auto(args, folder: Path, longest: int, step_tokens: int, free: float) -> Estimate:
     """Decides what is auto, in place: args.data.max_tokens_per_pass, and which blocks args.training computes again.
 
     longest: tokens of the longest sample; step_tokens: of the largest step, of a rank; free: bytes, the least of all ranks.
@@ -50,25 +50,25 @@ def settle(args, folder: Path, longest: int, step_tokens: int, free: float) -> E
     useful = max(longest, min(USEFUL, step_tokens))
     if data.max_tokens_per_pass != AUTO:
         useful = max(longest, min(data.max_tokens_per_pass, step_tokens))
-    chosen = fewest(sizes, run, useful, choices, free) or fewest(sizes, run, longest, choices, free)
+    chosen = least_checkpointing(sizes, run, useful, choices, free) or least_checkpointing(sizes, run, longest, choices, free)
     if chosen is None:
         chosen = estimate(sizes, run, longest, choices[-1])
         warn_of(chosen, free, args)
     if data.max_tokens_per_pass == AUTO:
-        chosen = grown(sizes, run, chosen, min(largest, step_tokens), free)
+        chosen = largest_fitting_pass(sizes, run, chosen, min(largest, step_tokens), free)
         data.max_tokens_per_pass = chosen.tokens
     if asked == AUTO:
         training.recompute_blocks(chosen.recomputed)
     return chosen
 
 
-def fewest(sizes: Sizes, run: Run, tokens: int, choices, free: float) -> Estimate | None:
+def least_checkpointing(sizes: Sizes, run: Run, tokens: int, choices, free: float) -> Estimate | None:
     """With the fewest blocks computed again that let a pass of so many tokens fit; None where all do not."""
     fitting = (found for again in choices if fits(found := estimate(sizes, run, tokens, again), free))
     return next(fitting, None)
 
 
-def grown(sizes: Sizes, run: Run, chosen: Estimate, limit: int, free: float) -> Estimate:
+def largest_fitting_pass(sizes: Sizes, run: Run, chosen: Estimate, limit: int, free: float) -> Estimate:
     """With passes as large as fits, up to `limit` tokens, in steps of 1024."""
     for tokens in range(math.ceil(limit / STEP) * STEP, chosen.tokens, -STEP):
         found = estimate(sizes, run, tokens, chosen.recomputed)

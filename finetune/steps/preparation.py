@@ -43,11 +43,11 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     training = args.training
     if training.resume_from_checkpoint is None and checkpoint.of_launch(out, launches):
         training.resume_from_checkpoint = "auto"
-    folder = check(args)
+    folder = check_and_download(args)
     tokenizer = loading.load_tokenizer(folder)
-    settle_adapter(args, folder, tokenizer)
+    resolve_adapter_flags(args, folder, tokenizer)
     samples, eval_samples = load_data(args, tokenizer)
-    memory = fit(args, folder, samples, free)
+    memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     record = loading.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
     if launches:
@@ -64,17 +64,17 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from, memory)
 
 
-def check(args) -> Path:
+def check_and_download(args) -> Path:
     """The model's folder, or one UserError with all findings. What has to be downloaded comes last."""
     with each_line_once():  # a model from a hub is checked twice: as an id, and as a folder
         return checked(args)
 
 
 def checked(args) -> Path:
-    """As check(), which sees to the lines."""
+    """As check_and_download(), which says each line once."""
     findings, name = Findings(), args.model.model_name_or_path
     with findings:
-        checks.check(args)
+        checks.check_flags(args)
     if findings.findings or not os.path.isdir(name):  # else the data is read once, when it is rendered
         for flag, path in args.data.files().items():
             with findings:
@@ -82,11 +82,11 @@ def checked(args) -> Path:
     findings.raise_if_any()
     folder = loading.find_folder(name, args.training.cache_dir)
     if not os.path.isdir(name):
-        checks.check(definitions.on_folder(args, folder))
+        checks.check_flags(definitions.on_folder(args, folder))
     return folder
 
 
-def settle_adapter(args, folder: Path, tokenizer) -> None:
+def resolve_adapter_flags(args, folder: Path, tokenizer) -> None:
     """args.lora becomes what the run does and records: auto decided, or the settings of the adapter gone on from.
 
     Raises UserError for tokens that the tokenizer does not know: now, not later.
@@ -104,19 +104,20 @@ def load_data(args, tokenizer) -> list:
     settings = {"supervise": wish.supervise, "allow_special": wish.allow_special, "long_samples": wish.long_samples}
     for flag, path in args.data.files().items():
         with findings:
-            loaded.append(rendered_samples.load(path, tokenizer, max_length=args.training.model_max_length, flag=flag, **settings))
+            length = args.training.model_max_length
+            loaded.append(rendered_samples.load(path, tokenizer, max_length=length, flag=flag, **settings))
     findings.raise_if_any()
     for line in [line for samples in loaded for line in samples.notes]:
         warn(line)
     return [*loaded, None][:2]
 
 
-def fit(args, folder: Path, samples: Samples, free: float) -> Estimate:
-    """Decides what is auto of the passes' size and of recomputing; returns the memory that the run should take."""
+def plan_memory(args, folder: Path, samples: Samples, free: float) -> Estimate:
+    """Resolves --max_tokens_per_pass auto and --gradient_checkpointing auto; returns the memory that the run should take."""
     ranks = args.training.world_size
     unlimited = plan_of(args, samples, max_tokens_per_pass=samples.total_tokens)
     step_tokens = -(-unlimited.largest_step() // ranks)
-    return memory_plan.settle(args, folder, int(samples.lengths.max()), step_tokens, free)
+    return memory_plan.resolve_auto(args, folder, int(samples.lengths.max()), step_tokens, free)
 
 
 def make_plans(args, samples, eval_samples):
@@ -144,7 +145,7 @@ def plan_of(args, samples, max_tokens_per_pass: int) -> Plan:
     )
 
 
-def card(args, job) -> dict:
+def consistency_record(args, job) -> dict:
     """What all ranks must have alike, for ranks.agree(): what decides which collective operations they meet in."""
     base, point, training = job.record["base"]["fingerprint"]["sha256"], job.resume_from, args.training
     same = {"base model": base[:12], "data as rendered": in_short(job.samples)}

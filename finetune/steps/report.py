@@ -83,7 +83,7 @@ def method(model, loraplus_lr_ratio: float | None = None) -> str:
     kinds = {"DoRA": config.use_dora, "rsLoRA": config.use_rslora, "PiSSA": pissa.is_asked_for(config.init_lora_weights)}
     kinds[f"LoRA+ ({loraplus_lr_ratio})"] = loraplus_lr_ratio
     kind = ", ".join(name for name, asked in kinds.items() if asked) or "LoRA"
-    said = f"{kind} {adapter_folder.describe(vars(config))}{beside(config)}"
+    said = f"{kind} {adapter_folder.describe_adapter(vars(config))}{beside(config)}"
     over = getattr(model.config, "quantization_config", None)
     return f"Q-{said}" if over else said
 
@@ -233,7 +233,7 @@ def smoothed(points, weight: float = 0.9):
     return result
 
 
-def take_over(trainer) -> None:
+def replace_progress_callbacks(trainer) -> None:
     """Puts the Report in the place of transformers' own bar and printed dictionaries."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -242,7 +242,7 @@ def take_over(trainer) -> None:
     trainer.add_callback(Report(trainer.args.output_dir))
 
 
-def farewell(out: Path, is_adapter: bool) -> None:
+def print_next_steps(out: Path, is_adapter: bool) -> None:
     """What is there now, and what to type next."""
     try:
         draw(out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..folders.adapter_folder import adapter_card
+from ..folders.adapter_folder import adapter_model_card
 from ..folders.checkpoint import RECORD
 from ..folders.model_writer import saved_tensors
 from ..folders.tensor_files import MAX_SHARD_SIZE, read_tensors
@@ -31,7 +31,7 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
         (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if embeddings and (base := record.get("base", {}).get("name")):
             # in the place of peft's form, which nobody has filled in
-            (folder / "README.md").write_text(adapter_card(base), encoding="utf-8")
+            (folder / "README.md").write_text(adapter_model_card(base), encoding="utf-8")
 
 
 def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:

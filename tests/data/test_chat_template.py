@@ -278,7 +278,7 @@ def test_a_model_with_several_templates_uses_its_default():
     assert render(tokenizer, chat("a", "b")) == render(make_tokenizer(QWEN3), chat("a", "b"))
 
 
-# ---- through data.py
+# ---- through rendered_samples.py
 
 
 @pytest.fixture

@@ -225,7 +225,7 @@ def test_both_errors_are_listed_together(world, config):
     with pytest.raises(UserError) as caught:
         from finetune.flags import checks
 
-        checks.check(
+        checks.check_flags(
             read(world, "--deepspeed", config(ZERO2 | {"gradient_clipping": 3}), "--lora_r", "0", "--use_lora")
         )
     assert len(caught.value.findings) == 2

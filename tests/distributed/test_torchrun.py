@@ -270,11 +270,11 @@ def test_what_the_workers_inherit(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    torchrun.settle_environment(network.Job([], nproc_per_node=3))
+    torchrun.set_worker_environment(network.Job([], nproc_per_node=3))
     assert (os.environ["OMP_NUM_THREADS"], "RANK" in os.environ) == ("5", False)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    torchrun.settle_environment(on_machine_1("127.0.0.1"))
+    torchrun.set_worker_environment(on_machine_1("127.0.0.1"))
     assert (os.environ["OMP_NUM_THREADS"], os.environ["GLOO_SOCKET_IFNAME"]) == ("7", "lo")
 
 

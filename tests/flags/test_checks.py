@@ -39,7 +39,7 @@ def world(tmp_path, monkeypatch):
 
 def test_data_path_missing(world):
     with pytest.raises(UserError) as error:
-        checks.check(arguments.parse(["-m", str(world.model), "-o", str(world.out), "--model_max_length", "64"]))
+        checks.check_flags(arguments.parse(["-m", str(world.model), "-o", str(world.out), "--model_max_length", "64"]))
     assert error.value.findings == ["--data_path: missing - give your training JSON with -d"]
 
 
@@ -71,7 +71,7 @@ def test_evaluating_on_the_training_data_is_warned_of(world, capsys):
 
 def test_no_model(world):
     with pytest.raises(UserError) as error:
-        checks.check(arguments.parse(["-d", str(world.data), "-o", str(world.out)]))
+        checks.check_flags(arguments.parse(["-d", str(world.data), "-o", str(world.out)]))
     assert error.value.findings[0].startswith("--model_name_or_path: missing - give a checkpoint's folder with -m")
 
 
@@ -413,7 +413,7 @@ def test_resuming_from_a_hubs_model_that_is_not_here_yet(world):
     assert "this run is full-parameter" in only(world, *flags)
     here = definitions.on_folder(read(world, *flags, "--use_lora", "--lora_r", "8"), world.model)
     with pytest.raises(UserError, match="this run is LoRA r=8"):
-        checks.check(here)
+        checks.check_flags(here)
 
 
 def test_a_hubs_run_goes_on(world, monkeypatch):
@@ -421,7 +421,7 @@ def test_a_hubs_run_goes_on(world, monkeypatch):
     write_checkpoint(world.out / "checkpoint-2", adapter={"r": 64})
     monkeypatch.setattr("finetune.folders.hub.fetch", lambda name, cache_dir=None: world.model)
     args = read(world, "-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto", "--use_lora")
-    assert preparation.check(args) == world.model
+    assert preparation.check_and_download(args) == world.model
 
 
 def test_layers_are_not_guessed():

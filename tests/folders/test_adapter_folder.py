@@ -117,9 +117,9 @@ def test_the_message(tmp_path):
     with pytest.raises(
         UserError, match=r"misses wte, lm_head, transformer.h.0.attn.c_attn.lora_A, .* and 3 more, which"
     ):
-        adapter_folder.check(adapter, base)
+        adapter_folder.check_adapter(adapter, base)
     with pytest.raises(UserError) as error:
-        adapter_folder.check(adapter, base)
+        adapter_folder.check_adapter(adapter, base)
     (line,) = error.value.findings
     assert "published" not in line
     assert line.endswith(" - give its own base, or a checkpoint-N of that run, or train again")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.folders.new_folder import MARK, check_free, new_folder, remove, withhold
+from finetune.folders.new_folder import MARK, check_free, hide_config_until_done, new_folder, remove
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -22,7 +22,7 @@ def test_it_appears_when_the_block_ends(tmp_path):
     (tmp_path / "out.unfinished" / "rubbish" / "inside").mkdir(parents=True)
     with new_folder(out) as folder:
         (folder / "config.json").write_text('{"a": 1}')
-        withhold(folder)
+        hide_config_until_done(folder)
         (folder / "weights").write_text("w")
         assert json.loads((folder / "config.json").read_text()) == {"a": 1}  # it could be loaded now
         assert list(out.iterdir()) == []
@@ -41,10 +41,10 @@ def test_an_error_leaves_nothing(tmp_path):
 def test_a_kill_leaves_nothing_that_loads(tmp_path):
     code = """
 import pathlib, sys, time
-from finetune.folders.new_folder import new_folder, withhold
+from finetune.folders.new_folder import hide_config_until_done, new_folder
 with new_folder(pathlib.Path(sys.argv[1])) as folder:
     (folder / "config.json").write_text("{}")
-    withhold(folder)
+    hide_config_until_done(folder)
     (folder / "config.json").read_text()
     print("proving", flush=True)
     time.sleep(60)

@@ -207,7 +207,7 @@ WISHES = [
 @pytest.mark.parametrize("wish,message", WISHES)
 def test_what_requantizing_needs(wish, message):
     with pytest.raises(UserError, match=message):
-        requantize.check(requantize.Wish(**wish))
+        requantize.read_calibration_data(requantize.RequantizeOptions(**wish))
 
 
 def test_requantizing_takes_every_setting_of_the_base(monkeypatch, tmp_path, tokenizer):
@@ -220,7 +220,7 @@ def test_requantizing_takes_every_setting_of_the_base(monkeypatch, tmp_path, tok
     monkeypatch.setattr(calibration, "draw", lambda *arguments: calibration.Calibration("", [([0], [0])], 1, 0, 8, 0, []))
     for symmetric, desc_act in ((True, False), (False, True)):
         to = Quantization("gptq", 8, 16, symmetric=symmetric, desc_act=desc_act)
-        requantize.requantize(tmp_path / "merged", tmp_path, None, requantize.Wish("x.json"), to, "name", 10**6)
+        requantize.requantize(tmp_path / "merged", tmp_path, None, requantize.RequantizeOptions("x.json"), to, "name", 10**6)
     kept = [(found.bits, found.group_size, found.symmetric, found.desc_act, found.max_shard_bytes) for found in given]
     assert kept == [(8, 16, True, False, 10**6), (8, 16, False, True, 10**6)]
 
@@ -356,4 +356,4 @@ def test_a_killed_merge_leaves_nothing_that_loads(trained, tmp_path, moment):
 def test_refused_folders_raise_user_errors(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="no weights"):
-        merge.check(tmp_path, tmp_path / "out")
+        merge.check_folders(tmp_path, tmp_path / "out")

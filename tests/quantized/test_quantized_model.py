@@ -281,7 +281,7 @@ def saved(folders, tokenizer, tmp_path_factory):
         wish = SimpleNamespace(q_lora=True, quant=quant_of(kind))
         record = {
             "base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)},
-            "method": {"quantization": quant_settings.describe(quantized_model.of_run(base, wish))},
+            "method": {"quantization": quant_settings.as_record(quantized_model.of_run(base, wish))},
         }
         saving.save_final(trained, tokenizer, out, record=record)
         found[kind] = (trained.eval(), out)

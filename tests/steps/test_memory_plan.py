@@ -23,7 +23,7 @@ def decided(folder, *flags, free_gb: float, longest=512, step_tokens=30_000, on_
     args = arguments.parse(["--use_lora", "--bf16", *flags])
     if on_gpu:
         args.training.__dict__["_setup_devices"] = torch.device("cuda", 0)  # a cached property
-    found = memory_plan.settle(args, folder, longest, step_tokens, free_gb * 1e9)
+    found = memory_plan.resolve_auto(args, folder, longest, step_tokens, free_gb * 1e9)
     training = args.training
     return found, args.data.max_tokens_per_pass, training.recomputed_blocks, training.gradient_checkpointing
 

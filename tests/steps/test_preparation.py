@@ -94,7 +94,7 @@ def different(one: dict, other: dict) -> set[str]:
 
 
 def card(args, out) -> dict:
-    made = preparation.card(args, preparation.prepare(args, out))
+    made = preparation.consistency_record(args, preparation.prepare(args, out))
     return json.loads(json.dumps(made))  # as it goes through the store
 
 
@@ -150,5 +150,5 @@ def test_an_output_folder_that_is_not_shared_is_named(monkeypatch):
 def test_a_model_of_a_hub_is_checked_twice_and_each_line_said_once(asked, base, monkeypatch, capsys):
     monkeypatch.setattr(loading, "find_folder", lambda name, cache_dir: base)
     for _ in range(2):  # another run in the same process says it again
-        preparation.check(asked("--lazy_preprocess", name="Qwen/Qwen-7B"))
+        preparation.check_and_download(asked("--lazy_preprocess", name="Qwen/Qwen-7B"))
         assert capsys.readouterr().err.count("--lazy_preprocess has no effect") == 1
