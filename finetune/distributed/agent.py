@@ -139,7 +139,7 @@ class Rendezvous(DynamicRendezvousHandler):
         return Ended(**json.loads(self.root.get("ended"))) if self.root.check(["ended"]) else None
 
     def leave(self) -> None:
-        """Machine 0 goes last, as it keeps the store."""
+        """Machine 0 holds the store, so it leaves last."""
         try:
             if self.job.node_rank > 0:
                 self.root.add("left", 1)
@@ -235,7 +235,7 @@ class Agent(LocalElasticAgent):
         return group.store.add("finished", 0) == group.group_world_size
 
     def _exit_barrier(self) -> None:
-        """all_finished() was it."""
+        """Nothing: all_finished() has waited for the others."""
 
 
 # ---- what has happened, in a line

@@ -1,4 +1,4 @@
-"""Engines: what carries a step over several processes. One process, DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2.
+"""Engines: how a step is spread over several processes. One process, DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2.
 
 name_of(values)        which one the flags ask for
 deepspeed_config(...)  the file of --deepspeed, checked against the flags and completed from them

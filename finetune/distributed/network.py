@@ -78,7 +78,7 @@ def check_own_address(job: Job) -> None:
 
 
 def wait_for_master(job: Job, patient: bool = False) -> None:
-    """Returns once machine 0 listens. Raises UserError at once where it cannot be reached, else after the time-out.
+    """Waits until machine 0 listens. UserError at once if it cannot be reached, and at the time-out.
 
     patient: it was there before, and may be starting up again: until the time-out, no answer at all is no reason to end.
     """

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from ..errors import PEER_GONE, UserError, note
 
-PATIENCE_SECONDS = 20  # after which a rank says what it is waiting for
-WAKE_SECONDS = 3  # for which a rank that only misses another keeps silent
-WATCH_SECONDS = 5  # from one look for a failure of others to the next
-LEAVE_SECONDS = 10  # for which a process that ends waits for the look it is taking
+PATIENCE_SECONDS = 20  # then a rank says what it is waiting for
+WAKE_SECONDS = 3  # a rank whose only error is a lost peer prints nothing for so long
+WATCH_SECONDS = 5  # between two looks at whether another rank has failed
+LEAVE_SECONDS = 10  # a process that ends waits so long for its watching thread
 
 
 def rank() -> int:
@@ -51,7 +51,7 @@ def name() -> str:
 
 
 def launch() -> str | None:
-    """Stands for the agent that has started this process, and starts it again; None where it was started by hand."""
+    """An id of the torchrun agent that started this process, the same after a restart; None where it was started by hand."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     agent = os.getppid()
@@ -61,7 +61,7 @@ def launch() -> str | None:
 
 
 class Meeting:
-    """What the ranks tell each other through the store; of one process alone, nothing happens.
+    """What the ranks tell each other through torch's key-value store. With one process, nothing happens.
 
     restarted: torchrun has started one of the ranks again, so the run goes on from its newest checkpoint.
     """
@@ -83,7 +83,7 @@ class Meeting:
         atexit.register(lambda: (self.over.set(), watcher.join(LEAVE_SECONDS)))
 
     def watch(self) -> None:
-        """Ends this rank when another has failed: in a collective operation it would wait for that one until a time-out."""
+        """Ends this rank when another has failed: otherwise it would wait in a collective operation until the time-out."""
         with contextlib.suppress(Exception):  # the store is gone: its machine is, or the run is over
             while not self.store.check(["finetune/failure"]):
                 if self.over.wait(WATCH_SECONDS):
@@ -130,7 +130,7 @@ class Meeting:
             self.poll_key(key, math.inf)
 
     def poll_key(self, key: str, seconds: float) -> bool:
-        """Whether a key is there within so many seconds. Asks again and again: torch's own waiting prints when it gives up."""
+        """Polls for a key; False when it is not there after so many seconds. (torch's own wait prints when it gives up.)"""
         begin, pause = time.monotonic(), 0.01
         while not self.store.check([key]):
             if time.monotonic() - begin > seconds:
@@ -141,7 +141,7 @@ class Meeting:
 
     @contextlib.contextmanager
     def as_one(self, what: str):
-        """Around work that every rank does for itself: what one of them finds wrong, all of them raise.
+        """Around work that every rank does for itself: an error on one of them is raised on all of them.
 
         A finding that not all ranks share says where it was made.
         """
@@ -159,7 +159,7 @@ class Meeting:
             raise UserError(*found)
 
     def speak(self, line: str, say) -> None:
-        """Lets the first rank that fails say() why; the others, which fail in its wake, wait until it has.
+        """Lets the first rank that fails print why; ranks that fail because of it wait until it has.
 
         Else torchrun, which ends all ranks with the first that ends, might cut it short.
         """

@@ -63,9 +63,9 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             )
 
     def resolve_checkpointing(self) -> None:
-        """Sets `recompute`: "auto", True or False; transformers, which knows but yes and no, is told of auto as of yes.
+        """Sets `recompute` to "auto", True or False. transformers knows only yes and no: auto is yes to it.
 
-        recomputed_blocks: how many of the model's blocks, from the first on, are computed again; None: not decided, or all.
+        recomputed_blocks: how many of the model's blocks, from the first on, are checkpointed; None: not decided, or all.
         """
         self.recomputed_blocks = None
         given = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.23 on, which warns of the old one
@@ -75,7 +75,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
     def recompute_blocks(self, count: int | bool) -> None:
-        """Decides: none, all (True), or the first so many blocks."""
+        """Activation checkpointing in no block (0), all of them (True), or the first `count`."""
         self.recomputed_blocks = None if isinstance(count, bool) else count
         self.gradient_checkpointing = bool(count)
         if hasattr(self, "activation_checkpointing"):

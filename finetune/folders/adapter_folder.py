@@ -40,7 +40,7 @@ def missing_tensors(folder: Path, base: Path | None = None) -> list[str]:
 
 
 def match(ending: str, name: str) -> bool:
-    """Peft keeps what it wraps one module further inside; before 0.6 it did not."""
+    """Compares without peft's `.base_layer`, which peft before 0.6 did not write."""
     return name.replace(".base_layer.", ".").endswith(ending)
 
 
@@ -112,7 +112,7 @@ def ignored_flags(lora) -> list[str]:
 
 
 def whole_modules(config: dict, tied: bool) -> list[tuple[str, str]]:
-    """modules_to_save; of a tied pair either name will do, and peft adds one of its own."""
+    """modules_to_save. For tied weights either name will do, and peft adds one of its own."""
     names = list(dict.fromkeys(name.split(".")[-1] for name in config.get("modules_to_save") or []))
     return [(name, f".{name}.weight") for name in (names[:1] if tied else names)]
 
@@ -135,7 +135,7 @@ def halves(config: dict, names: list[str]) -> list[tuple[str, str]]:
 
 
 def matrices(layer: str) -> tuple[str, str]:
-    """What peft calls the two halves: on an embedding otherwise than elsewhere."""
+    """peft's names of A and B; an embedding's differ from a linear layer's."""
     if layer.split(".")[-1] in EMBEDDINGS - {"lm_head"}:
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"

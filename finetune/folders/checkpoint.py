@@ -106,13 +106,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def of_launch(output_dir: Path, launches: list[str]) -> bool:
-    """Whether checkpoints lie there, whole or not, that processes of these agents (see ranks.launch) have written."""
+    """Are there checkpoints, complete or not, written by processes of these agents (see ranks.launch)?"""
     records = [read_record(path.parent) for path in output_dir.glob(f"checkpoint-*/{RECORD}")]
     return any(set(launches) & set(record.get("launches", ())) for record in records)
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a run can go on from there to the same weights: not from an interrupted save, nor from --save_only_model.
+    """Can a run resume exactly from here? Not from an interrupted save, nor from --save_only_model.
 
     The optimizer's state lies in one file, or as shards in a folder that DeepSpeed (file `latest`) or FSDP (optimizer_0) made.
     """

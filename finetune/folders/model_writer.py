@@ -13,7 +13,7 @@ from .shards import ShardWriter
 
 
 def skeleton(config):
-    """The model without memory for its weights: what code and tensors a folder must hold."""
+    """The model on the meta device: which code and tensors a folder must hold."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -21,7 +21,7 @@ def skeleton(config):
 
 
 def tensor_shapes(model) -> dict[str, list[int]]:
-    """The tensors of the model's files; of a tied pair the one that is written."""
+    """{name: shape} of the tensors that are saved; for tied weights, the key that is saved."""
     return {name: list(tensor.shape) for name, tensor in saved_tensors(model).items()}
 
 
@@ -77,7 +77,7 @@ def write_weights(
 
 
 def saved_tensors(model, state_dict=None) -> dict[str, torch.Tensor]:
-    """The tensors that save_pretrained writes, under the names that it writes. state_dict: of a model in shards."""
+    """{name: tensor} as save_pretrained writes them. state_dict: the gathered one of a sharded model."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 

@@ -49,7 +49,7 @@ def check_staging(staging: Path) -> None:
 
 
 def remove(staging: Path) -> None:
-    """The mark goes last: what is left, should this be interrupted, still has it."""
+    """Deletes a staging folder, its lock file last, so that an interrupted delete is still recognized."""
     for path in staging.iterdir() if staging.is_dir() else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -62,8 +62,8 @@ def remove(staging: Path) -> None:
 def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
     """Yields a folder to write into; it becomes `out` when the block ends well, and is removed when it does not.
 
-    Write everything but the weights first, then call hide_config_until_done(), then write the weights and prove them. config: the file
-    without which nothing opens the folder.
+    Write everything but the weights first, then call hide_config_until_done(), then write the weights and prove them.
+    config: the file without which nothing opens the folder.
     """
     out = out.resolve()
     staging = staging_of(out)

@@ -64,7 +64,7 @@ def settings_of(folder: Path) -> tuple[dict, str]:
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """A quantized folder whose kind nothing here can train over or load."""
+    """A finding for a quantized folder of a kind that cannot be trained over or loaded here."""
     found = of_folder(folder)
     if found is None:
         return []
@@ -100,5 +100,5 @@ def may_take(made_for: dict, base: dict, folder: Path) -> bool:
 
 
 def as_record(quantization: Quantization | None) -> dict | None:
-    """For a run's record and a base's fingerprint."""
+    """As it stands in a run's record and in a base's fingerprint."""
     return quantization and dataclasses.asdict(quantization)

@@ -87,7 +87,7 @@ def row(ids) -> dict[str, torch.Tensor]:
 def stripped(folder: Path, place: Path, names: Container[str]) -> None:
     """Makes `place` a folder of the same model without code, which gptqmodel would import unasked, and without .bin.
 
-    Files are linked; it loads only as long as this process lives. names: of the model's tensors; of a tied pair one.
+    Files are linked; it loads only as long as this process lives. names: of the model's tensors; for tied weights, one key.
     """
     place.mkdir()
     pickled = tensor_files.weight_files(folder)[0].suffix == ".bin"

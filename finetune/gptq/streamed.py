@@ -1,4 +1,4 @@
-"""A model that passes through memory: a block's weights are read when the pass comes to it, and dropped after it."""
+"""Layer-by-layer inference: a block's weights are loaded from disk for its forward pass, and dropped after it."""
 
 import contextlib
 import ctypes
@@ -31,7 +31,7 @@ def streamed(config, weights: Callable, dtype=torch.float32, device="cpu", block
 
 
 def parts(model) -> list[tuple[str, nn.Module, bool]]:
-    """Blocks, and what holds parameters outside of them, by name; the latter stay."""
+    """(name, module, stays) of the blocks and of the other modules that hold parameters; the latter stay loaded."""
     blocks = [name for name, module in model.named_modules() if name.rpartition(".")[2].isdigit()]
     blocks = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     outside = [
@@ -44,7 +44,7 @@ def parts(model) -> list[tuple[str, nn.Module, bool]]:
 
 
 def attach_offload_hooks(part: nn.Module, weight: Callable, own: list[str], dtype, device, done: Callable | None) -> None:
-    """Hooks that bring the part's own parameters before its pass, and drop them after it; then done() is called.
+    """Adds hooks that load the module's own parameters before its forward pass and drop them after it, then call done().
 
     weight(name): the tensor of one of them. done: None for a part that is brought once and not dropped.
     """
@@ -67,14 +67,14 @@ def attach_offload_hooks(part: nn.Module, weight: Callable, own: list[str], dtyp
 
 
 def move_buffers(model, device) -> None:
-    """The few values that are no parameters, such as rotary frequencies, stay."""
+    """Buffers, such as rotary frequencies, are few and stay loaded."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 
 
 def release_memory() -> None:
-    """Memory that was freed, to the system: large tensors among it, which malloc would keep."""
+    """Returns freed memory to the operating system: malloc would keep what large tensors took."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # other C libraries than glibc have no such call
         ctypes.CDLL(None).malloc_trim(0)

@@ -75,7 +75,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
 
 
 def apply_peft(make):
-    """What make() returns, a model on which peft puts adapters; trained rows get our forward instead of peft's."""
+    """Runs make(), which puts peft's adapters on a model, and returns it with our forward for trained rows instead of peft's."""
     from . import low_rank, token_rows
 
     with unquantized(), token_rows.first_values():

@@ -1,4 +1,4 @@
-"""Dropout whose mask is never kept: it is drawn again from its seed where the backward pass needs it.
+"""Dropout that stores no mask: the backward pass draws it again from its seed.
 
 torch's own keeps a byte an element, and under LoRA that is as much for the adapters as for half of the activations. A mask
 here is 16 random bits an element: dropped where they fall below p, to 1/65536; the scale goes by the share that really is
@@ -24,7 +24,7 @@ def threshold(p: float) -> int:
 
 
 def scale_of(p: float) -> float:
-    """What the elements that are kept count, so that the expectation stays."""
+    """The factor on the elements that are kept, so that the expectation stays the same."""
     return STEPS / (STEPS - threshold(p))
 
 

@@ -27,7 +27,7 @@ class Down(nn.Linear):
 
 
 class Up(nn.Linear):
-    """lora_B: (..., r) -> (..., O); added, `scaling` fold, to `out` in its place where one is given."""
+    """lora_B: (..., r) -> (..., O); added, `scaling` fold, to `out` in place where one is given."""
 
     def forward(self, low, out=None, scaling: float = 1.0):
         if out is None:
@@ -62,7 +62,7 @@ class DroppedProduct(torch.autograd.Function):
 
 
 class AddedProduct(torch.autograd.Function):
-    """out + s low B^T for out (N, O), low (N, r), B (O, r). In the place of `out`, which must be nobody else's.
+    """out + s low B^T for out (N, O), low (N, r), B (O, r). In place: `out` must not be used elsewhere.
 
     But not where `out` is a view, over which autograd would copy gradients.
     """
@@ -98,7 +98,7 @@ def in_pass_dtype(x):
 
 
 class FusedLora:
-    """Stands before a LoRA layer of peft."""
+    """Mixin that overrides the forward of a peft LoRA layer."""
 
     def forward(self, x, *args, **kwargs):
         adapter = self.usual_adapter(x, args, kwargs)

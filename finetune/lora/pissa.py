@@ -19,7 +19,7 @@ def is_asked_for(init) -> bool:
 
 
 def stored(folder: Path) -> bool:
-    """Does a checkpoint say how it began?"""
+    """Does a checkpoint hold its initial A and B?"""
     return (folder / START).is_file()
 
 
@@ -31,7 +31,7 @@ def read_start(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def remember(adapted) -> None:
-    """Keeps how the adapters begin, on the CPU, beside a model that peft has just decomposed."""
+    """Keeps a copy of the initial A and B on the CPU, on a model that peft has just decomposed."""
     from peft import get_peft_model_state_dict
 
     tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -45,7 +45,7 @@ def is_matrix(name: str) -> bool:
 
 
 def begin_again(adapted, folder: Path, init: str) -> None:
-    """A model with plain adapters becomes what `folder`'s run began with."""
+    """Restores the initial state of the run that wrote `folder`, on a model with plain adapters."""
     start = read_start(folder)
     take_out_of_base(adapted, start)
     for name, layer in lora_layers(adapted):
@@ -81,7 +81,7 @@ def lora_layers(adapted):
 
 
 def save_start(model, folder: Path) -> None:
-    """Beside a checkpoint's adapters, how they began; without PiSSA, nothing."""
+    """Saves the initial A and B beside a checkpoint's; without PiSSA, nothing."""
     from safetensors.torch import save_file
 
     if getattr(model, "pissa_start", None):

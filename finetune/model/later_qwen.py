@@ -53,7 +53,7 @@ def with_packed_rows(cls):
 
 
 class PackedRows:
-    """Stands before a ...ForCausalLM of transformers: rows with shift_labels are ours, everything else is the model's own."""
+    """Mixin that overrides a transformers ...ForCausalLM's forward for packed rows, those with shift_labels."""
 
     def forward(
         self,

@@ -74,7 +74,7 @@ def of_adapter(adapter: Path) -> Quantization | None:
 
 
 def packed_away(model) -> int:
-    """How many weights quantized layers stand for, beyond the elements of their parameters."""
+    """How many more weights the quantized layers have than their parameters have elements."""
     total = 0
     for module in model.modules():
         gptq = "g_idx" in module._buffers  # whose weights are buffers
@@ -86,7 +86,7 @@ def packed_away(model) -> int:
 
 
 def leave_to_each_rank(model) -> None:
-    """DistributedDataParallel would send all quantized weights to every rank, and GPTQ's, which are buffers, before each pass.
+    """Keeps DistributedDataParallel from broadcasting quantized weights: at the start, and GPTQ's buffers before each pass.
 
     model: as it will be wrapped. Every rank has loaded the same file.
     """

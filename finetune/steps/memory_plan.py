@@ -1,6 +1,6 @@
 """--max_tokens_per_pass auto and --gradient_checkpointing auto: chosen from the memory model and the memory that is free.
 
-To compute a block again costs a third of its work, so the fewest blocks are, with which a pass of a useful size fits; then
+Activation checkpointing makes a block's work a third more, so as few blocks use it as a pass of a useful size allows; then
 passes become as large as fits. Neither changes a result.
 """
 
@@ -37,7 +37,7 @@ def free_bytes(training) -> float:
 
 
 def resolve_auto(args, folder: Path, longest: int, step_tokens: int, free: float) -> Estimate:
-    """Decides what is auto, in place: args.data.max_tokens_per_pass, and which blocks args.training computes again.
+    """Replaces auto in args.data.max_tokens_per_pass, and decides how many blocks use activation checkpointing.
 
     longest: tokens of the longest sample; step_tokens: of the largest step, of a rank; free: bytes, the least of all ranks.
     """
@@ -63,13 +63,13 @@ def resolve_auto(args, folder: Path, longest: int, step_tokens: int, free: float
 
 
 def least_checkpointing(sizes: Sizes, run: Run, tokens: int, choices, free: float) -> Estimate | None:
-    """With the fewest blocks computed again that let a pass of so many tokens fit; None where all do not."""
+    """The estimate with the fewest checkpointed blocks that lets a pass of `tokens` fit; None where none does."""
     fitting = (found for again in choices if fits(found := estimate(sizes, run, tokens, again), free))
     return next(fitting, None)
 
 
 def largest_fitting_pass(sizes: Sizes, run: Run, chosen: Estimate, limit: int, free: float) -> Estimate:
-    """With passes as large as fits, up to `limit` tokens, in steps of 1024."""
+    """The estimate with the largest pass that fits, up to `limit` tokens, in steps of 1024."""
     for tokens in range(math.ceil(limit / STEP) * STEP, chosen.tokens, -STEP):
         found = estimate(sizes, run, tokens, chosen.recomputed)
         if fits(found, free):

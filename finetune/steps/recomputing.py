@@ -1,4 +1,4 @@
-"""Gradient checkpointing in some of a model's blocks, and whether the run takes the memory that was computed for it."""
+"""Activation checkpointing in some of a model's blocks, and a check of the memory estimate against what the run takes."""
 
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -9,7 +9,7 @@ from .trainer import memory_gb
 
 
 def install(trainer, blocks: int | None, memory: Estimate) -> None:
-    """blocks: how many are computed again, from the first on; None: as transformers' flag says, all or none."""
+    """blocks: how many are checkpointed, from the first on; None: as transformers' flag says, all or none."""
     if blocks is not None:
         trainer.add_callback(FirstBlocks(blocks))
     if trainer.args.device.type == "cuda":
@@ -17,7 +17,7 @@ def install(trainer, blocks: int | None, memory: Estimate) -> None:
 
 
 class FirstBlocks(TrainerCallback):
-    """transformers switches recomputing on in all blocks when training begins; here it is switched off in the later ones."""
+    """When training begins, transformers switches activation checkpointing on in all blocks; this switches later ones off."""
 
     def __init__(self, count: int):
         self.count = count
@@ -29,7 +29,7 @@ class FirstBlocks(TrainerCallback):
 
 
 class CompareMemory(TrainerCallback):
-    """After the second step, the largest pass with the optimizer's state in place is behind: see plan.py."""
+    """Compares after the second step: by then the largest pass has run with the optimizer's state in memory (see plan.py)."""
 
     def __init__(self, memory: Estimate):
         self.memory, self.steps = memory, 0

@@ -234,7 +234,7 @@ def smoothed(points, weight: float = 0.9):
 
 
 def replace_progress_callbacks(trainer) -> None:
-    """Puts the Report in the place of transformers' own bar and printed dictionaries."""
+    """Replaces transformers' progress bar and printed dictionaries by the Report."""
     from transformers import PrinterCallback, ProgressCallback
 
     for callback in (ProgressCallback, PrinterCallback):
@@ -243,7 +243,7 @@ def replace_progress_callbacks(trainer) -> None:
 
 
 def print_next_steps(out: Path, is_adapter: bool) -> None:
-    """What is there now, and what to type next."""
+    """Says where the result is, and which commands come next."""
     try:
         draw(out)
         note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")

@@ -37,7 +37,7 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
 def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:
     """The result of a run: written beside its place, opened again and compared, then moved into `folder` file by file.
 
-    The file without which nothing loads (the config) comes last, so a run that is killed here leaves no half model.
+    The config comes last: without it nothing loads, so a run that is killed here leaves no half model.
     """
     staging = folder / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The parts of run_gptq.py: what is drawn, what fits, the format, and a model that passes through memory."""
+"""The parts of run_gptq.py: what is drawn, what fits, the format, and layer-by-layer inference."""
 
 import json
 import math
@@ -167,7 +167,7 @@ def test_values_too_large_for_float16_are_an_error():
         gptq_tensors.half("wte.weight", torch.tensor([1.0, torch.nan]))
 
 
-# ---- a model that passes through memory, and the proof
+# ---- layer-by-layer inference, and the proof
 
 
 @pytest.mark.parametrize("kind", ["qwen", "qwen2, tied", "qwen3"])
