@@ -233,7 +233,7 @@ def ours(cell: Cell, recompute: str, out: str, options):
 
     from finetune.flags import args as arguments
     from finetune.model import loading
-    from finetune.steps import memory_plan, recomputing
+    from finetune.steps import activation_checkpointing, memory_plan
     from finetune.steps.plan import Plan
     from finetune.steps.trainer import PlannedTrainer
 
@@ -255,7 +255,7 @@ def ours(cell: Cell, recompute: str, out: str, options):
     tokenizer = loading.load_tokenizer(folder)
     loaded = loading.load_model(folder, tokenizer, args.lora, args.training)
     trainer = PlannedTrainer(loaded, args.training, samples=samples, plan=plan, tokenizer=tokenizer)
-    recomputing.install(trainer, args.training.recomputed_blocks, memory)
+    activation_checkpointing.install(trainer, args.training.recomputed_blocks, memory)
     largest = max(len(one) for rank in plan.step(0, 0).passes for one in rank) * cell.length
     return trainer, {
         "tokens": together, "supervised": together - options.samples, "tokens_per_pass": largest,

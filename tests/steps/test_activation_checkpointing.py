@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from tiny import packed, random_samples, tiny_model
 
-from finetune.steps.recomputing import FirstBlocks
+from finetune.steps.activation_checkpointing import FirstBlocks
 
 
 def test_the_first_blocks_are_computed_again_and_gradients_stay():
