@@ -8,7 +8,7 @@ generator draws. Masks of the same seed are the same on the same device, and of 
 
 import torch
 
-from qwen_model.on_triton import obstacle
+from qwen_model.on_triton import why_no_triton
 
 STEPS = 1 << 16
 
@@ -43,7 +43,7 @@ def drop(x: torch.Tensor, p: float, seed: int, out: torch.Tensor | None = None) 
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether Triton's kernel does it."""
-    return x.is_contiguous() and not obstacle(x.device)
+    return x.is_contiguous() and not why_no_triton(x.device)
 
 
 def keep_mask(shape, p: float, seed: int, device) -> torch.Tensor:

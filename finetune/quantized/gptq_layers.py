@@ -14,7 +14,7 @@ from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from safetensors import safe_open
 from torch import nn
 
-from qwen_model.on_triton import obstacle
+from qwen_model.on_triton import why_no_triton
 
 from ..folders import tensor_files
 
@@ -63,7 +63,7 @@ class FrozenLinear(TorchLinear):
     def unpack(self, dtype: torch.dtype):
         """The weight (I, O), unpacked in the precision of its scales."""
         with torch.no_grad():
-            if self.bits != 3 and not obstacle(self.qweight.device):
+            if self.bits != 3 and not why_no_triton(self.qweight.device):
                 from .gptq_kernel import unpack
 
                 return unpack(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, dtype)

@@ -271,8 +271,8 @@ def test_where_it_works_the_kernels_run(a_gpu, monkeypatch):
 def test_torch_compile_traces_no_trial(a_gpu, monkeypatch):
     monkeypatch.setattr(on_triton, "failure", lambda device: pytest.fail("a kernel was launched"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert on_triton.obstacle(torch.device("cuda", 0)) == ""
-    assert on_triton.obstacle(torch.device("cpu")) == "no CUDA device"
+    assert on_triton.why_no_triton(torch.device("cuda", 0)) == ""
+    assert on_triton.why_no_triton(torch.device("cpu")) == "no CUDA device"
 
 
 def test_torch_compile_takes_the_operations_in_one_graph_and_warns_of_nothing():

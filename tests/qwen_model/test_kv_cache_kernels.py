@@ -110,9 +110,9 @@ def test_gradients_are_an_obstacle(a_gpu_would_do):
 def test_obstacles_of_the_machine(monkeypatch):
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     assert "on cpu, not on CUDA" in machine_obstacle(cpu, torch.float32, 64)
-    monkeypatch.setattr(kv_cache, "obstacle", lambda device: f"{device} is too old")
+    monkeypatch.setattr(kv_cache, "why_no_triton", lambda device: f"{device} is too old")
     assert machine_obstacle(cuda, torch.float16, 64) == "cuda:0 is too old"
-    monkeypatch.setattr(kv_cache, "obstacle", lambda device: "")
+    monkeypatch.setattr(kv_cache, "why_no_triton", lambda device: "")
     assert machine_obstacle(cuda, torch.float16, 64) == machine_obstacle(cuda, torch.bfloat16, 128) == ""
     assert "32 channels" in machine_obstacle(cuda, torch.float16, 32)
     monkeypatch.setattr(kv_cache, "triton", None)
