@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from ..distributed import engines, ranks
+from ..distributed import deepspeed_file, engines, ranks
 from ..errors import note
 from .definitions import TrainingFlags
 
@@ -153,7 +153,7 @@ def with_engine(values: dict) -> tuple[dict, list[str]]:
     if values.get("deepspeed") and values["fsdp"]:
         return values, [*findings, "--deepspeed and --fsdp: two engines for one run - leave out one"]
     if values.get("deepspeed"):
-        config, more = engines.deepspeed_config(values["deepspeed"], values)
+        config, more = deepspeed_file.deepspeed_config(values["deepspeed"], values)
         return values | {"deepspeed": config}, findings + more
     return values, findings
 

@@ -120,7 +120,7 @@ def test_two_engines(world, config):
 
 
 def test_a_missing_package(world, config, monkeypatch):
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert only(world, "--deepspeed", config(ZERO2)) == "--deepspeed: the package is missing - pip install deepspeed"
 
 
