@@ -11,6 +11,7 @@ import re
 import socket
 from pathlib import Path
 
+from ..compat import on_accelerate, on_deepspeed
 from . import deepspeed_file, ranks
 
 ONE, DDP, ZERO1, ZERO2, ZERO3, FSDP = "one process", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"
@@ -80,10 +81,8 @@ def connect(training) -> None:
     """
     import torch
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+    on_accelerate.forget_state()
     engine = name_of(vars(training))
     if engine != ONE and not torch.distributed.is_initialized():
         if ranks.count() == 1:
@@ -95,12 +94,11 @@ def connect(training) -> None:
         if training.deepspeed:
             import deepspeed
 
-            # on the CPU it would compile an operator for inference, a minute long
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            on_deepspeed.leave_out_shm_operator()
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there
     training.distributed_state = PartialState(cpu=training.use_cpu)
     if engine == FSDP and training.use_cpu:  # accelerate knows FSDP on GPUs only; torch's runs on CPUs, too
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        on_accelerate.be_multi_gpu()
 
 
 def alone() -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from gptqmodel import DEVICE_THREAD_POOL, QuantizeConfig
-from gptqmodel.looper import loop_processor
 from gptqmodel.models.auto import MODEL_MAP
 from gptqmodel.models.definitions.qwen import QwenQModel
-from gptqmodel.utils import logger
 
+from ..compat import on_gptqmodel
 from ..folders import tensor_files
 from ..folders.new_folder import hide_config_until_done
 from ..folders.shards import Shards, ShardWriter
@@ -49,8 +48,7 @@ def run(source: Path, made: Path, samples: list, settings, dtype, device, layer_
 
     settings: pipeline.Settings. layer_done is called after each block.
     """
-    loop_processor._PROJECT_LOG_DIR = made / "logs"  # else it leaves a folder of logs wherever the program is started
-    logger._suppress_live_renderables = lambda: True  # a dozen bars
+    on_gptqmodel.keep_to(made / "logs")
     config = QuantizeConfig(
         bits=settings.bits,
         group_size=settings.group_size,

@@ -14,10 +14,11 @@ import torch
 from tqdm import tqdm
 
 from ..compare.agreement import Agreement
+from ..compat.on_gptqmodel import contained
 from ..errors import note, on_first_rank, warn
 from ..folders import checkpoint, model_writer, tensor_files
 from ..model import loading
-from ..quiet import contained, errors_only
+from ..quiet import errors_only
 from . import gptq_tensors
 from .calibration import Calibration
 from .gptq_proof import WORSE, lines, proof

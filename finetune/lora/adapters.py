@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from ..compat import on_peft
 from ..errors import UserError
 from ..folders import adapter_folder, config_files, model_folder
-from ..quiet import unquantized
 from . import pissa
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -78,7 +78,7 @@ def apply_peft(make):
     """Runs make(), which puts peft's adapters on a model, and returns it with our forward for trained rows instead of peft's."""
     from . import low_rank, token_rows
 
-    with unquantized(), token_rows.first_values():
+    with on_peft.unquantized(), on_peft.first_values_of_rows():
         adapted = make()
     token_rows.install(adapted)
     low_rank.install(adapted)

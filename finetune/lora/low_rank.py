@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ..compat import on_peft, on_torch
 from .dropout import draw_seed, drop, scale_of
 
 
@@ -71,7 +72,7 @@ class AddedProduct(torch.autograd.Function):
     def forward(ctx, out, low, B, scaling):
         ctx.save_for_backward(low, B)
         ctx.scaling = scaling
-        if out._is_view():
+        if on_torch.is_view(out):
             return out.addmm(low, B.T, alpha=scaling)
         ctx.mark_dirty(out)
         return out.addmm_(low, B.T, alpha=scaling)
@@ -130,14 +131,10 @@ def fused(cls):
     return type(cls.__name__, (FusedLora, cls), {"__module__": __name__, "__doc__": cls.__doc__})
 
 
-# peft's layers over what is trained over: 16 bit, NF4 and GPTQ. By name, since to import them takes seconds where they are not used
-USUAL = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.gptq.GPTQLoraLinear")
-
-
 def install(model) -> None:
     """Turns the LoRA layers that peft put into `model` into ours. Without any, nothing happens."""
     for layer in list(model.modules()):
-        if f"{type(layer).__module__}.{type(layer).__qualname__}" not in USUAL:
+        if not on_peft.is_lora_linear(layer):
             continue
         for down, up in zip(layer.lora_A.values(), layer.lora_B.values()):
             if type(down) is nn.Linear and type(up) is nn.Linear and up.bias is None:

@@ -7,11 +7,8 @@ model. Here the frozen matrix is read as it is, and only what concerns the rows 
 Imported where adapters are made: it needs peft.
 """
 
-import contextlib
-
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import TrainableTokensWrapper
 from torch.nn.functional import embedding
 
@@ -65,19 +62,3 @@ def install(model) -> None:
         ids = torch.tensor(layer.token_indices[adapter], device=layer.get_base_layer().weight.device)
         layer.register_buffer("row_ids", ids, persistent=False)
         layer.__class__, wrapper.__class__ = TokenRows, TokenRowsWrapper
-
-
-@contextlib.contextmanager
-def first_values():
-    """While peft makes the rows from a matrix that ZeRO-3 holds in shards: peft's own way works on CUDA alone."""
-
-    def collect(self, weight, rows, embed_dim):
-        with gather_params_ctx([weight], modifier_rank=None):
-            return weight.detach()[rows].clone()
-
-    before = TrainableTokensLayer._collect_token_weights
-    TrainableTokensLayer._collect_token_weights = collect
-    try:
-        yield
-    finally:
-        TrainableTokensLayer._collect_token_weights = before

@@ -6,6 +6,7 @@ What a folder is, and what does not go together with it, is read from its json f
 import importlib.metadata
 from pathlib import Path
 
+from ..compat import on_torch
 from ..errors import UserError
 from ..folders import config_files, quant_settings
 from ..folders.quant_settings import NF4, Quantization
@@ -92,11 +93,9 @@ def leave_to_each_rank(model) -> None:
 
     model: as it will be wrapped. Every rank has loaded the same file.
     """
-    from torch.nn.parallel import DistributedDataParallel
-
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     names = [*frozen, *(name for name, _ in model.named_buffers())]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    on_torch.ignore_in_ddp(model, names)
 
 
 def load(folder: Path, quantization: Quantization, dtype, device, **settings):
@@ -106,7 +105,8 @@ def load(folder: Path, quantization: Quantization, dtype, device, **settings):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..quiet import contained, errors_only
+    from ..compat.on_gptqmodel import contained
+    from ..quiet import errors_only
 
     check_packages(quantization)
     settings |= {"device_map": {"": device}, "trust_remote_code": False}

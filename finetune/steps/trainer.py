@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..compat import on_accelerate, on_transformers
 from ..distributed import engines
 from ..distributed.engines import size_of
 from ..distributed.ranks import meeting
@@ -109,7 +110,7 @@ class PlannedTrainer(Trainer):
         for number, row in enumerate(step.rows, start=1):
             last = number == len(step.rows)
             # DDP and FSDP keep their gradients to themselves until the last pass; DeepSpeed's engine asks gradient_state
-            self.accelerator.gradient_state._set_sync_gradients(last)
+            on_accelerate.set_last_pass(self.accelerator, last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = model(**self.on_device(row), num_items_in_batch=denominator).loss
                 self.accelerator.backward(loss)
@@ -224,7 +225,7 @@ class PlannedTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         meeting.wait("there is room for a checkpoint")
-        with self.redirected(staging), self.throughput.paused():
+        with on_transformers.checkpoints_into(self, staging), self.throughput.paused():
             super()._save_checkpoint(model, trial)
         meeting.wait("a checkpoint is written")
         if self.args.should_save:
@@ -236,15 +237,6 @@ class PlannedTrainer(Trainer):
             staging.rmdir()
             checkpoint.keep_newest(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         meeting.wait("a checkpoint is in its place")
-
-    @contextlib.contextmanager
-    def redirected(self, folder: Path):
-        """transformers asks _get_output_dir where to put a checkpoint."""
-        self._get_output_dir = lambda trial: str(folder)
-        try:
-            yield
-        finally:
-            del self._get_output_dir
 
 
 class Throughput:

@@ -50,7 +50,7 @@ def test_memory_counts_the_bundled_model():
     assert sum(size for name, size in matrices.items() if "wte" in name or "lm_head" in name) == embeddings
     from peft import LoraConfig, get_peft_model
 
-    from finetune.quiet import unquantized
+    from finetune.compat.on_peft import unquantized
 
     with torch.device("meta"), unquantized():
         adapted = get_peft_model(model, LoraConfig(r=64, target_modules=["c_attn", "c_proj", "w1", "w2"]))

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from finetune.compat.on_peft import unquantized
 from finetune.lora import dropout, low_rank
-from finetune.quiet import unquantized
 
 WIDTHS = 48, 80  # in, out
 

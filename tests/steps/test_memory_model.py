@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import packed
 
+from finetune.compat.on_peft import unquantized
 from finetune.lora import low_rank
-from finetune.quiet import unquantized
 from finetune.steps.memory_model import Estimate, Run, Sizes, estimate, kept_by_block, standing
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.modeling_qwen import QWenLMHeadModel
