@@ -25,11 +25,11 @@ class Opened:
         """
         import torch
 
-        from ..folders import tensor_files
+        from ..folders import shards
         from ..model import loading
 
         if self.adapter is not None:
-            loaded = loading.load_tuned(self.folder, self.adapter, dtype or tensor_files.stored_dtype(self.folder))
+            loaded = loading.load_tuned(self.folder, self.adapter, dtype or shards.stored_dtype(self.folder))
         else:
             loaded = loading.load_weights(self.folder, dtype or "auto", half_on_cuda=False)
             loading.set_chat_settings(loaded, self.tokenizer)  # a base model answers too, as well as it can

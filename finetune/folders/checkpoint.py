@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..errors import UserError, note
-from . import quant_settings, tensor_files
+from . import quant_settings
+from .shards import Shards
 
 RECORD = "training.json"
 
@@ -47,16 +47,10 @@ def hash_of_adapter(folder: Path) -> str:
 
 def beginnings(folder: Path, values: int = 8):
     """A line for each tensor: name, shape, first values. Reads a few bytes of each, not the file."""
-    for path in tensor_files.weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    part = file.get_slice(name)
-                    shape = part.get_shape()
-                    yield beginning(name, shape, part[:1] if shape else file.get_tensor(name), values)
-        else:
-            for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
-                yield beginning(name, list(tensor.shape), tensor[:1] if tensor.ndim else tensor, values)
+    with Shards(folder) as shards:
+        for name in shards:
+            shape = shards.shape(name)
+            yield beginning(name, shape, shards.slice(name)[:1] if shape else shards[name], values)
 
 
 def beginning(name: str, shape: list[int], tensor: torch.Tensor, values: int) -> str:

@@ -139,3 +139,15 @@ class ShardWriter:
             index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
             text = json.dumps(index, indent=2) + "\n"
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) of a folder, one at a time."""
+    with Shards(folder) as shards:
+        for name in shards:
+            yield name, shards[name]
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of a folder's weights as they lie there."""
+    return next(tensor.dtype for _, tensor in read_tensors(folder) if tensor.is_floating_point())

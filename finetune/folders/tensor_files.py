@@ -1,4 +1,4 @@
-"""The files that hold a folder's weights, safetensors or .bin, and the tensors in them."""
+"""Which files hold a folder's weights. What is in them, shards.py reads."""
 
 import json
 from pathlib import Path
@@ -20,22 +20,3 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(
         f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards) - give a complete folder"
     )
-
-
-def read_tensors(folder: Path):
-    """Yields (name, tensor), one at a time; .bin files are read with weights_only."""
-    import torch
-    from safetensors import safe_open
-
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-
-
-def stored_dtype(folder: Path):
-    """The torch.dtype of a folder's weights as they lie there."""
-    return next(tensor.dtype for _, tensor in read_tensors(folder) if tensor.is_floating_point())

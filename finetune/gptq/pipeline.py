@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..compare.agreement import Agreement
 from ..compat.on_gptqmodel import contained
 from ..errors import note, on_first_rank, warn
-from ..folders import checkpoint, model_writer, tensor_files
+from ..folders import checkpoint, model_writer, shards
 from ..model import loading
 from ..quiet import errors_only
 from . import gptq_tensors
@@ -101,7 +101,7 @@ def pass_dtype(folder: Path, settings: Settings, device) -> torch.dtype:
     """
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    return torch.float32 if device.type == "cpu" or settings.bits == 8 else tensor_files.stored_dtype(folder)
+    return torch.float32 if device.type == "cpu" or settings.bits == 8 else shards.stored_dtype(folder)
 
 
 def run(folder: Path, source: Path, made: Path, names, calibration, settings, dtype, device, blocks: int) -> None:

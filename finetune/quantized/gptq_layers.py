@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-from safetensors import safe_open
 from torch import nn
 
 from qwen_model.on_triton import why_no_triton
 
-from ..folders import tensor_files
+from ..folders.shards import Shards
 
 
 def settings(quantization) -> dict:
@@ -112,20 +111,12 @@ def layers(model) -> dict[str, TorchLinear]:
 def add_biases(quantized: dict, folder: Path, unexpected: set[str]) -> None:
     """The biases that published folders have on layers where the 16-bit model has none. Zeros are left out: they add nothing."""
     wanted = {f"{name}.bias": layer for name, layer in quantized.items() if f"{name}.bias" in unexpected}
-    for name, bias in tensors(folder, set(wanted)):
-        if bias.any():
-            layer = wanted[name]
+    if not wanted:
+        return
+    with Shards(folder) as shards:
+        for name, layer in wanted.items():
+            bias = shards[name]
+            if not bias.any():
+                continue
             del layer.bias  # None so far, a plain attribute
             layer.register_buffer("bias", bias.to(layer.qweight.device))
-
-
-def tensors(folder: Path, names: set[str]):
-    """Yields (name, tensor) of those of a folder's tensors."""
-    for path in tensor_files.weight_files(folder) if names else []:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in names & set(file.keys()):
-                    yield name, file.get_tensor(name)
-        else:
-            every = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            yield from ((name, every[name]) for name in names & every.keys())

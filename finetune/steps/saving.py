@@ -10,7 +10,8 @@ import torch
 from ..folders.adapter_folder import adapter_model_card
 from ..folders.checkpoint import RECORD
 from ..folders.model_writer import saved_tensors
-from ..folders.tensor_files import MAX_SHARD_SIZE, read_tensors
+from ..folders.shards import read_tensors
+from ..folders.tensor_files import MAX_SHARD_SIZE
 from ..lora import pissa
 
 

@@ -18,7 +18,7 @@ import qwen_model
 from finetune.errors import UserError
 from finetune.export import __main__ as export
 from finetune.export import export_config, export_proof, layouts
-from finetune.folders import gptq_format, tensor_files
+from finetune.folders import gptq_format, shards
 from finetune.folders.shards import Shards
 from finetune.model import loading
 from qwen_model import chatml
@@ -49,7 +49,7 @@ def place(tmp_path_factory):
 
 
 def tensors(folder):
-    return dict(tensor_files.read_tensors(folder))
+    return dict(shards.read_tensors(folder))
 
 
 def logits(folder, ids):

@@ -8,9 +8,9 @@ from tiny import small_checkpoint, tiny_later_qwen
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import qwen_model
-from finetune.folders import model_writer, tensor_files
+from finetune.folders import model_writer
 from finetune.folders.new_folder import new_folder
-from finetune.folders.shards import Shards
+from finetune.folders.shards import Shards, read_tensors
 from finetune.model import loading
 from finetune.steps import saving
 
@@ -41,8 +41,8 @@ def test_the_folder_is_the_one_that_save_pretrained_writes(base, tmp_path):
     assert (compared.left_only, compared.right_only) == ([], ["README.md"])
     different = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", compared.common_files, shallow=False)[1:]
     assert different in (([], []), (["model.safetensors"], []))  # order of tensors
-    expected = dict(tensor_files.read_tensors(tmp_path / "a"))
-    found = dict(tensor_files.read_tensors(tmp_path / "b"))
+    expected = dict(read_tensors(tmp_path / "a"))
+    found = dict(read_tensors(tmp_path / "b"))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import later_config, later_model, packed, random_samples, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from finetune.folders import hub, tensor_files
+from finetune.folders import hub, shards
 from finetune.merge import __main__ as merge
 from finetune.model import later_qwen, loading
 from finetune.steps import report, saving
@@ -160,11 +160,11 @@ def test_what_is_saved_loads_with_plain_transformers(kind, tied, tmp_path):
     assert not isinstance(again, later_qwen.PackedRows) and again.config._attn_implementation == "sdpa"
     ids = torch.tensor([SAMPLES[0]])
     torch.testing.assert_close(again(ids).logits, loaded(ids).logits)
-    names = set(dict(tensor_files.read_tensors(tmp_path / "out")))
+    names = set(dict(shards.read_tensors(tmp_path / "out")))
     assert ("lm_head.weight" in names) is not tied
     gathered = {name: parameter.detach().clone() for name, parameter in loaded.named_parameters()}  # as engines.gather
     saving.save_final(loaded, tokenizer, tmp_path / "gathered", state_dict=gathered)
-    assert set(dict(tensor_files.read_tensors(tmp_path / "gathered"))) == names
+    assert set(dict(shards.read_tensors(tmp_path / "gathered"))) == names
 
 
 def test_a_base_model_that_is_tuned_stops_after_its_answer(tmp_path):

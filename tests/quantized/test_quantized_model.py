@@ -137,10 +137,10 @@ def test_gptqmodel_leaves_no_trace(folders):
     code = f"""
 import logging, os, sys
 from finetune.quiet import quiet; quiet()
-from finetune.quantized import quantized_model; import qwen_model, torch; from pathlib import Path
+from finetune.folders import quant_settings; from finetune.quantized import quantized_model; import qwen_model, torch; from pathlib import Path
 qwen_model.register(); before, handlers = dict(os.environ), list(logging.getLogger().handlers)
 folder = Path({str(folders[4][0])!r})
-quantized_model.load(folder, quantized_model.of_folder(folder), torch.float32, torch.device("cpu"))
+quantized_model.load(folder, quant_settings.of_folder(folder), torch.float32, torch.device("cpu"))
 assert "gptqmodel" in sys.modules and handlers == logging.getLogger().handlers
 assert {{k: v for k, v in os.environ.items() if before.get(k) != v}} == {{"GPTQMODEL_CPU_WORKERS": "2"}}, os.environ
 """
