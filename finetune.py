@@ -8,23 +8,24 @@ The job from top to bottom; its parts are in finetune/.
 
 from pathlib import Path
 
-from finetune.ranks import meeting
+from finetune.distributed.ranks import meeting
 
 
 def main() -> None:
     """Everything a user gave is checked before a weight is loaded, and all findings are shown together."""
     with meeting.as_one("flags"):
-        from finetune import args as arguments
+        from finetune.flags import args as arguments
 
         args = arguments.parse()  # before the imports that take seconds: --help is there at once
-    from finetune import engines, memory_plan, preparation, ranks, report
+    from finetune.distributed import engines, ranks
+    from finetune.steps import memory_plan, preparation, report
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
     free = min(meeting.exchange("free memory", memory_plan.free_bytes(args.training)))
     with meeting.as_one("checks and data"):
         job = preparation.prepare(args, out, meeting.restarted, launches, free)
-    ranks.agree(preparation.card(args, job), preparation.REMEDIES)
+    ranks.agree(preparation.consistency_record(args, job), preparation.REMEDIES)
     preparation.check_storage(args, out)
     preparation.make_room(args, job, out)
 
@@ -33,7 +34,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
     trainer.save_result()
     if ranks.rank() == 0:
-        report.farewell(out, args.lora.use_lora)
+        report.print_next_steps(out, args.lora.use_lora)
     engines.disconnect()
 
 
@@ -41,13 +42,15 @@ def make_trainer(args, job):
     """The model with what trains of it, and the trainer; prints the summary."""
     from transformers import set_seed
 
-    from finetune import model, quiet, recomputing, report
-    from finetune.trainer import PlannedTrainer
+    from finetune import quiet
+    from finetune.model import loading
+    from finetune.steps import activation_checkpointing, report
+    from finetune.steps.trainer import PlannedTrainer
 
     training = args.training
     quiet.first_rank_only()
     set_seed(training.seed)  # adapters start from random numbers, the same on all ranks
-    loaded = model.load_model(
+    loaded = loading.load_model(
         job.folder, job.tokenizer, args.lora, training, job.resume_from, args.model.model_name_or_path
     )
     report.show(report.summary(args, job, loaded))
@@ -55,9 +58,9 @@ def make_trainer(args, job):
         name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record")
     }
     trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **kept)
-    recomputing.install(trainer, training.recomputed_blocks, job.memory)
+    activation_checkpointing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
-    report.take_over(trainer)
+    report.replace_progress_callbacks(trainer)
     return trainer
 
 

@@ -24,34 +24,37 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(options) -> None:
     """Everything a user gave is checked before a weight is read."""
-    from finetune import calibration, conversations, model, quantize, quantize_checks, shards
-    from finetune.new_folder import new_folder
+    from finetune.data import conversations
+    from finetune.folders import shards
+    from finetune.folders.new_folder import new_folder
+    from finetune.gptq import calibration, gptq_checks, pipeline
+    from finetune.model import loading
 
-    findings, folder = Findings(), model.find_folder(options.model_name_or_path)
+    findings, folder = Findings(), loading.find_folder(options.model_name_or_path)
     settings = settings_of(options)
     with findings:
         settings = replace(settings, max_shard_bytes=shards.max_shard_bytes(options.max_shard_size))
     with findings:
-        quantize_checks.check(folder, options.out_path, settings, options.samples, options.max_len)
+        gptq_checks.check_quantizing(folder, options.out_path, settings, options.samples, options.max_len)
     with findings:
         read = conversations.read(options.data_path)
     findings.raise_if_any()
 
     max_length = calibration.longest(folder, options.max_len)
-    drawn = calibration.draw(read, model.load_tokenizer(folder), options.samples, options.seed, max_length)
-    sizes = quantize_checks.tensor_parallel_sizes(folder, settings)
+    drawn = calibration.draw(read, loading.load_tokenizer(folder), options.samples, options.seed, max_length)
+    sizes = gptq_checks.tensor_parallel_sizes(folder, settings)
     for line in [*drawn.notes, *drawn.describe(), f"tensor parallel sizes that fit: {', '.join(map(str, sizes))}"]:
         note(line)
     with new_folder(options.out_path) as staging:
-        quantize.quantize(folder, staging, drawn, settings)
+        pipeline.quantize(folder, staging, drawn, settings)
     note(f"done: {options.out_path} (GPTQ Int{settings.bits}) loads by itself, and Q-LoRA trains over it")
 
 
 def settings_of(options):
     """The flags as the library takes them, but for the one that may be no size."""
-    from finetune import quantize
+    from finetune.gptq import pipeline
 
-    return quantize.Settings(
+    return pipeline.Settings(
         bits=options.bits,
         group_size=options.group_size,
         symmetric=options.sym,

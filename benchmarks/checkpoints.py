@@ -8,7 +8,7 @@ import torch
 from cells import SIZES
 from safetensors.torch import save_file
 
-from finetune.gptq_format import PARTS
+from finetune.folders.gptq_format import PARTS
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.new_checkpoint import AUTO_MAP, GENERATION, TOKENIZER

@@ -116,8 +116,8 @@ def child(way: str, folder: str, options) -> dict:
     """Trains one batch for 1 + steps steps; median seconds, peak resident GB, tokens that went through, first loss."""
     from transformers import TrainingArguments
 
-    from finetune.model import load_tokenizer
-    from finetune.trainer import memory_gb
+    from finetune.model.loading import load_tokenizer
+    from finetune.steps.trainer import memory_gb
 
     tokenizer = load_tokenizer(Path(folder))
     limit = options.model_max_length
@@ -166,7 +166,7 @@ def stopwatch():
 
 
 class InMemory:
-    """The batch, with the interface of finetune.data's samples."""
+    """The batch, with the interface of rendered_samples.Samples."""
 
     def __init__(self, rows):
         import numpy as np
@@ -187,8 +187,8 @@ def ours(folder, args, rows, tokenizer, limit):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune.plan import Plan
-    from finetune.trainer import PlannedTrainer
+    from finetune.steps.plan import Plan
+    from finetune.steps.trainer import PlannedTrainer
 
     samples = InMemory(rows)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

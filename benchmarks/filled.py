@@ -1,4 +1,4 @@
-"""Samples of one length, of random tokens, all of them supervised: with the interface of finetune.data's samples."""
+"""Samples of one length, of random tokens, all of them supervised: with the interface of rendered_samples.Samples."""
 
 import numpy as np
 

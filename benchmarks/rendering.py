@@ -4,7 +4,7 @@
     python benchmarks/rendering.py --data YOUR.json      # your conversations for the first
     python benchmarks/rendering.py --parts speed
 
-speed   finetune.data.load on an empty cache (reading, checking, rendering, writing) beside tiktoken's own encode_ordinary_batch over
+speed   rendered_samples.load on an empty cache (reading, checking, rendering, writing) beside tiktoken's own encode_ordinary_batch over
         the same texts with as many threads, in turns; the ratio of the medians. The file is repeated, with a number behind each
         text, up to 20 MB. To reach: 1.25.
 memory  The peak resident memory of a process that loads --conversations of them (default 1,000,000). To reach: 2 GB.
@@ -120,16 +120,17 @@ def write_short(path: Path, count: int) -> None:
 
 
 def speed(folder: Path, options) -> dict:
-    from finetune import data, model
+    from finetune.data import rendered_samples
+    from finetune.model import loading
 
-    path, tokenizer = folder / "data.jsonl", model.load_tokenizer(folder / "model")
+    path, tokenizer = folder / "data.jsonl", loading.load_tokenizer(folder / "model")
     count = write_repeated(path, options.data, options.megabytes)
     lines = path.read_text(encoding="utf-8").splitlines()
     texts = [turn["value"] for line in lines for turn in json.loads(line)["conversations"]]
     seconds: dict[str, list[float]] = {"ours": [], "tiktoken": []}
     for turn in range(TURNS):
         begin = time.perf_counter()
-        data.load(path, tokenizer, max_length=2048, cache_dir=folder / f"cache{turn}")
+        rendered_samples.load(path, tokenizer, max_length=2048, cache_dir=folder / f"cache{turn}")
         middle = time.perf_counter()
         tokenizer.tokenizer.encode_ordinary_batch(texts, num_threads=len(os.sched_getaffinity(0)))
         seconds["ours"].append(middle - begin)
@@ -140,11 +141,12 @@ def speed(folder: Path, options) -> dict:
 
 
 def memory(folder: Path, options) -> dict:
-    from finetune import data, model
-    from finetune.trainer import memory_gb
+    from finetune.data import rendered_samples
+    from finetune.model import loading
+    from finetune.steps.trainer import memory_gb
 
-    tokenizer, begin = model.load_tokenizer(folder / "model"), time.perf_counter()
-    samples = data.load(folder / "data.jsonl", tokenizer, max_length=2048)
+    tokenizer, begin = loading.load_tokenizer(folder / "model"), time.perf_counter()
+    samples = rendered_samples.load(folder / "data.jsonl", tokenizer, max_length=2048)
     seconds = time.perf_counter() - begin
     return {
         "peak_gb": memory_gb(), "seconds": seconds, "conversations": len(samples), "tokens": samples.total_tokens
@@ -157,7 +159,9 @@ def start(folder: Path, options) -> dict:
     import transformers
     from transformers import Trainer  # noqa: F401
 
-    from finetune import args, data, preparation, report, trainer  # noqa: F401
+    from finetune.data import rendered_samples  # noqa: F401
+    from finetune.flags import args  # noqa: F401
+    from finetune.steps import preparation, report, trainer  # noqa: F401
 
     ends = []
 
@@ -165,8 +169,8 @@ def start(folder: Path, options) -> dict:
         def on_step_end(self, *arguments, **kwargs):
             ends.append(time.perf_counter())
 
-    take_over = report.take_over
-    report.take_over = lambda made: (take_over(made), made.add_callback(FirstStep()))
+    replace = report.replace_progress_callbacks
+    report.replace_progress_callbacks = lambda made: (replace(made), made.add_callback(FirstStep()))
     flags = "--max_steps 1 --use_cpu --per_device_train_batch_size 4 --save_strategy no --gradient_accumulation_steps 4"
     paths = ["-m", str(folder / "model"), "-d", str(folder / "data.jsonl"), "-o", str(folder / "out")]
     sys.argv = ["finetune.py", *paths, *flags.split(), "--overwrite_output_dir"]

@@ -195,7 +195,7 @@ def timed(trainer, more: dict) -> dict:
     """Trains; the median step and the memory, and what is said in `more`."""
     import torch
 
-    from finetune.trainer import memory_gb
+    from finetune.steps.trainer import memory_gb
 
     clock = stopwatch()
     trainer.add_callback(clock)
@@ -231,10 +231,11 @@ def ours(cell: Cell, recompute: str, out: str, options):
     from checkpoints import random_checkpoint
     from filled import Filled
 
-    from finetune import args as arguments
-    from finetune import memory_plan, model, recomputing
-    from finetune.plan import Plan
-    from finetune.trainer import PlannedTrainer
+    from finetune.flags import args as arguments
+    from finetune.model import loading
+    from finetune.steps import activation_checkpointing, memory_plan
+    from finetune.steps.plan import Plan
+    from finetune.steps.trainer import PlannedTrainer
 
     flags, stored = METHODS[cell.method]
     folder = random_checkpoint(options.folder / f"{cell.size}_{stored}", cell.size, stored)
@@ -248,13 +249,13 @@ def ours(cell: Cell, recompute: str, out: str, options):
     assert not args.findings, args.findings
     samples = Filled(cell.length, options.samples * steps, SIZES[cell.size][3])
     together = options.samples * cell.length
-    memory = memory_plan.settle(args, folder, cell.length, together, memory_plan.free_bytes(args.training))
+    memory = memory_plan.resolve_auto(args, folder, cell.length, together, memory_plan.free_bytes(args.training))
     limit = args.data.max_tokens_per_pass
     plan = Plan(samples.lengths, samples.supervised, samples_per_step=options.samples, max_tokens_per_pass=limit)
-    tokenizer = model.load_tokenizer(folder)
-    loaded = model.load_model(folder, tokenizer, args.lora, args.training)
+    tokenizer = loading.load_tokenizer(folder)
+    loaded = loading.load_model(folder, tokenizer, args.lora, args.training)
     trainer = PlannedTrainer(loaded, args.training, samples=samples, plan=plan, tokenizer=tokenizer)
-    recomputing.install(trainer, args.training.recomputed_blocks, memory)
+    activation_checkpointing.install(trainer, args.training.recomputed_blocks, memory)
     largest = max(len(one) for rank in plan.step(0, 0).passes for one in rank) * cell.length
     return trainer, {
         "tokens": together, "supervised": together - options.samples, "tokens_per_pass": largest,

@@ -103,7 +103,7 @@ def with_adapters(model, method: str):
     """LoRA of rank 64 on all layers of the blocks; with embedding and head beside it, where the method says so."""
     from peft import LoraConfig, get_peft_model
 
-    from finetune.quiet import unquantized
+    from finetune.compat.on_peft import unquantized
 
     whole = ["embed_tokens", "lm_head"] if method == "lora_emb" else None
     settings = LoraConfig(

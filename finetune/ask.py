@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from threading import Thread
 
+from .compare.opened import GREEDY, open_named
 from .errors import UserError, run
-from .model_folder import LATER_TYPES
-from .opened import GREEDY, open_named
+from .folders.model_folder import LATER_TYPES
 from .quiet import quiet
 
 

@@ -131,7 +131,7 @@ launch_torchrun() {
     ((wrong == 0)) || exit 2
     if ((gpus)); then fp16_on_older_gpus "$chosen"; fi
     choose_python
-    command+=("$python" "$root/finetune/torchrun.py" --nproc_per_node "$processes" --max_restarts "$max_restarts")
+    command+=("$python" "$root/finetune/distributed/torchrun.py" --nproc_per_node "$processes" --max_restarts "$max_restarts")
     if ((nnodes > 1)); then
         command+=(--nnodes "$nnodes" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-6001}")
     elif [[ -n ${MASTER_PORT:-} ]]; then

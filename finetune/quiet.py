@@ -1,10 +1,8 @@
 """Keeps other packages' noise and side effects out of a run that does not use them."""
 
 import contextlib
-import io
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -36,50 +34,6 @@ def first_rank_only() -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def unquantized():
-    """While peft puts adapters on a model none of whose layers is quantized.
-
-    peft asks of every layer whether it is one of gptqmodel's, and imports that package to know: eight seconds of CPU, a banner, and
-    environment variables that change how CUDA numbers its devices. Here the answer is no, without asking. Where the package
-    is loaded already (a model with its layers was), peft may ask.
-    """
-    if "gptqmodel" in sys.modules:
-        yield
-        return
-    from peft.tuners.lora import awq, gptq
-
-    before = {module: module.is_gptqmodel_available for module in (awq, gptq)}
-    for module in before:
-        module.is_gptqmodel_available = lambda: False
-    try:
-        yield
-    finally:
-        for module, function in before.items():
-            module.is_gptqmodel_available = function
-
-
-@contextlib.contextmanager
-def contained():
-    """While gptqmodel is imported or at work: it prints nothing, and leaves the environment and the log as they were.
-
-    It would print a banner and its steps, move Hugging Face's folders under /tmp for child processes, and renumber GPUs.
-    """
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its thread pool refuses to start with fewer, as on two cores
-    environment, root = dict(os.environ), logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "FASTEST_FIRST")  # CUDA's own default; set, it is left alone
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for name in set(os.environ) - set(environment):
-            del os.environ[name]
-        os.environ.update(environment)
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 @contextlib.contextmanager

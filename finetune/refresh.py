@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from .errors import UserError, note, run
-from .model_folder import LATER_TYPES, read_json
+from .folders.config_files import read_json
+from .folders.model_folder import LATER_TYPES
 from .quiet import quiet
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"

@@ -11,12 +11,12 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from .on_triton import obstacle
+from .on_triton import why_no_triton
 
 
-def describe(device: torch.device) -> str:
+def describe_kernels(device: torch.device) -> str:
     """What computes norms, rotary embedding, gate and the head's softmax, for people."""
-    why = obstacle(torch.device(device))
+    why = why_no_triton(torch.device(device))
     return f"plain torch ({why})" if why else "Triton"
 
 
@@ -33,7 +33,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        if obstacle(x.device):
+        if why_no_triton(x.device):
             inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
             out = (x.float() * inverse).to(x.dtype) * weight.to(x.dtype)
         else:
@@ -48,7 +48,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, gradient):
         """With n = x / rms, g = gradient * weight:  dx = (g - n mean(g n)) / rms,  dweight = sum gradient * n."""
         x, weight, inverse = ctx.saved_tensors
-        if not obstacle(x.device):
+        if not why_no_triton(x.device):
             from .fused_kernels import rms_norm_backward
 
             return *rms_norm_backward(gradient, x, weight, inverse, ctx.needs_input_grad[1]), None
@@ -84,7 +84,7 @@ class RotatedHeads(torch.autograd.Function):
         # Not mark_dirty, which a view with several outputs may not have, as the output of a quantized layer can be.
         qkv = qkv_BTF.detach().contiguous().unflatten(-1, (3, -1, head_dim))
         query_and_key = qkv[:, :, :2].flatten(2, 3).transpose(1, 2)  # (B, 2N, T, D), no copy: they lie side by side
-        turn(query_and_key, cos, sin, 1.0, out=query_and_key)
+        apply_rotary(query_and_key, cos, sin, 1.0, out=query_and_key)
         return tuple(part.transpose(1, 2) for part in qkv.unbind(2))
 
     @staticmethod
@@ -97,15 +97,15 @@ class RotatedHeads(torch.autograd.Function):
         for i, gradient in enumerate(gradients):
             into = grad_qkv[:, :, i].transpose(1, 2)
             if i < 2:
-                turn(gradient, cos, sin, -1.0, out=into)
+                apply_rotary(gradient, cos, sin, -1.0, out=into)
             else:
                 into.copy_(gradient)
         return grad_qkv.flatten(2), None, None, None
 
 
-def turn(x, cos, sin, sign: float, out) -> None:
+def apply_rotary(x, cos, sin, sign: float, out) -> None:
     """out = x turned by sign times the angles; x, out (B, N, T, D), the same tensor possibly."""
-    if not obstacle(x.device):
+    if not why_no_triton(x.device):
         from .fused_kernels import turn_heads
 
         turn_heads(x, cos, sin, sign, out)
@@ -138,7 +138,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, up, gate):
         ctx.save_for_backward(up, gate)
-        if obstacle(up.device):
+        if why_no_triton(up.device):
             return silu(gate).mul_(up)
         from .fused_kernels import gated_forward
 
@@ -148,7 +148,7 @@ class Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         up, gate = ctx.saved_tensors
-        if obstacle(up.device):
+        if why_no_triton(up.device):
             product = gradient * up  # whose memory the result takes: fresh memory is dear on a CPU
             grad_gate = torch.ops.aten.silu_backward(product, gate, grad_input=product)
             return silu(gate).mul_(gradient), grad_gate

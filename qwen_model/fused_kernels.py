@@ -116,7 +116,7 @@ def turn_kernel(
 
 
 def turn_heads(x, cos, sin, sign: float, out) -> None:
-    """See fused.turn. A head size whose half is no power of two is not Qwen's."""
+    """See fused.apply_rotary. A head size whose half is no power of two is not Qwen's."""
     B, N, T, D = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
-from .on_triton import obstacle
+from .on_triton import why_no_triton
 
 # Logits of one piece, in elements (times 4 bytes). On a CPU more brings nothing (measured); a GPU reads the whole head once
 # a piece, which takes some hundred rows to pay off.
@@ -156,7 +156,7 @@ def add_weight_gradient(grad_VH, others_RV, hidden_RH, Z_R, c_R, labels_R) -> No
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether Triton's kernel computes the exponentials."""
-    return x.stride(1) == 1 and not obstacle(x.device)
+    return x.stride(1) == 1 and not why_no_triton(x.device)
 
 
 def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):

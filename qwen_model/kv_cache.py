@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .compat import overrides, refuse_unknown
-from .on_triton import obstacle, triton
+from .on_triton import triton, why_no_triton
 
 # Multiplied, not divided by 255: torch divides by a number exactly on a CPU and by its reciprocal on CUDA.
 STEP = 1 / 255
@@ -189,7 +189,7 @@ def machine_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -
         return "Triton's interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16" if dtype == torch.bfloat16 else ""
     if device.type != "cuda":
         return f"the model is on {device.type}, not on CUDA (and TRITON_INTERPRET=1 is not set)"
-    return obstacle(device)
+    return why_no_triton(device)
 
 
 def kernel_obstacle(config, cache, x_BTH: torch.Tensor, mask=None, training: bool = False) -> str:

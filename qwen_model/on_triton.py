@@ -29,7 +29,7 @@ def on(x: torch.Tensor):
 
 @jit
 def trial_kernel(out):
-    """One number, for `obstacle`."""
+    """One number, for `why_no_triton`."""
     tl.store(out, 1.0)
 
 
@@ -56,7 +56,7 @@ def refusal(device: torch.device) -> str:
 
 @functools.cache
 def obstacle_found(device: torch.device) -> str:
-    """As obstacle(). Triton compiles with what the machine has: one kernel is tried."""
+    """As why_no_triton(). Triton compiles with what the machine has: one kernel is tried."""
     if why := refusal(device):
         return why
     if why := failure(device):
@@ -65,7 +65,7 @@ def obstacle_found(device: torch.device) -> str:
     return ""
 
 
-def obstacle(device: torch.device) -> str:
+def why_no_triton(device: torch.device) -> str:
     """Why kernels cannot run on tensors of this device, "" if they can."""
     if torch.compiler.is_compiling():  # which has a compiler, and must trace neither the trial nor a cache
         return refusal(device)

@@ -1,11 +1,12 @@
-"""A place to try command lines in: a checkpoint of zeros, a data file, and what check() finds there."""
+"""A place to try command lines in: a checkpoint of zeros, a data file, and what check_flags() finds there."""
 
 import json
 from collections import namedtuple
 from pathlib import Path
 
-from finetune import args as arguments
 from finetune.errors import UserError
+from finetune.flags import args as arguments
+from finetune.flags import checks, definitions
 
 CONFIG = {
     "model_type": "qwen", "architectures": ["QWenLMHeadModel"],
@@ -79,7 +80,7 @@ def make_world(folder: Path) -> World:
     return World(model, data, folder / "out")
 
 
-def read(world: World, *flags: str) -> arguments.Args:
+def read(world: World, *flags: str) -> definitions.Args:
     """The usual command line and more flags."""
     usual = ["--model_name_or_path", str(world.model), "--data_path", str(world.data), "--output_dir", str(world.out)]
     return arguments.parse([*usual, "--model_max_length", "64", *flags])
@@ -88,7 +89,7 @@ def read(world: World, *flags: str) -> arguments.Args:
 def found(world: World, *flags: str) -> list[str]:
     """All findings on a command line."""
     try:
-        arguments.check(read(world, *flags))
+        checks.check_flags(read(world, *flags))
     except UserError as error:
         return error.findings
     return []

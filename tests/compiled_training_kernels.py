@@ -12,7 +12,8 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from finetune import dropout_kernel, gptq_kernel  # noqa: E402
+from finetune.lora import dropout_kernel  # noqa: E402
+from finetune.quantized import gptq_kernel  # noqa: E402
 from qwen_model import fused_kernels, head_loss_kernels  # noqa: E402
 
 # kernel: its constants at a 7B model's sizes, float32 tensors, {integer tensor: bits}, float numbers; other tensors have the pass's type

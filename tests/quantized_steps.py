@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 from tiny import packed, random_samples
 
-from finetune import model as models
-from finetune.args import LoraArguments
+from finetune.flags.definitions import LoraArguments
+from finetune.model import loading as models
 
 STEPS = 4
 

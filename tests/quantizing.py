@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import GPTQ_LAYERS
 
-from finetune import checkpoint
+from finetune.folders import shards
 from qwen_model.new_checkpoint import new_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ def dequantized(tensors: dict, bits: int) -> dict[str, torch.Tensor]:
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder."""
-    return dict(checkpoint.read_tensors(folder))
+    return dict(shards.read_tensors(folder))
 
 
 def twin(folder: Path):

@@ -16,9 +16,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from tiny import packed, random_samples
 
 import qwen_model
-from finetune import adapters
-from finetune.args import LoraArguments
-from finetune.model import load_weights
+from finetune.flags.definitions import LoraArguments
+from finetune.lora import adapters
+from finetune.model.loading import load_weights
 
 STEPS, RATE = 4, 1e-2
 

@@ -11,7 +11,9 @@ from tiny import small_checkpoint, tiny_later_qwen
 from transformers import AutoModelForCausalLM
 
 import qwen_model
-from finetune import ask, checkpoint, model
+from finetune import ask
+from finetune.model import loading
+from finetune.steps import saving
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,8 @@ def folders(tmp_path_factory, tokenizer):
         for name, parameter in lora.named_parameters():
             if "lora_" in name:
                 parameter.mul_(10)
-    model.set_chat_settings(lora, tokenizer)
-    checkpoint.save_final(lora, tokenizer, place / "adapter")
+    loading.set_chat_settings(lora, tokenizer)
+    saving.save_final(lora, tokenizer, place / "adapter")
     answer = lora.chat(tokenizer, "hello", do_sample=False, max_new_tokens=4)[0]
     return base, place / "adapter", answer
 
@@ -65,10 +67,10 @@ def later(request, tmp_path_factory):
     base = tiny_later_qwen(place / "base", request.param, base=True)
     torch.manual_seed(0)
     settings = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    lora = get_peft_model(model.load_weights(base, torch.float32, False), settings).eval()
-    tokenizer = model.load_tokenizer(base)
-    model.set_chat_settings(lora, tokenizer)
-    checkpoint.save_final(lora, tokenizer, place / "adapter")
+    lora = get_peft_model(loading.load_weights(base, torch.float32, False), settings).eval()
+    tokenizer = loading.load_tokenizer(base)
+    loading.set_chat_settings(lora, tokenizer)
+    saving.save_final(lora, tokenizer, place / "adapter")
     prompt = tokenizer(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -99,7 +101,7 @@ def test_a_later_qwen_holds_a_conversation(later, capsys, monkeypatch):
     ask.main([str(adapter), "--max_new_tokens", "8", "--system", "Be brief."])
     printed = capsys.readouterr().out
     assert "model: " + answer in printed and printed.count("you: ") == 3
-    said = model.load_tokenizer(adapter).decode(prompts[1])
+    said = loading.load_tokenizer(adapter).decode(prompts[1])
     assert said.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n")
     assert answer in said and "<|im_start|>user\nagain<|im_end|>" in said
 

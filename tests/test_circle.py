@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 import run_gptq
-from finetune import ask, compare, merge, quantized
+from finetune import ask
+from finetune.compare import __main__ as compare
+from finetune.folders import quant_settings
+from finetune.merge import __main__ as merge
 from qwen_model.new_checkpoint import new_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -81,8 +84,8 @@ def test_the_whole_circle(place, capsys, tmp_path):
 
     back = [str(tmp_path / "adapter"), str(tmp_path / "again"), "--requantize", "--data_path", str(place / "later.json")]
     merge.main(back)
-    assert str(quantized.of_folder(tmp_path / "again")) == "GPTQ Int4"
-    assert quantized.of_folder(tmp_path / "again") == quantized.of_folder(tmp_path / "Int4")
+    assert str(quant_settings.of_folder(tmp_path / "again")) == "GPTQ Int4"
+    assert quant_settings.of_folder(tmp_path / "again") == quant_settings.of_folder(tmp_path / "Int4")
     assert answers_of(tmp_path / "again", capsys) == LATER
     assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in (tmp_path / "Int4").iterdir()}
     assert json.loads((tmp_path / "again" / "training.json").read_text())["merged"]["base"] == str(tmp_path / "Int4")

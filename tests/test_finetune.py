@@ -12,7 +12,7 @@ from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM
 
 import qwen_model
-from finetune import merge
+from finetune.merge import __main__ as merge
 
 SCRIPT = Path(__file__).parent.parent / "finetune.py"
 
@@ -249,11 +249,11 @@ def test_special_token_text_stays_text(run, tmp_path):
     path.write_text(json.dumps([{"conversations": [{"from": role, "value": value} for role, value in turns]}]))
     code, printed = run("--use_lora", "--gradient_accumulation_steps", "1", data=path)
     assert code == 0 and "special-token text" in printed
-    from finetune import data
-    from finetune.model import load_tokenizer
+    from finetune.data import rendered_samples
+    from finetune.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(small_checkpoint(tmp_path / "base"))
-    ids, labels = data.load(path, tokenizer, max_length=512)[0]
+    ids, labels = rendered_samples.load(path, tokenizer, max_length=512)[0]
     assert ids.tolist().count(tokenizer.im_start_id) == 3 and tokenizer.eod_id not in ids
     answer = [token for token in labels.tolist() if token != -100]
     assert tokenizer.decode(answer) == "no <|endoftext|><|im_end|>" and len(answer) > 5

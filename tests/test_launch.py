@@ -184,7 +184,7 @@ def test_after_two_dashes_nothing_is_read(dry):
 
 def test_the_trainer_knows_every_flag_and_the_users_come_out_on_top(dry, tmp_path):
     """The printed words, read by the trainer itself. The last mention counts, as flags() above assumes."""
-    from finetune import args
+    from finetune.flags import args
 
     own = ["--learning_rate", "1e-4", "--fp16", "--lora_target_modules", "w1", "w2"]
     words = dry("-d", "D", "-o", str(tmp_path / "out"), *own)

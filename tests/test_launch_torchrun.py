@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("plain")
 
 def launched(words: list[str]) -> dict[str, str]:
     """The flags of torchrun.py."""
-    place = words.index(str(ROOT / "finetune" / "torchrun.py"))
+    place = words.index(str(ROOT / "finetune" / "distributed" / "torchrun.py"))
     pairs = words[place + 1 : words.index(str(ROOT / "finetune.py"))]
     return dict(zip(pairs[::2], pairs[1::2]))
 
@@ -78,7 +78,7 @@ def test_published_hyperparameters(dry, name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_trainer_knows_every_flag(dry, name, gpus, tmp_path):
     """The printed words, read by the trainer itself, as a process of a GPU machine or of one without."""
-    from finetune import args
+    from finetune.flags import args
 
     words = dry("-d", "D", "-o", str(tmp_path / "out"), script=path_of(name), gpus=gpus)
     own = words[words.index(str(ROOT / "finetune.py")) + 1 :]
@@ -188,7 +188,7 @@ def test_everything_wrong_is_said_together(start):
 def test_scripts_of_one_process_do_not_look_at_the_cluster(dry):
     words = dry("-d", "D", "--max_restarts", "1", script=path_of("finetune_qlora_single_gpu.sh"), NNODES="x")
     assert words[-2:] == ["--max_restarts", "1"]  # which finetune.py will refuse
-    assert str(ROOT / "finetune" / "torchrun.py") not in words
+    assert str(ROOT / "finetune" / "distributed" / "torchrun.py") not in words
 
 
 # ---- DeepSpeed

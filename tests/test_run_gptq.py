@@ -19,9 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_model
 import run_gptq
-from finetune import calibration, checkpoint, conversations, model, model_folder, quantize, quantized, shards
-from finetune.args import LoraArguments
-from finetune.new_folder import new_folder, withhold
+from finetune.data import conversations
+from finetune.flags.definitions import LoraArguments
+from finetune.folders import checkpoint, model_folder, quant_settings, shards
+from finetune.folders.new_folder import hide_config_until_done, new_folder
+from finetune.gptq import calibration, pipeline
+from finetune.model import loading
+from finetune.quantized import quantized_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 41).reshape(2, 20) * 7 % 350
@@ -56,9 +60,9 @@ def same_logits_as_plain_weights(folder):
     whose others torch compiles for half a minute.
     """
     expected = logits(quantizing.twin(folder))
-    for_training = model.load_weights(folder, torch.float32, half_on_cuda=False, device=CPU)
+    for_training = loading.load_weights(folder, torch.float32, half_on_cuda=False, device=CPU)
     torch.testing.assert_close(logits(for_training), expected, atol=2e-5, rtol=1e-4)
-    if quantized.of_folder(folder).bits == 4:
+    if quant_settings.of_folder(folder).bits == 4:
         as_it_lies = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         torch.testing.assert_close(logits(as_it_lies), expected, atol=0.03 * expected.abs().max().item(), rtol=0)
 
@@ -77,7 +81,7 @@ def test_the_folder_holds_what_published_ones_do(made, source):
         assert expected.items() <= settings.items()
         assert (config["dtype"], config["fp16"], config["bf16"], config["fp32"]) == ("float16", True, False, False)
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_qwen.QWenLMHeadModel"
-        assert quantized.of_folder(folder) == quantized.Quantization("gptq", bits, 32, True, False, "gptq")
+        assert quant_settings.of_folder(folder) == quant_settings.Quantization("gptq", bits, 32, True, False, "gptq")
         assert "was_run" not in (folder / "modeling_qwen.py").read_text()
 
 
@@ -146,7 +150,7 @@ def test_the_same_command_makes_the_same_weights(made, source, tmp_path, capsys,
 
 def test_q_lora_trains_over_it(made, tokenizer):
     assert model_folder.problems(made[4], may_be_quantized=True) == []
-    assert quantized.run_problems(made[4], LoraArguments(use_lora=True, q_lora=True)) == []
+    assert quantized_model.run_problems(made[4], LoraArguments(use_lora=True, q_lora=True)) == []
     losses = quantized_steps.one_process(quantized_steps.load(made[4], tokenizer))
     assert losses[-1] < losses[0]
 
@@ -183,12 +187,12 @@ def test_variants(tmp_path, variant, capsys):
 
 def test_a_merge_may_quantize_what_it_has_just_written(source, tmp_path):
     """The 16-bit model lies in the same folder, and loads only as long as this process lives."""
-    drawn = calibration.draw(conversations.read(quantizing.DATA), model.load_tokenizer(source), 4, 0, 64)
+    drawn = calibration.draw(conversations.read(quantizing.DATA), loading.load_tokenizer(source), 4, 0, 64)
     with new_folder(tmp_path / "out") as staging:
         shutil.copytree(source, staging / "merged")
-        withhold(staging / "merged")
-        before, after = quantize.quantize(
-            staging / "merged", staging, drawn, quantize.Settings(bits=8, group_size=32), made_from={"merged": "x"}
+        hide_config_until_done(staging / "merged")
+        before, after = pipeline.quantize(
+            staging / "merged", staging, drawn, pipeline.Settings(bits=8, group_size=32), made_from={"merged": "x"}
         )
         shutil.rmtree(staging / "merged")
     assert 0 < after.same_greedy <= 1 and after.perplexity == pytest.approx(before.perplexity, rel=0.05)
@@ -233,15 +237,15 @@ def test_numbers_and_files_are_refused(source, tmp_path, capsys, flags, lines):
 
 def test_a_stripped_folder_opens_only_while_the_process_lives(source, tmp_path, monkeypatch):
     """Its config is held back before anything lies there that it would open."""
-    from finetune import gptq_run
+    from finetune.gptq import gptq_run
 
     seen = []
 
     def look(place):
         seen.append(sorted(path.name for path in place.iterdir()))
-        withhold(place)
+        hide_config_until_done(place)
 
-    monkeypatch.setattr(gptq_run, "withhold", look)
+    monkeypatch.setattr(gptq_run, "hide_config_until_done", look)
     gptq_run.stripped(source, tmp_path / "source", {})
     assert seen == [["config.json"]] and (tmp_path / "source" / "config.json").is_symlink()
     assert "auto_map" not in json.loads((tmp_path / "source" / "config.json").read_text())
@@ -261,7 +265,7 @@ def test_models_are_refused(source, made, tmp_path, capsys, monkeypatch):
     assert line.endswith("which is read - give a new folder for the quantized model")
     [line] = refused(arguments(source, made[4]), capsys)
     assert line.endswith("exists and is not empty - give a new folder for the quantized model")
-    monkeypatch.setattr(quantized, "installed", lambda package: False)
+    monkeypatch.setattr(quantized_model, "installed", lambda package: False)
     [line] = refused(arguments(source, tmp_path / "out"), capsys)
     assert line == "error: GPTQ Int4 needs gptqmodel and optimum, not installed here - pip install gptqmodel optimum"
     assert not (tmp_path / "out").exists()

@@ -212,3 +212,14 @@ def tiny_later_qwen(folder: Path, kind: str = "qwen2", tied: bool = False, base:
     settings = {"eos_token_id": text_end} if base else {"eos_token_id": [end, text_end], "pad_token_id": text_end}
     GenerationConfig(**settings).save_pretrained(folder)
     return folder
+
+
+def tiny_qwen2(tied: bool = True):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=160, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)

@@ -23,9 +23,9 @@ declare -A packages=(
     [newest]="--upgrade transformers peft accelerate tiktoken safetensors tokenizers"
 )
 declare -A parts=(
-    [model]="tests/test_modeling.py tests/test_generation.py tests/test_kv_cache.py tests/test_tokenization.py tests/test_compat.py"
-    [trainer]="tests/test_trainer.py tests/test_later_qwen.py tests/test_adapters.py tests/test_checkpoint.py tests/test_finetune.py"
-    [merging]="tests/test_merge.py tests/test_merging.py tests/test_refresh.py"
+    [model]="tests/qwen_model tests/compat"
+    [trainer]="tests/steps tests/model tests/lora tests/folders tests/test_finetune.py"
+    [merging]="tests/merge tests/test_refresh.py"
 )
 order=(model trainer merging)
 rows=() failed=0

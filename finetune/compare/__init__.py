@@ -1,0 +1,1 @@
+"""python -m finetune.compare: what models answer, and how far they agree."""

@@ -1,0 +1,57 @@
+"""What a user names to ask, compare or prove: a model's folder, a hub id, or an adapter's folder with its base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..folders import model_folder
+
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # defaults: not used, and no warning
+
+
+@dataclass
+class Opened:
+    """A model that can be loaded. adapter: its folder, or None; folder: the model's, or the adapter's base's."""
+
+    name: str
+    folder: Path
+    adapter: Path | None
+    tokenizer: object
+
+    def load(self, dtype=None, device=None):
+        """The model in evaluation, as it was trained: over quantized weights, if it was.
+
+        dtype: None as stored; device: None the GPU if there is one.
+        """
+        import torch
+
+        from ..folders import shards
+        from ..model import loading
+
+        if self.adapter is not None:
+            loaded = loading.load_tuned(self.folder, self.adapter, dtype or shards.stored_dtype(self.folder))
+        else:
+            loaded = loading.load_weights(self.folder, dtype or "auto", half_on_cuda=False)
+            loading.set_chat_settings(loaded, self.tokenizer)  # a base model answers too, as well as it can
+        return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def open_named(name: str, base: str | None = None) -> Opened:
+    """Finds the files and opens the tokenizer. base: of an adapter whose own has moved. UserError for what is not whole."""
+    from ..model import loading
+
+    folder = Path(name)
+    if is_adapter(name):
+        base_folder = loading.find_base(folder, base)
+        return Opened(name, base_folder, folder, loading.load_tokenizer(base_folder))
+    if base is not None:
+        raise UserError(f"--base {base}: {name} is a whole model, which has none - leave it out")
+    folder = loading.find_folder(name)
+    tokenizer = loading.load_tokenizer(folder)
+    if problems := list(model_folder.problems(folder, may_be_quantized=True)):
+        raise UserError(*problems)
+    return Opened(name, folder, None, tokenizer)

@@ -1,0 +1,39 @@
+"""gptqmodel, beyond its public API. It is imported with care: it prints, and changes the environment and the log."""
+
+import contextlib
+import io
+import logging
+import os
+from pathlib import Path
+
+from . import patches
+
+
+@contextlib.contextmanager
+def contained():
+    """While gptqmodel is imported or at work: it prints nothing, and leaves the environment and the log as they were.
+
+    It would print a banner and its steps, move Hugging Face's folders under /tmp for child processes, and renumber GPUs.
+    """
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its thread pool refuses to start with fewer, as on two cores
+    environment, root = dict(os.environ), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "FASTEST_FIRST")  # CUDA's own default; set, it is left alone
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def keep_to(folder: Path) -> None:
+    """Its logs go into `folder`, not to where the program was started; of its dozen bars it shows none."""
+    from gptqmodel.looper import loop_processor
+    from gptqmodel.utils import logger
+
+    patches.replace(loop_processor, "_PROJECT_LOG_DIR", folder)
+    patches.replace(logger, "_suppress_live_renderables", lambda: True)

@@ -1,0 +1,54 @@
+"""peft, beyond its public API: its layers' classes, and two functions that it calls."""
+
+import contextlib
+import sys
+
+from . import patches
+
+# Its LoRA layers over 16 bit, NF4 and GPTQ. By name, since to import them takes seconds where they are not used.
+LINEARS = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.gptq.GPTQLoraLinear")
+
+
+def check_names() -> None:
+    """RuntimeError where peft has moved a class of LINEARS: its layers would be slow and large, in silence."""
+    for module, _, name in (path.rpartition(".") for path in LINEARS):
+        if module in sys.modules and not hasattr(sys.modules[module], name):
+            raise RuntimeError(f"{module}.{name} is gone: another version of peft than requirements.txt has?")
+
+
+def is_lora_linear(layer) -> bool:
+    """A LoRA layer of a kind in LINEARS; not of a subclass."""
+    return f"{type(layer).__module__}.{type(layer).__qualname__}" in LINEARS
+
+
+@contextlib.contextmanager
+def unquantized():
+    """While peft puts adapters on a model none of whose layers is quantized.
+
+    peft asks of every layer whether it is one of gptqmodel's, and imports that package to know: eight seconds of CPU, a banner, and
+    environment variables that change how CUDA numbers its devices. Here the answer is no, without asking. Where the package
+    is loaded already (a model with its layers was), peft may ask.
+    """
+    if "gptqmodel" in sys.modules:
+        yield
+        return
+    from peft.tuners.lora import awq, gptq
+
+    with contextlib.ExitStack() as stack:
+        for module in (awq, gptq):
+            stack.enter_context(patches.replaced(module, "is_gptqmodel_available", lambda: False))
+        yield
+
+
+@contextlib.contextmanager
+def first_values_of_rows():
+    """While peft makes trained rows from a matrix that ZeRO-3 holds in shards: peft's own way works on CUDA alone."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.integrations import gather_params_ctx
+
+    def collect(self, weight, rows, embed_dim):
+        with gather_params_ctx([weight], modifier_rank=None):
+            return weight.detach()[rows].clone()
+
+    with patches.replaced(TrainableTokensLayer, "_collect_token_weights", collect):
+        yield

@@ -1,0 +1,23 @@
+"""Replaces something of another package, and fails loudly where it is gone."""
+
+import contextlib
+
+
+def replace(owner, name: str, value):
+    """owner.name = value; returns what was there. RuntimeError where there is nothing to replace."""
+    if not hasattr(owner, name):
+        where = getattr(owner, "__qualname__", getattr(owner, "__name__", type(owner).__name__))
+        raise RuntimeError(f"{where}.{name} is gone: another version of its package than requirements.txt has?")
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    return before
+
+
+@contextlib.contextmanager
+def replaced(owner, name: str, value):
+    """The same for a while."""
+    before = replace(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,1 @@
+"""From a file of conversations to token ids and labels."""

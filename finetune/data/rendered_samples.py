@@ -1,0 +1,266 @@
+"""From a conversation file to training samples: rendered once, kept in a cache folder, memory-mapped from there.
+
+A folder of the cache holds one data set: ids and labels of all samples one behind the other (int32), where each begins
+(offsets, int64), how many of its tokens are supervised (int64), and meta.json. Its name is a hash over everything that
+its content depends on. Such a folder may be deleted at any time; a file of conversations is then rendered again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..distributed.ranks import one_at_a_time
+from ..errors import UserError, note, on_first_rank
+from .chat_template import renderer_of
+from .conversations import Conversations, read
+from .data_notes import too_long
+from .sample_files import SampleFile
+
+__all__ = ["Conversations", "Samples", "load", "read"]
+
+BATCH_CHARS, BATCH_SAMPLES = 1 << 20, 2048  # of one tokenizer call: enough for its threads, little enough for memory
+ABANDONED_SECONDS = 3600  # a temporary folder that nobody has written to for so long belongs to a killed run
+ARRAYS = {"ids": np.int32, "labels": np.int32, "offsets": np.int64, "supervised": np.int64}
+
+
+class Samples:
+    """The rendered samples of one file: samples[i] is (ids, labels), read-only int32 arrays, at most max_length long.
+
+    lengths, supervised: int64[n], tokens of each sample, and those of them with a label (not position 0, which nothing
+    predicts). total_tokens, total_supervised: their sums. notes: lines to print. fingerprint: a hash of all ids, labels
+    and lengths, thus equal wherever the samples are the same ones.
+    """
+
+    def __init__(self, path: str, max_length: int, arrays: dict[str, np.ndarray], meta: dict):
+        self.path, self.max_length = path, max_length
+        self._ids, self._labels, self._offsets = arrays["ids"], arrays["labels"], arrays["offsets"]
+        self.supervised = arrays["supervised"]
+        self.lengths = np.diff(self._offsets)
+        self.total_tokens, self.total_supervised = int(self._offsets[-1]), int(self.supervised.sum())
+        self.fingerprint = meta["fingerprint"]
+        self.notes = [f"{path}: {line}" for line in meta["notes"]]
+
+    def __len__(self) -> int:
+        return len(self.supervised)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        begin, end = self._offsets[i % len(self)], self._offsets[i % len(self) + 1]
+        return self._ids[begin:end], self._labels[begin:end]
+
+    def describe(self) -> str:
+        """One line for people."""
+        share = f"{self.total_supervised:,} of them supervised ({self.total_supervised / self.total_tokens:.0%})"
+        longest = f"longest {self.lengths.max():,} (limit {self.max_length:,})"
+        return f"{self.path}: {len(self):,} samples, {self.total_tokens:,} tokens, {share}, {longest}"
+
+
+def load(
+    path: str | os.PathLike,
+    tokenizer,
+    *,
+    max_length: int,
+    supervise: str = "assistant",
+    allow_special: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    long_samples: str = "cut",
+    flag: str = "--data_path",
+) -> Samples:
+    """Reads, checks and renders a file of conversations, or opens what an earlier call rendered from the same content.
+
+    max_length: tokens per sample; what is longer is cut on the right (long_samples "cut") or left out ("drop").
+    supervise, allow_special: see qwen_model.chatml.render_batch. cache_dir: default FINETUNE_CACHE or the user's cache
+    folder. flag: the option that named the file.
+    Of several processes that call it together, one renders and the others wait for its result.
+    Raises UserError with everything that is wrong with the file, and where samples have no answer left to learn from.
+    """
+    assert long_samples in ("cut", "drop"), long_samples
+    file = SampleFile(path, flag)
+    rendering = {"supervise": supervise, "allow_special": allow_special}
+    settings = {"max_length": max_length, "long_samples": long_samples, **rendering}
+    root = Path(cache_dir or os.environ.get("FINETUNE_CACHE") or _user_cache_dir() / "finetune").expanduser()
+    folder = root / _key(file.path, tokenizer, settings)
+    if stored := _open(folder):
+        return Samples(file.path, max_length, *stored)
+    conversations = None
+    try:
+        with one_at_a_time(f"rendering-{folder.name[:16]}"):
+            if stored := _open(folder):  # another process of this machine has just done it
+                return Samples(file.path, max_length, *stored)
+            conversations = read(path, allow_special=allow_special, flag=flag)
+            with _temporary_folder(root) as temporary:
+                _render(conversations, tokenizer, temporary, **settings)
+                file.check_unchanged()  # since it was hashed
+                samples = Samples(file.path, max_length, *_open(temporary))  # what is mapped may be renamed
+                _publish(temporary, folder)
+                return samples
+    except OSError as error:
+        reason = error.strerror or error
+        note(f"the cache folder {root} cannot be written ({reason}): the data will be rendered again next time")
+    if conversations is None:
+        conversations = read(path, allow_special=allow_special, flag=flag)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:  # its files live on as long as they are mapped
+            _render(conversations, tokenizer, Path(temporary), **settings)
+            return Samples(file.path, max_length, *_open(Path(temporary)))
+    except OSError as error:
+        remedy = "give FINETUNE_CACHE a folder that has room"
+        raise UserError(f"{file.path}: the rendered samples cannot be written ({error}); {remedy}") from error
+
+
+def _render(
+    conversations: Conversations, tokenizer, folder: Path, *, max_length: int, long_samples: str, **rendering
+) -> None:
+    """Writes the samples of conversations into folder, cut or dropped as long_samples says. rendering: of render_batch."""
+    from qwen_model.chatml import IGNORE
+
+    renderer = renderer_of(tokenizer, conversations.path)
+    full, kept, answered, supervised = [], [], [], []
+    digest = hashlib.sha256()
+    bar = {"desc": "rendering data", "unit": " samples", "delay": 2, "disable": not on_first_rank()}
+    progress = tqdm(total=len(conversations), **bar)
+    with open(folder / "ids", "wb") as ids_file, open(folder / "labels", "wb") as labels_file, progress:
+        for batch in _batches(conversations):
+            rendered = renderer.render_batch(batch, **rendering)
+            frame_ids = [IGNORE, *renderer.supervised_frame]
+            full += [len(ids) for ids, _ in rendered]
+            if long_samples == "drop":
+                rendered = [pair for pair in rendered if len(pair[0]) <= max_length]
+            for ids, labels in rendered:
+                was_cut = len(ids) > max_length
+                ids, labels = ids[:max_length], labels[:max_length]
+                kept.append(len(ids))
+                supervised.append(np.count_nonzero(labels[1:] != IGNORE))
+                answered.append(not was_cut or not np.isin(labels[1:], frame_ids).all())
+                for file, values in ((ids_file, ids), (labels_file, labels)):
+                    values = np.ascontiguousarray(values, np.int32)
+                    file.write(values)
+                    digest.update(values)
+            progress.update(len(batch))
+    full = np.array(full)
+    _check_left(full, np.array(answered, bool), max_length, long_samples, conversations.path)
+    notes = conversations.notes + renderer.notes() + too_long(full, max_length, long_samples)
+    offsets = np.concatenate(([0], np.cumsum(kept)))
+    digest.update(np.ascontiguousarray(offsets, np.int64))
+    offsets.astype(np.int64).tofile(folder / "offsets")
+    np.array(supervised, np.int64).tofile(folder / "supervised")
+    meta = {"samples": len(kept), "tokens": int(offsets[-1]), "fingerprint": digest.hexdigest(), "notes": notes}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _batches(conversations: Iterable[list[dict]]) -> Iterator[list[list[dict]]]:
+    """Groups conversations by the amount of text."""
+    batch, chars = [], 0
+    for messages in conversations:
+        batch.append(messages)
+        chars += sum(len(message["content"]) for message in messages)
+        if chars >= BATCH_CHARS or len(batch) >= BATCH_SAMPLES:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _check_left(full: np.ndarray, answered: np.ndarray, max_length: int, long_samples: str, path: str) -> None:
+    """A UserError where cutting or dropping leaves nothing to learn.
+
+    full: int[n], tokens of every sample before cutting; answered: bool, of every sample kept, has it an answer token?
+    """
+    if not len(answered):
+        what = f"all samples are longer than {max_length:,} tokens (shortest {full.min():,})"
+        raise UserError(f"{path}: {what}, so --long_samples drop leaves none; raise --model_max_length")
+    if not answered.all():
+        assert long_samples == "cut"
+        numbers = np.flatnonzero(~answered) + 1
+        first = ", ".join(str(number) for number in numbers[:5]) + ", …" * (len(numbers) > 5)
+        what = f"{len(numbers):,} of {len(full):,} samples have no answer token within {max_length:,}"
+        raise UserError(f"{path}: {what}: sample {first}; raise --model_max_length or --long_samples drop")
+
+
+# ---- the cache
+
+
+def _user_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _key(path: str, tokenizer, settings: dict) -> str:
+    """A hash over what the rendered samples depend on: the file's bytes, our code, the tokenizer, the settings."""
+    here = Path(__file__).parent
+    code = [here / f"{name}.py" for name in ("sample_files", "conversations", "data_notes", "rendered_samples", "chat_template")]
+    code.append(here.parents[1] / "qwen_model" / "chatml.py")
+    parts = [_file_hash(path), *(_file_hash(source) for source in code), _tokenizer_hash(tokenizer), settings]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _file_hash(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokenizer_hash(tokenizer) -> str:
+    """A hash over vocabulary, special tokens, format and, through a probe, the way text is normalized and taken apart."""
+    if hasattr(tokenizer, "mergeable_ranks"):
+        ranks = tokenizer.mergeable_ranks
+        vocabulary = b"".join(b"%d %d " % (rank, len(token)) + token for token, rank in ranks.items())
+    elif hasattr(tokenizer, "backend_tokenizer"):
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        passing = dict.fromkeys(("padding", "truncation"))  # set by whoever called the tokenizer last
+        vocabulary = json.dumps(whole | passing).encode()
+    else:
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+    return hashlib.sha256(vocabulary + renderer_of(tokenizer).identity().encode()).hexdigest()
+
+
+def _open(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
+    """The arrays of a folder, memory-mapped, and its meta; None where there is none or a part is missing."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        samples, tokens = meta["samples"], meta["tokens"]
+        sizes = {"ids": tokens, "labels": tokens, "offsets": samples + 1, "supervised": samples}
+        # a plain array over the mapping: slicing it costs a tenth of slicing a memmap
+        arrays = {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in ARRAYS.items()}
+        return (arrays, meta) if all(len(arrays[name]) == size for name, size in sizes.items()) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@contextmanager
+def _temporary_folder(root: Path) -> Iterator[Path]:
+    """A new folder below root, gone afterwards unless it was renamed; sweeps away those that killed runs left."""
+    root.mkdir(parents=True, exist_ok=True)
+    for old in root.glob(".unfinished-*"):
+        with suppress(FileNotFoundError):  # another process has just finished with it
+            touched = max(part.stat().st_mtime for part in (old, *old.iterdir()))
+            if time.time() - touched > ABANDONED_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Gives a finished folder its name, unless another process was faster; what is on disk then is complete."""
+    for name in (*ARRAYS, "meta.json"):
+        with open(temporary / name, "rb") as file:
+            os.fsync(file.fileno())
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not _open(folder):  # a damaged one is in the way
+            damaged = temporary.with_name(f"{temporary.name}-damaged")
+            os.rename(folder, damaged)
+            os.rename(temporary, folder)
+            shutil.rmtree(damaged, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Several processes and machines: engines, ranks, and how processes are started."""

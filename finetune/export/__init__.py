@@ -1,0 +1,1 @@
+"""python -m finetune.export: the same model or adapter in another layout."""

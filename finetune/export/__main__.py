@@ -1,0 +1,69 @@
+"""Writes a model, or a LoRA adapter, in another layout: python -m finetune.export MODEL OUT --to qwen2
+
+First-generation Qwen (Qwen-7B and its like) in the layout of transformers' own Qwen2, which any server of today takes
+without remote code; or, with --to qwen, back. The same weights under other names, 16 bit or GPTQ, one tensor at a time;
+then the logits of both are compared, and the folder put into its place. Beyond the trained length dynamic NTK and LogN
+cannot go along: it says so, and config.json states the longest length that is exact.
+
+An adapter goes along with its base: export that first, then the adapter with --base EXPORTED_BASE.
+"""
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError, note, run
+from ..folders.new_folder import check_free
+from ..folders.tensor_files import MAX_SHARD_SIZE
+from ..quiet import quiet
+
+HELP = {
+    "model": "a model's folder (or its id on a hub), or the output folder of a LoRA run",
+    "out": "a new folder for what is exported",
+    "to": "qwen2: first-generation Qwen for servers; qwen: back, to its own layout and code",
+    "base": "of an adapter: its base, exported to the same layout",
+    "max_shard_size": f"of a file of weights (default: {MAX_SHARD_SIZE})",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    about, *more = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m finetune.export", description=about, epilog=" ".join(more))
+    parser.add_argument("model", metavar="MODEL", help=HELP["model"])
+    parser.add_argument("out", type=Path, metavar="OUT", help=HELP["out"])
+    parser.add_argument("--to", choices=["qwen2", "qwen"], required=True, help=HELP["to"])
+    parser.add_argument("--base", metavar="EXPORTED_BASE", help=HELP["base"])
+    parser.add_argument("--max_shard_size", help=HELP["max_shard_size"])
+    options = vars(parser.parse_args(argv))
+    quiet()
+    run(lambda: export(**options))
+
+
+def export(model: str, out: Path, to: str, base: str | None = None, max_shard_size: str | None = None) -> float:
+    """Exports `model` into `out`; returns the largest difference of a logit between the two layouts."""
+    import qwen_model
+
+    from ..folders.shards import max_shard_bytes
+    from ..model.loading import find_folder
+
+    qwen_model.register()
+    folder, max_bytes = find_folder(str(model)), max_shard_bytes(max_shard_size or MAX_SHARD_SIZE)
+    check_free(out, "what is exported", folder)
+    if (folder / "adapter_config.json").is_file():
+        from . import export_adapter
+
+        if max_shard_size is not None:
+            what = f"--max_shard_size {max_shard_size}: {folder} is an adapter, which is one file"
+            raise UserError(f"{what} - leave it out")
+        difference = export_adapter.export(folder, out, to, base)
+    elif base is not None:
+        raise UserError(f"--base {base}: {folder} is a whole model, which has none - leave it out")
+    else:
+        from . import export_model
+
+        difference = export_model.export(folder, out, to, max_bytes)
+    note(f"done: {out} is in the layout of {to}")
+    return difference
+
+
+if __name__ == "__main__":
+    main()

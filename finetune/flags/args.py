@@ -1,0 +1,180 @@
+"""The flags of finetune.py: ours, the published trainer's, and everything that transformers' TrainingArguments takes.
+
+    args = parse()                # args.model, args.data, args.lora, args.training
+    checks.check_flags(args)      # one UserError that lists all findings
+
+This module imports neither torch nor transformers until it parses, so that --help is there at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from dataclasses import dataclass
+
+from ..errors import UserError, note
+from .definitions import Args, DataArguments, LoraArguments, ModelArguments, TrainingFlags
+
+# ---- flags that transformers had at 4.32 or later, and dropped or renamed up to 5.23
+
+
+@dataclass(frozen=True)
+class Old:
+    """new: today's name; else the flag is left out, saying why, or (stop) refused, saying what to do instead."""
+
+    new: str | None = None
+    why: str = ""
+    stop: bool = False
+
+
+AMP, SOFTWARE = "autocasting is torch's own", "transformers dropped what it switched"
+OLD_FLAGS = {
+    "evaluation_strategy": Old("eval_strategy"),
+    "no_cuda": Old("use_cpu"),
+    "per_gpu_train_batch_size": Old("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": Old("per_device_eval_batch_size"),
+    "push_to_hub_model_id": Old("hub_model_id"),
+    "push_to_hub_token": Old("hub_token"),
+    "push_to_hub_organization": Old(why="give --hub_model_id ORGANIZATION/NAME", stop=True),
+    "torchdynamo": Old("torch_compile_backend"),
+    "adafactor": Old(why="give --optim adafactor", stop=True),
+    "sharded_ddp": Old(why="leave it out; --fsdp True shards by the model's blocks", stop=True),
+    "fsdp_min_num_params": Old(why="leave it out; --fsdp True shards by the model's blocks", stop=True),
+    "fsdp_transformer_layer_cls_to_wrap": Old(why="leave it out; --fsdp True shards by the model's blocks", stop=True),
+    "use_mps_device": Old(why="a GPU of any make is used where there is one"),
+    "fp16_opt_level": Old(why=AMP),
+    "fp16_backend": Old(why=AMP),
+    "half_precision_backend": Old(why=AMP),
+    "save_safetensors": Old(why="weights are always saved as safetensors"),
+    "group_by_length": Old(why="samples are laid one after another without padding, so there is nothing to group"),
+    "include_tokens_per_second": Old(why="tokens per second are always shown"),
+    "include_inputs_for_metrics": Old(why="evaluation computes the loss"),
+    "use_legacy_prediction_loop": Old(why="evaluation computes the loss"),
+    "past_index": Old(why=SOFTWARE),
+    "jit_mode_eval": Old(why=SOFTWARE),
+    "use_ipex": Old(why=SOFTWARE),
+    "tpu_num_cores": Old(why=SOFTWARE),
+    "tpu_metrics_debug": Old(why=SOFTWARE),
+    "mp_parameters": Old(why=SOFTWARE),
+    "ray_scope": Old(why=SOFTWARE),
+    "dispatch_batches": Old(why="each process reads its own share of a step"),
+    "split_batches": Old(why="each process reads its own share of a step"),
+}
+
+
+def modernize(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(argv with today's flags, findings): OLD_FLAGS applied. Prints a note for each flag without effect."""
+    result, findings, skipping = [], [], False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        old = OLD_FLAGS.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+        skipping = skipping and not word.startswith("--")  # the value of a flag that is left out
+        if old is None:
+            result += [] if skipping else [word]
+        elif old.new:
+            result.append(f"--{old.new}{equals}{value}")
+        else:
+            skipping = True
+            if old.stop:
+                findings.append(f"{name}: transformers has dropped it - {old.why}")
+            else:
+                note(f"{name} has no effect: {old.why}")
+    return result, findings
+
+
+# ---- parsing
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """The flags of the command line, or of `argv`. Prints the help and ends, where that is asked for.
+
+    Raises UserError where a value has the wrong type. Writes nothing.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help", "--help_all"} & set(argv):
+        show_help(every_flag="--help_all" in argv)
+        sys.exit(0)
+    from . import training_args
+
+    argv, findings = modernize(argv)
+    kinds = (ModelArguments, DataArguments, LoraArguments, training_args.TrainingArguments)
+    parser = make_parser(kinds)
+    namespace, rest = parser.parse_known_args(argv)
+    findings += unknown(rest, parser)
+    values = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
+    training, more = training_args.build(values.pop())
+    own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
+    own[-1].use_lora |= own[-1].q_lora  # Q-LoRA is LoRA over quantized weights
+    more += own[1].parse_pass_size()
+    return Args(*own, training=training, findings=findings + more)
+
+
+def make_parser(kinds):
+    """transformers' HfArgumentParser over dataclasses, with errors of one line and a help that can be read."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            what = re.sub(r"^argument .*?(--\w+)\S*:", r"\1:", message)
+            raise UserError(f"{what} - python finetune.py --help explains the flag")
+
+    usage = "python finetune.py -m MODEL -d DATA.json -o FOLDER [--use_lora] [--bf16] [other flags]"
+    return Parser(kinds, usage=usage, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
+
+
+def unknown(rest: list[str], parser) -> list[str]:
+    """A finding for each flag of `rest` that nobody knows; for words that belong to none, one."""
+    flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    if rest and not flags:
+        return [f"{' '.join(rest)}: belongs to no flag - put a flag before it, or quotes around a value with blanks"]
+    known = {name for action in parser._actions for name in action.option_strings if "-" not in name[2:]}
+    known |= {f"--{name}" for name in OLD_FLAGS}
+    findings = []
+    for word in flags:
+        close = difflib.get_close_matches("--" + word.lstrip("-").replace("-", "_"), sorted(known), 1)
+        meant = f"did you mean {close[0]}?" if close else "python finetune.py --help_all lists all flags"
+        findings.append(f"{word}: unknown flag - {meant}")
+    return findings
+
+
+# ---- help
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each flag, and only defaults that say something."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action):
+        short = [name for name in action.option_strings if not name.startswith("--")]
+        long = next(name for name in action.option_strings if name.startswith("--"))
+        names = ", ".join([*short, long])
+        if action.nargs == "?" and action.const is True:  # a switch: --bf16 and --bf16 True are the same
+            return names
+        return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}".rstrip()
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return f"{action.help or ''} (default: {str(value).replace('%', '%%')})"
+
+
+def show_help(every_flag: bool) -> None:
+    """Our flags and the usual ones of training; with every_flag, transformers' other ones behind them."""
+    parser = make_parser((ModelArguments, DataArguments, LoraArguments, TrainingFlags))
+    parser.description = "Fine-tunes a Qwen model on conversations. A switch may be written --bf16 or --bf16 True."
+    if not every_flag:
+        parser.epilog = "All other flags of transformers' TrainingArguments work too: --help_all shows them."
+        parser.print_help()
+        return
+    from .training_args import TrainingArguments
+
+    parser.print_help()
+    usual = {f.name for f in dataclasses.fields(TrainingFlags)}
+    others = [(f.name, f.type, f) for f in dataclasses.fields(TrainingArguments) if f.name not in usual]
+    rest = dataclasses.make_dataclass("TransformersArguments", others)
+    rest._argument_group_name = "the other flags of transformers' TrainingArguments"
+    print("\n" + make_parser((rest,)).format_help().split("\n\n", 1)[1])

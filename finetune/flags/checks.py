@@ -1,0 +1,273 @@
+"""check_flags(args): what can be wrong with a command line, its files and its folders, found before weights are loaded.
+
+Each part yields findings, one line each: what, where, what to do. Nothing is written; warnings are printed.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..distributed import engines
+from ..errors import UserError, note, warn
+from ..folders import adapter_folder, config_files, model_folder
+from ..model import kinds, optimizers
+from . import method_checks
+
+GB = 1e9
+INF = math.inf
+GIVE_MODEL = "give a checkpoint's folder with -m, or its Hugging Face id (Qwen/Qwen-7B)"
+# flag: (lowest value, and the first one that is too high)
+RANGES = {
+    "model_max_length": (16, INF),
+    "max_tokens_per_pass": (1, INF),
+    "per_device_train_batch_size": (1, INF),
+    "per_device_eval_batch_size": (1, INF),
+    "gradient_accumulation_steps": (1, INF),
+    "learning_rate": (0, INF),
+    "weight_decay": (0, INF),
+    "max_grad_norm": (0, INF),
+    "warmup_ratio": (0, 1),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "seed": (0, 2**32),
+    "save_total_limit": (1, INF),
+    "lora_r": (1, INF),
+    "lora_alpha": (1, INF),
+    "lora_dropout": (0, 1),
+}
+
+
+def check_flags(args) -> None:
+    """Raises one UserError with all findings. args: of args.parse()."""
+    findings = list(args.findings)
+    for part in (ranges, data_files, base_model, method_checks.method, output_folder, resuming, reporting, disk_space):
+        try:
+            for line in part(args):
+                findings.append(line)
+        except UserError as error:
+            findings += error.findings
+    if findings:
+        raise UserError(*dict.fromkeys(findings))
+
+
+def ranges(args) -> Iterator[str]:
+    """Numbers that cannot be."""
+    values = vars(args.data) | vars(args.lora) | vars(args.training)
+    for name, (low, high) in RANGES.items():
+        value = values.get(name)
+        if value not in (None, "auto") and not low <= value < high:
+            wanted = f"at least {low}" if high == INF else f"from {low} up to, not including, {high}"
+            yield f"--{name} {value}: out of range - give a value {wanted}"
+    for name in ("save_steps", "logging_steps", "eval_steps"):
+        value = values.get(name)
+        if value is not None and not value > 0:
+            yield f"--{name} {value}: out of range - give a number of steps, or below 1 a share of the run"
+    if not values["num_train_epochs"] > 0 and values["max_steps"] <= 0:
+        yield f"--num_train_epochs {values['num_train_epochs']}: nothing to train - give a number above 0"
+
+
+def reporting(args) -> Iterator[str]:
+    """The services of --report_to are known and installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    asked = args.training.report_to or []
+    there = [*get_available_reporting_integrations(), "none", "all"]
+    for name in [asked] if isinstance(asked, str) else asked:
+        if name not in there:
+            yield f"--report_to {name}: unknown or not installed - pip install {name}; here are {', '.join(there)}"
+
+
+def data_files(args) -> Iterator[str]:
+    """The files are there, and evaluation is either asked for and possible, or neither."""
+    from ..data.sample_files import SampleFile
+
+    data, evaluates = args.data, args.training.eval_strategy != "no" or args.training.eval_on_start
+    if data.lazy_preprocess:
+        note("--lazy_preprocess has no effect: the data is checked and tokenized once, and kept on disk from then on")
+    if data.data_path is None:
+        yield "--data_path: missing - give your training JSON with -d"
+    for flag, path in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
+        try:
+            _ = path is not None and SampleFile(path, flag)
+        except UserError as error:
+            yield from error.findings
+    if data.eval_data_path and not evaluates:
+        yield "--eval_data_path is set but evaluation is off - set --evaluation_strategy steps or epoch"
+    if evaluates and not data.eval_data_path:
+        strategy = method_checks.word(args.training.eval_strategy)
+        asked = "eval_on_start" if strategy == "no" else f"evaluation_strategy {strategy}"
+        yield f"--{asked} needs conversations to evaluate on - give --eval_data_path, or leave it out"
+    if same(data.data_path, data.eval_data_path):
+        warn("--eval_data_path is the training data: the evaluation will look better than the model is")
+
+
+def base_model(args) -> Iterator[str]:
+    """A folder that holds a whole checkpoint, or a name that the Hub may know."""
+    name = args.model.model_name_or_path
+    if not name:
+        yield f"--model_name_or_path: missing - {GIVE_MODEL}"
+        return
+    folder = Path(name)
+    if folder.is_dir():
+        problems = model_folder.problems(folder, may_be_quantized=args.lora.q_lora)  # of --q_lora, method() speaks
+        yield from problems
+        if problems:
+            return
+        kind = config_files.config_of(folder).get("model_type")
+        if kind not in model_folder.TRAINED_TYPES:
+            trained = ", ".join(model_folder.TRAINED_TYPES)
+            what = f"--model_name_or_path {folder}: is of model type {kind}, and trained are {trained}"
+            yield f"{what} - give a checkpoint of Qwen, Qwen1.5, Qwen2, Qwen2.5 or Qwen3 that is no mixture of experts"
+            return
+        yield from kinds.kind_problems(args, folder)
+        length = model_folder.trained_length(config_files.config_of(folder))
+        if length and args.training.model_max_length > length:
+            warn(
+                f"--model_max_length {args.training.model_max_length}: the model was trained on {length} tokens "
+                f"(config.json); samples beyond that reach positions it has never seen"
+            )
+    elif folder.exists():
+        yield f"--model_name_or_path {name}: is a file - give the folder of a checkpoint"
+    elif not model_folder.is_hub_id(name):
+        yield f"--model_name_or_path {name}: no such folder - {GIVE_MODEL}"
+
+
+# ---- the output folder
+
+
+def output_folder(args) -> Iterator[str]:
+    """Can be written, and no earlier run's work lies there, unless that is meant."""
+    training, out = args.training, out_of(args)
+    inputs = {"--model_name_or_path": args.model.model_name_or_path, "--lora_weight_path": args.lora.lora_weight_path}
+    for flag, folder in inputs.items():
+        if same(out, folder):
+            yield f"--output_dir {out}: is the folder of {flag}, which would be overwritten - give another one"
+            return
+    if out.exists() and not out.is_dir():
+        yield f"--output_dir {out}: is a file - give a folder"
+        return
+    root = existing(out)
+    if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
+        yield f"--output_dir {out}: {root} cannot be written to - give another folder"
+        return
+    checkpoints, resumes = checkpoints_in(out), wants_resume(training)
+    if training.overwrite_output_dir or (resumes and checkpoints):
+        return
+    if checkpoints:
+        remedy = "continue with --resume_from_checkpoint auto, or give another folder or --overwrite_output_dir"
+        yield f"--output_dir {out}: has {checkpoints[-1].name} - {remedy}"
+    elif any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
+        yield f"--output_dir {out}: holds a finished model - give another folder, or --overwrite_output_dir"
+
+
+def resuming(args) -> Iterator[str]:
+    """The checkpoint is there, and of this run's method."""
+    from ..folders.checkpoint import resume_point
+
+    wish, lora = args.training.resume_from_checkpoint, args.lora
+    if not wants_resume(args.training):
+        return
+    point = resume_point(out_of(args), wish)
+    if point is None:
+        if str(wish).lower() == "true":
+            remedy = "give its folder, or auto to begin anew where there is none"
+            yield f"--resume_from_checkpoint {wish}: no checkpoint in {out_of(args)} - {remedy}"
+        return
+    folder = Path(args.model.model_name_or_path or "")
+    config = point / "adapter_config.json"
+    was = f"LoRA {adapter_folder.describe_adapter(config_files.read_json(config))}" if config.is_file() else "full-parameter"
+    own = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "bias": lora.lora_bias}
+    own["target_modules"] = lora_layers(args, folder)
+    now = f"LoRA {adapter_folder.describe_adapter(own)}" if lora.use_lora else "full-parameter"
+    # the layers of a hub's model are not known before it is here; then it is checked once more
+    known = (folder / "config.json").is_file() and lora.lora_weight_path is None
+    if was.split()[0] != now.split()[0] or (was != now and known):
+        yield f"{point} is {was}, this run is {now} - give the flags that it was started with, or another --output_dir"
+
+
+def disk_space(args) -> Iterator[str]:
+    """Room for at least one checkpoint and the result; a warning where it will get tight."""
+    folder, training = Path(args.model.model_name_or_path or ""), args.training
+    root = existing(out_of(args))
+    if not args.model.model_name_or_path or not folder.is_dir() or not root.is_dir():
+        return
+    checkpoint, result = bytes_to_write(args, folder)
+    free, saves = shutil.disk_usage(root).free, training.save_strategy != "no"
+    limit = training.save_total_limit
+    sizes = [f"{size / GB:.3g} GB" for size in (checkpoint, result, free)]
+    size = "a checkpoint takes about {}, the result {}, free are {}".format(*sizes)
+    if free < saves * checkpoint + result:
+        yield f"--output_dir {out_of(args)}: too little room ({size}) - make room, or give a folder on another disk"
+    elif saves and free < ((limit or 2) + 1) * checkpoint + result:  # one more than kept: the old one goes last
+        kept = f"--save_total_limit {limit}" if limit else "no --save_total_limit"
+        warn(f"--output_dir {out_of(args)}: {size}; with {kept} that may not last")
+
+
+def bytes_to_write(args, folder: Path) -> tuple[float, float]:
+    """(bytes of a checkpoint, bytes of the result), from the shapes of the base model's tensors.
+
+    DeepSpeed and FSDP checkpoints hold the weights twice: as a folder that loads, and as shards to go on from.
+    """
+    training, lora = args.training, args.lora.use_lora
+    trained = adapter_size(args, folder) if lora else full_size(folder)
+    weight = 2 if training.bf16_weights else 4
+    state = optimizers.state_bytes(training.optim)
+    copies = 1 if engines.name_of(vars(training)) in (engines.ONE, engines.DDP) else 2
+    checkpoint = weight if training.save_only_model else copies * weight + state
+    half = not lora and (training.bf16 or training.fp16)
+    twice = 2 if lora and str(args.lora.init_lora_weights).startswith("pissa") else 1  # its result has twice the rank
+    return trained * checkpoint, trained * twice * (2 if half else 4)
+
+
+def full_size(folder: Path) -> int:
+    """Parameters of the model; of .bin files, two bytes each."""
+    found = model_folder.shapes(folder)
+    if not found:
+        return sum(path.stat().st_size for path in folder.glob("pytorch_model*.bin")) // 2
+    return sum(math.prod(shape) for shape in found.values())
+
+
+def adapter_size(args, folder: Path) -> int:
+    """Parameters of the adapters, and of embedding and head where they train whole."""
+    found = model_folder.shapes(folder)
+    targets = tuple(f".{name}.weight" for name in lora_layers(args, folder))
+    adapted = [shape for name, shape in found.items() if len(shape) == 2 and name.endswith(targets)]
+    whole = ("lm_head.weight", *model_folder.EMBEDDINGS) if args.lora.train_embeddings == "all" else ()
+    return sum(args.lora.lora_r * sum(shape) for shape in adapted) + sum(
+        math.prod(shape) for name, shape in found.items() if name in whole
+    )
+
+
+def lora_layers(args, folder: Path) -> list[str]:
+    """--lora_target_modules, with auto spelt out."""
+    asked = list(args.lora.lora_target_modules)
+    return asked if asked != ["auto"] else model_folder.block_layers(config_files.config_of(folder).get("model_type"))
+
+
+# ---- small things
+
+
+def out_of(args) -> Path:
+    return Path(args.training.output_dir).expanduser()
+
+
+def wants_resume(training) -> bool:
+    return str(training.resume_from_checkpoint or "").lower() not in ("", "false", "none")
+
+
+def checkpoints_in(out: Path) -> list[Path]:
+    """Folders called checkpoint-N, whole or not, oldest first."""
+    found = [path for path in out.glob("checkpoint-*") if path.name.split("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or what there is of it."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def same(one, other) -> bool:
+    """Do two paths, either of them possibly None, lead to one existing file or folder?"""
+    return bool(one and other) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)

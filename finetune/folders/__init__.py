@@ -1,0 +1,1 @@
+"""What lies on disk: is it whole, what is it, and how it is written."""

@@ -1,0 +1,185 @@
+"""What a run has left on disk: its record, which base an adapter belongs to, and its checkpoints."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, note
+from . import quant_settings
+from .shards import Shards
+
+RECORD = "training.json"
+
+
+# ---- which base an adapter belongs to
+
+
+def fingerprint(folder: Path) -> dict:
+    """What tells a base model from another: its sizes, and a hash of the first values of every tensor.
+
+    Sharding and file format do not matter, nor does a type that holds the same values.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    found = {key: config.get(key) for key in keys} | {"sha256": hash_of_tensors(folder)}
+    quantization = quant_settings.as_record(quant_settings.of_folder(folder))
+    return found | ({"quantization": quantization} if quantization else {})
+
+
+def hash_of_tensors(folder: Path) -> str:
+    """Of the names, shapes and first values of all."""
+    digest = hashlib.sha256()
+    for line in sorted(beginnings(folder)):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def hash_of_adapter(folder: Path) -> str:
+    """Of its tensors and its settings, but for where its base lay."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = None
+    return hashlib.sha256((hash_of_tensors(folder) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+
+
+def beginnings(folder: Path, values: int = 8):
+    """A line for each tensor: name, shape, first values. Reads a few bytes of each, not the file."""
+    with Shards(folder) as shards:
+        for name in shards:
+            shape = shards.shape(name)
+            yield beginning(name, shape, shards.slice(name)[:1] if shape else shards[name], values)
+
+
+def beginning(name: str, shape: list[int], tensor: torch.Tensor, values: int) -> str:
+    return f"{name} {shape} {tensor.flatten()[:values].double().tolist()}\n"
+
+
+def describe_fingerprint(print_: dict) -> str:
+    """A fingerprint in words."""
+    sizes = (
+        f"hidden size {print_['hidden_size']}, {print_['num_hidden_layers']} layers, vocabulary {print_['vocab_size']}"
+    )
+    return f"{print_['model_type']}, {sizes}, fingerprint {print_['sha256'][:12]}"
+
+
+def read_record(folder: Path) -> dict:
+    """What a run wrote about itself, or {} for a folder from elsewhere."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def check_base(adapter: Path, base: Path, remedy: str = "give that one with --base") -> None:
+    """Refuses an adapter on another base than the one it was trained on."""
+    made_for = read_record(adapter).get("base", {}).get("fingerprint")
+    if made_for is None:
+        return  # an adapter of other hands says nothing; shapes are checked when it is loaded
+    found = fingerprint(base)
+    if quant_settings.may_take(made_for, found, base):
+        note(f"{adapter}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
+    elif found != made_for:
+        raise UserError(
+            f"{adapter}: the adapter was made for another base ({describe_fingerprint(made_for)}); "
+            f"{base} is {describe_fingerprint(found)} - {remedy}"
+        )
+
+
+# ---- checkpoints of a run
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        path
+        for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and is_complete(path)
+    ]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def of_launch(output_dir: Path, launches: list[str]) -> bool:
+    """Are there checkpoints, complete or not, written by processes of these agents (see ranks.launch)?"""
+    records = [read_record(path.parent) for path in output_dir.glob(f"checkpoint-*/{RECORD}")]
+    return any(set(launches) & set(record.get("launches", ())) for record in records)
+
+
+def is_complete(path: Path) -> bool:
+    """Can a run resume exactly from here? Not from an interrupted save, nor from --save_only_model.
+
+    The optimizer's state lies in one file, or as shards in a folder that DeepSpeed (file `latest`) or FSDP (optimizer_0) made.
+    """
+    optimizer = any((path / name).exists() for name in ("optimizer.pt", "latest", "optimizer_0", "optimizer.bin"))
+    return optimizer and all((path / name).is_file() for name in ("trainer_state.json", "scheduler.pt"))
+
+
+def check_same_run(path: Path, now: dict) -> dict:
+    """The record of a checkpoint ({} without one). Refuses that of another base, other data, other steps or another optimizer."""
+    before = read_record(path) or {}
+    kept = {
+        "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
+        "data as rendered": lambda record: record["data"]["fingerprint"][:12],
+        "samples per step": lambda record: record["samples_per_step"],
+        "seed": lambda record: record["seed"],
+        "engine": engine_of,
+        "precision": lambda record: record.get("precision"),
+        # a record without these is older than they are
+        "--bf16_weights": lambda record: record.get("bf16_weights", now.get("bf16_weights")),
+        "--optim": lambda record: record.get("optim", now.get("optim")),
+        "quantization": lambda record: record.get("method", {}).get("quantization"),
+        "what trains": what_trains,
+    }
+    changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
+    if changed:
+        raise UserError(
+            f"{path}: is of another run ({'; '.join(changed)}) - give the flags and files that it was started with, or another "
+            "--output_dir"
+        )
+    return before
+
+
+def engine_of(record: dict) -> str:
+    """What a checkpoint's optimizer state is laid out for: one file serves any number of processes, shards only as many."""
+    engine = record.get("engine", "one process")
+    return "one process or DDP" if engine in ("one process", "DDP") else f"{engine} on {record['ranks']} ranks"
+
+
+def what_trains(record: dict) -> str:
+    """The settings that decide which tensors a checkpoint holds beside those of plain LoRA, and for which base."""
+    names = ("train_embeddings", "train_tokens", "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio")
+    method = record.get("method", {})
+    return ", ".join(f"{name} {method[name]}" for name in names if method.get(name)) or "as usual"
+
+
+def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
+    """Removes the oldest checkpoints above `limit`; never the best or the newest."""
+    if not limit or limit < 1:
+        return
+    every = checkpoints(output_dir)
+    removable = [path for path in every[:-1] if best is None or path.resolve() != Path(best).resolve()]
+    for path in removable[: max(0, len(every) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_all(output_dir: Path) -> None:
+    """Removes an earlier run's checkpoints (--overwrite_output_dir): beside this run's they would count as the newest."""
+    for path in [*checkpoints(output_dir), output_dir / ".unfinished"]:
+        if path.is_dir():
+            note(f"removing {path}, of an earlier run")
+            shutil.rmtree(path)
+
+
+def resume_point(output_dir: Path, wish: str | None) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means: None, the newest complete one ("auto", "True"), or a path."""
+    if wish is None or str(wish).lower() in ("", "false", "none"):
+        return None
+    if str(wish).lower() in ("auto", "true"):
+        every = checkpoints(output_dir)
+        return every[-1] if every else None
+    path = Path(wish)
+    if not is_complete(path):
+        raise UserError(
+            f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto"
+        )
+    return path

@@ -1,0 +1,32 @@
+"""A checkpoint's config.json and the other JSON files beside it."""
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; UserError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}) - download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, found a {type(value).__name__} - download it again")
+    return value
+
+
+def config_of(folder: Path) -> dict:
+    """config.json, or {} where there is none to read."""
+    try:
+        return read_json(folder / "config.json")
+    except UserError:
+        return {}
+
+
+def name_of(folder: Path) -> str:
+    """What people call the model in a folder: in the Hub's cache the folder itself has a hash for a name."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.split("--", 2)[-1]  # models--Qwen--Qwen-7B
+    return folder.name

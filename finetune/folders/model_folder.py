@@ -1,0 +1,218 @@
+"""What is wrong with a checkpoint's folder, found out without loading a weight: file names, config.json, headers."""
+
+import difflib
+import json
+import re
+from pathlib import Path
+
+from ..errors import UserError, warn
+from . import config_files, quant_settings, tensor_files
+
+LFS = b"version https://git-lfs"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+LATER_TYPES = ("qwen2", "qwen3")  # Qwen1.5, Qwen2 and Qwen2.5 are qwen2
+TRAINED_TYPES = ("qwen", *LATER_TYPES)
+# The linear layers of a block, which LoRA adapts. First-generation Qwen's c_proj is attention's and the MLP's.
+LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")} | dict.fromkeys(LATER_TYPES, LATER_LAYERS)
+EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
+SPECIAL_TOKENS = 208  # of first-generation Qwen, above the ranks of qwen.tiktoken
+# What a config.json may say beyond QWenConfig's own fields.
+MORE_KEYS = {"auto_map", "torch_dtype", "quantization_config", "padded_vocab_size", "use_bfloat16"}
+
+
+def is_hub_id(name: str) -> bool:
+    """Does a name that is no folder look like one of the Hugging Face Hub: OWNER/NAME?"""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
+    """One line for each thing that keeps the folder from being trained. Prints warnings for what only looks wrong."""
+    if pointers := lfs_pointers(folder):
+        return pointers
+    if not (folder / "config.json").is_file():
+        return [no_config(folder)]
+    try:
+        config = config_files.read_json(folder / "config.json")
+        findings = config_problems(folder, config, may_be_quantized) + weight_problems(folder)
+        if config.get("model_type") == "qwen":
+            warn_of_unknown_keys(folder, config)
+        return findings or vocabulary_problems(folder, config)
+    except UserError as error:
+        return error.findings
+
+
+def lfs_pointers(folder: Path) -> list[str]:
+    """A line if files of the folder are what git leaves in their place without git-lfs."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS):
+            found.append(path)
+    if not found:
+        return []
+    more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""
+    return [f"{found[0]} is a git-lfs pointer ({found[0].stat().st_size} bytes){more} - run git lfs pull in {folder}"]
+
+
+def no_config(folder: Path) -> str:
+    """The line for a folder without config.json."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"--model_name_or_path {folder}: holds a LoRA adapter, not a model - give its base model, and to train the "
+            f"adapter on --use_lora --lora_weight_path {folder}; or merge it first: python -m finetune.merge"
+        )
+    inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
+    meant = f"; did you mean {inside[0].parent}?" if inside else ""
+    return f"--model_name_or_path {folder}: no config.json there - give the folder of a whole checkpoint{meant}"
+
+
+# ---- config.json
+
+
+def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[str]:
+    """A model that this toolkit trains?"""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind != "qwen" and kind not in CONFIG_MAPPING_NAMES:
+        what = f'model_type "{kind}"' if kind else "no model_type"
+        what = f"{folder}/config.json: {what}, which transformers does not know"
+        return [f"{what} - give the folder of a Qwen checkpoint"]
+    if findings := quant_settings.folder_problems(folder):
+        return findings
+    if quant_settings.of_folder(folder) and not may_be_quantized:
+        return [quant_settings.needs_q_lora(folder)]
+    if kind == "qwen":
+        from qwen_model.configuration_qwen import QWenConfig
+
+        try:
+            QWenConfig.from_dict(config)
+        except (ValueError, TypeError) as error:
+            return [f"{folder}/config.json: {' '.join(str(error).split())} - take the file of the published checkpoint"]
+    return []
+
+
+def warn_of_unknown_keys(folder: Path, config: dict) -> None:
+    """A key that is nearly one of first-generation Qwen's is a slip of the pen: nobody will read it."""
+    from qwen_model.configuration_qwen import QWenConfig
+
+    known = MORE_KEYS | set(QWenConfig().to_dict())
+    for key in config.keys() - known:
+        if close := difflib.get_close_matches(key, known - config.keys(), 1, 0.85):
+            warn(f"{folder}/config.json: unknown config key {key}; did you mean {close[0]}?")
+
+
+def trained_length(config: dict) -> int | None:
+    """How many tokens the model's training samples had."""
+    return config.get("seq_length" if config.get("model_type") == "qwen" else "max_position_embeddings")
+
+
+# ---- weights
+
+
+def weight_problems(folder: Path) -> list[str]:
+    """All files that the index lists, each as long as its header says?"""
+    files = weight_files(folder)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        there = len(files) - len(missing)
+        return [f"{folder}: missing {listed} (index lists {len(files)} shards, {there} present) - download them again"]
+    findings = []
+    for path in files:
+        try:
+            tensors_of(path)
+        except UserError as error:
+            findings += error.findings
+    return findings
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, whether they are there or not; UserError where nothing names any."""
+    try:
+        return tensor_files.weight_files(folder)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{folder}: its index of shards (*.index.json) cannot be read ({error!r})"
+        raise UserError(f"{what} - download it again") from error
+
+
+def tensors_of(path: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a safetensors file, from its header; {} for .bin. UserError if the file is cut."""
+    size = path.stat().st_size
+    if path.suffix != ".safetensors" and size:
+        return {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if 0 < length <= min(size, MAX_HEADER_BYTES) else b""
+    try:
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({size:,} bytes) - download it again") from error
+    if size != end:
+        raise UserError(f"{path}: incomplete: {size:,} bytes of {end:,} - download it again")
+    return {name: entry["shape"] for name, entry in tensors.items()}
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each of the folder's tensors; {} where headers do not tell."""
+    found = {}
+    try:
+        for path in weight_files(folder):
+            found |= tensors_of(path)
+    except (UserError, OSError):
+        return {}
+    return found | unpacked_shapes(found)
+
+
+def unpacked_shapes(found: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The weights (out, in) that GPTQ's tensors stand for, under the names of plain ones: what LoRA is as wide as."""
+    layers = [name.removesuffix(".g_idx") for name in found if name.endswith(".g_idx")]
+    return {f"{name}.weight": [found[f"{name}.scales"][1], *found[f"{name}.g_idx"]] for name in layers}
+
+
+def vocabulary_problems(folder: Path, config: dict) -> list[str]:
+    """The rows of the embedding against config.json and the tokenizer."""
+    found = shapes(folder)
+    rows = next((found[name][0] for name in EMBEDDINGS if name in found), None)
+    wanted = config.get("vocab_size")
+    if rows is not None and wanted is not None and rows != wanted:
+        what = f"{folder}: vocab {rows:,} in weights, {wanted:,} in config.json"
+        return [f"{what} - take both from the same checkpoint"]
+    if config.get("model_type") != "qwen":
+        return []
+    if not (folder / "qwen.tiktoken").is_file():
+        return [f"{folder}: no qwen.tiktoken - copy it from the published checkpoint; the tokenizer needs it"]
+    with (folder / "qwen.tiktoken").open("rb") as file:
+        tokens = sum(1 for line in file if line.strip()) + SPECIAL_TOKENS
+    if wanted is not None and tokens > wanted:
+        return [f"{folder}: the tokenizer has {tokens:,} tokens, the model {wanted:,} - give both of one checkpoint"]
+    return []
+
+
+# ---- LoRA's layers
+
+
+def block_layers(model_type: str | None) -> list[str]:
+    """The names of the linear layers in a block of this kind of model; [] for a kind that is not trained here."""
+    return list(BLOCK_LAYERS.get(model_type, ()))
+
+
+def adaptable_layers(folder: Path) -> list[str]:
+    """The names of the layers that LoRA can adapt; [] where that is not known."""
+    if config_files.config_of(folder).get("model_type") == "qwen":
+        return block_layers("qwen")
+    found = shapes(folder).items()
+    matrices = [name.split(".") for name, shape in found if len(shape) == 2 and name.endswith(".weight")]
+    return sorted({parts[-2] for parts in matrices if any(part.isdigit() for part in parts)})
+
+
+def unknown_layers(folder: Path, targets: list[str]) -> list[str]:
+    """Those of `targets` that name no layer. A name may be qualified: attn.c_proj."""
+    if list(targets) == ["auto"]:
+        return []
+    layers = adaptable_layers(folder)
+    allowed = {*layers, *(f"{block}.{name}" for name in layers for block in ("attn", "mlp", "self_attn"))}
+    return [name for name in targets if layers and name not in allowed]

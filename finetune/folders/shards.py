@@ -1,0 +1,153 @@
+"""The tensors of a checkpoint, read one at a time and written shard by shard: memory holds a shard, never a model."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..errors import UserError
+from . import tensor_files
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """ "2GB" -> 2,000,000,000. ValueError for what is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f'"{text}" is no size - give for example 2GB, 500MB, 4GiB')
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def max_shard_bytes(text: str) -> int:
+    """--max_shard_size in bytes; UserError for what is no size."""
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise UserError(f"--max_shard_size: {error}") from error
+
+
+class Shards:
+    """A folder's tensors by name, from safetensors or .bin files; each is read when it is asked for.
+
+    names are in the order of the files. Use it in a with statement: it keeps the files open.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.open_files, self.files = folder, contextlib.ExitStack(), {}
+        for path in tensor_files.weight_files(folder):
+            if not path.is_file():
+                raise UserError(f"{folder}: {path.name}, which its index lists, is missing - download it again")
+            if path.suffix == ".safetensors":
+                file = self.open_files.enter_context(safe_open(path, framework="pt"))
+            else:
+                file = Mapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            self.files |= dict.fromkeys(file.keys(), file)
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *failure) -> None:
+        self.open_files.close()
+        self.files = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.files[name].get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        """Without reading the tensor."""
+        return self.slice(name).get_shape()
+
+    def slice(self, name: str):
+        """What reads, indexed, a part of the tensor."""
+        return self.files[name].get_slice(name)
+
+
+class Mapped(dict):
+    """The tensors of a .bin file, mapped from the disk, behind the methods of safetensors' files."""
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self[name]
+
+    def get_slice(self, name: str) -> "MappedSlice":
+        return MappedSlice(self[name])
+
+
+class MappedSlice:
+    """What safetensors tells of a tensor that it has not read."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self.tensor[index]
+
+
+class ShardWriter:
+    """Writes tensors into `folder` as model.safetensors, or where they take more than max_bytes, as shards with an index.
+
+    A tensor larger than that gets a shard of its own. close() gives the files their names.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = folder, max_bytes
+        self.shard: dict[str, torch.Tensor] = {}
+        self.bytes, self.total = 0, 0
+        self.written: list[list[str]] = []  # names, shard by shard
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.shard and self.bytes + size > self.max_bytes:
+            self.flush()
+        self.shard[name] = tensor.contiguous()
+        self.bytes, self.total = self.bytes + size, self.total + size
+
+    def flush(self) -> None:
+        """Writes the shard that is full."""
+        save_file(self.shard, self.part(len(self.written)), metadata={"format": "pt"})
+        self.written.append(list(self.shard))
+        self.shard, self.bytes = {}, 0
+
+    def part(self, number: int) -> Path:
+        """A shard's place, before it is known how many there are."""
+        return self.folder / f"part-{number}.safetensors"
+
+    def close(self) -> None:
+        if self.shard:
+            self.flush()
+        count, weight_map = len(self.written), {}
+        for number, names in enumerate(self.written):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            os.replace(self.part(number), self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
+            text = json.dumps(index, indent=2) + "\n"
+            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) of a folder, one at a time."""
+    with Shards(folder) as shards:
+        for name in shards:
+            yield name, shards[name]
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of a folder's weights as they lie there."""
+    return next(tensor.dtype for _, tensor in read_tensors(folder) if tensor.is_floating_point())

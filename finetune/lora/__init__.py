@@ -1,0 +1,1 @@
+"""Adapters on a model: layers and their kernels, rows of tokens, PiSSA."""

@@ -1,0 +1,1 @@
+"""python -m finetune.merge: an adapter and its base become one model."""

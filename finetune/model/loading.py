@@ -1,0 +1,171 @@
+"""The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
+
+import importlib.metadata as metadata
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import qwen_model
+
+from ..errors import UserError
+from ..folders import adapter_folder, checkpoint, hub, quant_settings
+from ..folders.model_folder import LATER_TYPES, is_hub_id
+from ..lora import adapters
+from ..quantized import quantized_model
+from . import later_qwen, optimizers
+
+
+def find_folder(name: str, cache_dir: str | None = None) -> Path:
+    """The model's folder: a path as it is, or the id of a model on a hub, downloaded (see hub.py)."""
+    if os.path.isdir(name):
+        return Path(name).resolve()  # an adapter stores it: it must mean the same from every folder
+    return hub.fetch(name, cache_dir)
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer; first-generation Qwen's comes from this toolkit, never from code in the folder."""
+    qwen_model.register()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        later_qwen.give_chat_template(tokenizer, folder)
+    return tokenizer
+
+
+def compute_dtype(training) -> torch.dtype:
+    """What the passes are computed in: --bf16, --fp16, or float32."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def load_model(folder: Path, tokenizer, lora, training, resume_from: Path | None = None, name: str | None = None):
+    """The model, ready to train. resume_from: the checkpoint that the run goes on from, if any; name: as the user gave it.
+
+    Trainable weights are float32, with bf16 or fp16 too: an update smaller than half precision's spacing must not be
+    lost (with --bf16_weights the optimizer sees to that). What LoRA freezes is held in the precision of the passes,
+    or quantized.
+    Raises UserError for --train_tokens that the tokenizer does not know, before weights are loaded.
+    """
+    qwen_model.register()
+    rows = adapters.trained_rows(tokenizer, lora.train_embeddings, lora.train_tokens)
+    masters_elsewhere = bool(training.deepspeed)  # DeepSpeed keeps the float32 values of half precision itself
+    half = lora.use_lora or masters_elsewhere or training.bf16_weights
+    dtype = compute_dtype(training) if half else torch.float32
+    fast = training.device.type == "cuda" and compute_dtype(training) != torch.float32
+    quantization = quantized_model.of_run(folder, lora)
+    model = load_weights(folder, dtype, fast, quantization, training.device)
+    if name and not os.path.isdir(name):  # an adapter stores the hub's id, which means the same on every machine
+        model.name_or_path = model.config.name_or_path = name
+    set_chat_settings(model, tokenizer)
+    if lora.use_lora:
+        model = adapters.add(model, lora, rows, resume_from)
+    if quantization:
+        quantized_model.leave_to_each_rank(model)
+    for parameter in model.parameters():
+        # biases that LoRA trains are the base's own, in its precision
+        if parameter.requires_grad and not training.bf16_weights:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, device=None):
+    """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it.
+
+    Quantized, as the folder is or as `quantization` says, it comes onto `device` (None: the GPU if there is one).
+    """
+    attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
+    if quantization := quantization or quant_settings.of_folder(folder):
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = quantized_model.load(folder, quantization, dtype, device, **attention)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
+    return later_qwen.prepare(model, half_on_cuda) if model.config.model_type in LATER_TYPES else model
+
+
+def find_base(adapter: Path, name: str | None = None) -> Path:
+    """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
+    stored = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = name or stored
+    folder, why = None, ""
+    try:
+        folder = find_folder(name) if name else None
+    except hub.NotFetched as error:
+        why = f" ({error.why})" if is_hub_id(name) else ""
+    if folder is None or not (folder / "config.json").is_file():
+        raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
+    checkpoint.check_base(adapter, folder)
+    adapter_folder.check_adapter(adapter, folder)
+    return folder
+
+
+def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, as_trained: bool = True):
+    """Base and adapter together, for use or for merging, in `dtype`.
+
+    as_trained: over NF4 if that is what the adapter was trained over; else, as for merging, over the base as it lies there.
+    """
+    quantization = quantized_model.of_adapter(adapter) if as_trained else None
+    base_model = load_weights(base, dtype, half_on_cuda=False, quantization=quantization)
+    if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
+        base_model.generation_config = GenerationConfig.from_pretrained(adapter)
+    try:
+        return adapters.load(base_model, adapter, autocast_adapter_dtype=False).eval()
+    except RuntimeError as error:  # peft's list of tensors whose sizes differ
+        raise UserError(
+            f"{adapter}: does not fit {base} ({str(error).splitlines()[0]}) - give the base that it was trained on with --base"
+        ) from error
+
+
+def set_chat_settings(model, tokenizer) -> None:
+    """A model tuned on ChatML conversations speaks ChatML: it says so, and where it stops, in its generation_config."""
+    if model.config.model_type in LATER_TYPES:
+        return later_qwen.set_chat_settings(model, tokenizer)
+    settings = model.generation_config
+    if getattr(settings, "chat_format", "raw") == "chatml":
+        return
+    settings.chat_format = "chatml"
+    settings.eos_token_id = [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]
+    settings.pad_token_id = tokenizer.eod_id
+    if getattr(settings, "max_window_size", None) is None:
+        settings.max_window_size = min(6144, model.config.seq_length)
+
+
+def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dict:
+    """What a saved folder says of its making: base, method, data, versions."""
+    training, quantization = args.training, quantized_model.of_run(folder, args.lora)
+    return {
+        "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
+        # settings of the adapter, but for a place, which may move
+        "method": vars(args.lora)
+        | {"lora_weight_path": None, "quantization": quant_settings.as_record(quantization)},
+        "data": {
+            "path": str(args.data.data_path),
+            "fingerprint": samples.fingerprint,
+            "supervise": args.data.supervise,
+        },
+        "samples_per_step": samples_per_step,
+        "engine": training.engine,
+        "ranks": training.world_size,
+        "precision": str(compute_dtype(training)).removeprefix("torch."),
+        "bf16_weights": training.bf16_weights,
+        "optim": optim_of(training),
+        "seed": training.seed,
+        "versions": versions(training, quantization),
+    }
+
+
+def optim_of(training) -> str:
+    """--optim, as the user writes it."""
+    return str(getattr(training.optim, "value", training.optim))
+
+
+def versions(training, quantization) -> dict[str, str]:
+    """Of the packages that this run computes with."""
+    packages = ["torch", "transformers", "peft", "accelerate", "tiktoken"]
+    packages += ["deepspeed"] if training.deepspeed else []
+    packages += quantized_model.PACKAGES.get(quantization.method, ()) if quantization else ()
+    optim = optim_of(training)
+    packages += ["torchao"] if optim in optimizers.ROUNDING else []
+    elsewhere = optim not in optimizers.ROUNDING and any(word in optim for word in ("8bit", "paged", "bnb"))
+    packages += ["bitsandbytes"] if elsewhere else []
+    return {package: metadata.version(package) for package in dict.fromkeys(packages) if quantized_model.installed(package)}

@@ -1,0 +1,208 @@
+"""How much memory a run takes, computed from the sizes of the model and the flags. Imports neither torch nor transformers.
+
+What stands all the time: weights, gradients, the optimizer's state. What a pass adds, for each of its tokens: what every block
+keeps for the backward pass, or, of a block that is computed again (gradient checkpointing), its input alone. On top, what is at
+work for a moment: the tensors of one block's backward pass and a piece of the head's logits.
+
+The formulas count what this toolkit's layers keep (qwen_model/fused.py, low_rank.py); tests/steps/test_memory_model.py counts the same
+with autograd's own hooks. Later Qwens compute with transformers' layers, which keep more: `plain` below.
+
+All in bytes unless a name says otherwise; s: bytes of a number in the pass's precision.
+"""
+
+from dataclasses import dataclass
+
+from ..distributed.engines import DDP, FSDP, ONE, ZERO1, ZERO2, ZERO3
+
+CONTEXT = 0.7e9  # CUDA's own, kernels and libraries
+SLACK = 1.06  # what the allocator cannot use, seen from what is asked of it
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: queries and keys are widths (heads x head size), width the MLP's; plain: transformers' layers."""
+
+    layers: int
+    hidden: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    vocabulary: int
+    tied: bool
+    plain: bool
+
+    @classmethod
+    def of(cls, config: dict):
+        """From config.json of a first-generation or later Qwen."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        shared = {
+            "layers": config["num_hidden_layers"],
+            "hidden": hidden,
+            "heads": heads,
+            "vocabulary": config["vocab_size"],
+        }
+        if config["model_type"] == "qwen":
+            size, width = heads * (config.get("kv_channels") or hidden // heads), config["intermediate_size"] // 2
+            return cls(**shared, queries=size, keys=size, width=width, tied=False, plain=False)
+        head = config.get("head_dim") or hidden // heads
+        keys = head * (config.get("num_key_value_heads") or heads)
+        tied, width = bool(config.get("tie_word_embeddings")), config["intermediate_size"]
+        return cls(**shared, queries=heads * head, keys=keys, width=width, tied=tied, plain=True)
+
+    def matrices(self) -> list[tuple[int, int]]:
+        """(out, in) of a block's linear layers: query with key and value, output, and the three of the MLP."""
+        both = self.queries + 2 * self.keys
+        mlp = [(self.width, self.hidden)] * 2 + [(self.hidden, self.width)]
+        return [(both, self.hidden), (self.hidden, self.queries), *mlp]
+
+    @property
+    def blocks(self) -> int:
+        """Parameters of all blocks' matrices."""
+        return self.layers * sum(out * inner for out, inner in self.matrices())
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of embedding and head."""
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+    def adapters(self, rank: int) -> int:
+        """Parameters of LoRA on all block matrices."""
+        return self.layers * rank * sum(out + inner for out, inner in self.matrices())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run does, as far as memory is concerned.
+
+    rank: of LoRA, 0 for full-parameter; embeddings: both train whole beside LoRA; packed: bytes a frozen block weight takes where
+    it is quantized; half: passes in 16 bit; half_weights: --bf16_weights; state: bytes of the optimizer's state a parameter;
+    ranks: processes; on_gpu: kernels of a GPU do attention.
+    """
+
+    rank: int
+    embeddings: bool = False
+    packed: float | None = None
+    half: bool = True
+    half_weights: bool = False
+    state: float = 8
+    engine: str = ONE
+    ranks: int = 1
+    on_gpu: bool = True
+
+    @property
+    def s(self) -> int:
+        return 2 if self.half else 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each GPU. tokens: of the largest pass; recomputed: blocks that are computed again, of `layers`."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    tokens: int
+    recomputed: int
+    layers: int
+
+    @property
+    def peak(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        again = f"{self.recomputed} of {self.layers} blocks computed again" if self.recomputed else "no block computed again"
+        return (
+            f"about {self.peak / 1e9:.1f} GB ({listed}, a pass of {self.tokens:,} tokens {self.activations / 1e9:.1f}; {again})"
+        )
+
+
+def estimate(sizes: Sizes, run: Run, tokens: int, recomputed: int = 0) -> Estimate:
+    """tokens: of the largest pass; recomputed: how many blocks keep their input alone."""
+    weights, gradients, optimizer = standing(sizes, run)
+    kept = kept_by_block(sizes, run)
+    # the first blocks are those that are computed again: when their turn comes, what the others kept is gone
+    whole = max(sizes.layers - recomputed, 1) * kept
+    by_token = whole + recomputed * sizes.hidden * run.s + at_work_in_block(sizes, run) + kept_by_head(sizes, run)
+    activations = tokens * by_token + head_piece(sizes, run, tokens)
+    activations += unpacked(sizes, run)
+    if run.on_gpu:
+        activations = activations * SLACK + CONTEXT
+    return Estimate(weights, gradients, optimizer, activations, tokens, recomputed, sizes.layers)
+
+
+# ---- what stands all the time
+
+
+def trained(sizes: Sizes, run: Run) -> int:
+    """Parameters that train."""
+    if not run.rank:
+        return sizes.blocks + sizes.embeddings
+    return sizes.adapters(run.rank) + (sizes.embeddings if run.embeddings else 0)
+
+
+def standing(sizes: Sizes, run: Run) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer's state) on each process."""
+    count, frozen = trained(sizes, run), 0.0
+    if run.rank:  # peft trains copies of embedding and head, and keeps the originals
+        frozen = sizes.blocks * (run.packed or run.s) + sizes.embeddings * run.s
+    if run.half_weights:
+        return count * 2.0, count * 2.0, count * float(run.state)
+    cast = 2 if run.half and not run.rank and run.engine in (ONE, DDP, FSDP) else 0  # autocast's copies
+    if run.engine in (ZERO1, ZERO2, ZERO3):
+        # the passes' copy; float32 masters with the state; gradients in float32
+        copy, masters, gradients = run.s, 4 + run.state, 4
+        share = {ZERO1: (1, 1), ZERO2: (1, run.ranks), ZERO3: (run.ranks, run.ranks)}[run.engine]
+        frozen /= share[0]
+        return frozen + count * copy / share[0], count * gradients / share[1], count * masters / run.ranks
+    ways = run.ranks if run.engine == FSDP else 1
+    buckets = 4 if run.engine == DDP and run.ranks > 1 else 0
+    return (frozen + count * 4) / ways + count * cast, count * (4 + buckets) / ways, count * run.state / ways
+
+
+# ---- what a pass adds
+
+
+def kept_by_block(sizes: Sizes, run: Run) -> float:
+    """Of each token, from the forward to the backward pass."""
+    s, hidden = run.s, sizes.hidden
+    norms = 2 * (hidden * s + 4)
+    inputs = 2 * hidden * s  # what the norms return, for the gradients of the layers that read it
+    attention = (sizes.queries + 2 * sizes.keys) * s + 4 * sizes.heads + sizes.queries * s
+    mlp = 3 * sizes.width * s  # up, gate, and their product
+    low = len(sizes.matrices()) * run.rank * s
+    kept = norms + inputs + attention + mlp + low
+    if not run.on_gpu:  # the outputs of samples, and the row that they are put together to
+        kept += sizes.queries * s
+    if sizes.plain:
+        # float32 copies in the norms; the activated gate; keys and values repeated for the queries that share them
+        kept += 2 * hidden * 4 + sizes.width * s + 2 * (sizes.queries - sizes.keys) * s
+    return kept
+
+
+def at_work_in_block(sizes: Sizes, run: Run) -> float:
+    """Of each token, at the busiest moment of a block's backward pass: gradients of the MLP's three, and of its input."""
+    return 3 * sizes.width * run.s + 2 * sizes.hidden * run.s
+
+
+def kept_by_head(sizes: Sizes, run: Run) -> float:
+    """Of each token: the last norm's input and output, and the float32 gradient of supervised rows (at most all)."""
+    return sizes.hidden * (2 * run.s + run.s + 4)
+
+
+def head_piece(sizes: Sizes, run: Run, tokens: int) -> float:
+    """The logits at hand at one time; with a trained head in 16 bit, its copy."""
+    copy = sizes.vocabulary * sizes.hidden * run.s if run.half and (run.embeddings or not run.rank) else 0
+    rows = min(tokens, (2**26 if run.on_gpu else 2**24) // sizes.vocabulary)
+    # the kernel works where the logits lie; plain torch adds them in float32, and the exponentials
+    return rows * sizes.vocabulary * (run.s if run.on_gpu else 2 * run.s + 4) + copy
+
+
+def unpacked(sizes: Sizes, run: Run) -> float:
+    """A quantized layer's weight while it is multiplied with; on the CPU also what it is unpacked through."""
+    copies = 1 if run.on_gpu else 3
+    return copies * max(out * inner for out, inner in sizes.matrices()) * run.s if run.packed else 0.0

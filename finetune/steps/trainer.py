@@ -1,0 +1,295 @@
+"""transformers' Trainer, driven by the step plan.
+
+Towards transformers an item of the loader is a whole step and gradient accumulation is 1; the passes of a step are walked
+here. Everything else (optimizers, schedules, checkpoints, callbacks, engines) stays transformers' own.
+"""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from qwen_model.compat import overrides
+
+from ..compat import on_accelerate, on_transformers
+from ..distributed import engines
+from ..distributed.engines import size_of
+from ..distributed.ranks import meeting
+from ..folders import checkpoint
+from ..model import optimizers
+from ..model.loading import compute_dtype
+from ..quantized import quantized_model
+from . import saving
+from .batches import StepBatch, step_loader
+from .plan import Plan
+
+
+class FollowEpoch(TrainerCallback):
+    """Tells the loader which epoch begins: also after a resume, when transformers wraps the sampler."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = state.global_step // len(self.sampler)
+
+
+class PlannedTrainer(Trainer):
+    """Trains on packed rows. `plan` and `samples` (and `eval_*`) take the place of a data set and a collator.
+
+    The loss of a step is the sum of its token losses over its supervised tokens, all passes and ranks together: a number
+    that the plan knows beforehand. So the layout of a step changes none of its numbers, and no token weighs more than another.
+    """
+
+    def __init__(
+        self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None,
+        loraplus_lr_ratio=None, **kwargs
+    ):  # fmt: skip
+        args.gradient_accumulation_steps = 1  # a step is one item; see above
+        args.logging_nan_inf_filter = False  # a loss that is not a number must be seen
+        self.engine = engines.name_of(vars(args))
+        super().__init__(model=model, args=args, train_dataset=samples, eval_dataset=eval_samples, **kwargs)
+        # kept from transformers, which would "align" the model's stop tokens with the tokenizer's
+        self.chat_tokenizer, self.record = tokenizer, record
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
+        self.throughput = Throughput()
+        self.weights = None  # how many there are, and train; see floating_point_ops
+
+    @overrides(Trainer)
+    def create_accelerator_and_postprocess(self):
+        """fp16 on the CPU too: accelerate scales gradients on GPUs only, and would train in float32 without a word.
+
+        FSDP2 in half precision adds gradients up in float32, and leaves the loss as it is: accelerate would round both.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+            exact = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = exact
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    # ---- data
+
+    @overrides(Trainer)
+    def get_train_dataloader(self):
+        loader = self.loader(self.samples, self.plan)
+        self.throughput.drain()  # from here on it is training
+        self.remove_callback(FollowEpoch)
+        self.add_callback(FollowEpoch(loader.batch_sampler))
+        return loader
+
+    @overrides(Trainer, "eval_dataset")
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self.loader(self.eval_samples, self.eval_plan)
+
+    def loader(self, samples, plan: Plan):
+        workers, on_gpu = self.args.dataloader_num_workers, self.args.device.type == "cuda"
+        return step_loader(samples, plan, self.args.process_index, workers, on_gpu and self.args.dataloader_pin_memory)
+
+    @overrides(Trainer, "dataloader")
+    def num_examples(self, dataloader) -> int:
+        return len(dataloader.dataset.samples)
+
+    @overrides(Trainer, "batch_samples", "device")
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return None  # the plan knows
+
+    # ---- a step
+
+    @overrides(Trainer, "model", "inputs", "num_items_in_batch")
+    def training_step(self, model, step: StepBatch, num_items_in_batch=None) -> torch.Tensor:
+        """All passes of a step, forward and backward; returns this rank's share of the loss, times the ranks.
+
+        Gradients are averaged over ranks by DDP and the engines, so a rank's loss counts `world_size` fold beforehand.
+        """
+        model.train()
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()  # optimizers that average weights (schedule-free) switch modes
+        denominator = step.supervised_tokens / self.accelerator.num_processes
+        total = torch.zeros((), device=self.args.device)
+        for number, row in enumerate(step.rows, start=1):
+            last = number == len(step.rows)
+            # DDP and FSDP keep their gradients to themselves until the last pass; DeepSpeed's engine asks gradient_state
+            on_accelerate.set_last_pass(self.accelerator, last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = model(**self.on_device(row), num_items_in_batch=denominator).loss
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.throughput.add(step)
+        return total
+
+    def on_device(self, row: dict) -> dict:
+        """A row's tensors on this rank's device. Nobody waits for the copy, as transformers would, and with it for the GPU."""
+        device = self.args.device
+        return {key: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for key, x in row.items()}
+
+    @overrides(Trainer, "model")
+    def create_optimizer(self, model=None):
+        """transformers' choice; with --bf16_weights rounding stochastically, with LoRA+ in more groups."""
+        optimizers.prepare(self.args)
+        optimizer = super().create_optimizer(model)
+        return optimizers.add_lora_plus(optimizer, model or self.model, self.loraplus_lr_ratio)
+
+    @overrides(Trainer, "model")
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices decay; biases and norms, vectors all of them, do not, whatever a model calls them."""
+        # ds_shape: under ZeRO-3 a parameter is a flat shard that remembers its shape
+        return [name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
+
+    @overrides(Trainer, "inputs")
+    def floating_point_ops(self, step: StepBatch) -> float:
+        """Of this rank's share: 2 a weight and token forward, 2 for the input's gradient, 2 for a weight's where it trains."""
+        if self.weights is None:
+            embedding = self.accelerator.unwrap_model(self.model).get_input_embeddings()
+            inner = [p for p in self.model.parameters() if not any(p is other for other in embedding.parameters())]
+            every = sum(map(size_of, inner)) + quantized_model.packed_away(self.model)
+            self.weights = [every, sum(size_of(p) for p in inner if p.requires_grad)]
+        every, trained = self.weights
+        return (4 * every + 2 * trained) * step.tokens / self.accelerator.num_processes
+
+    @overrides(Trainer, "inputs")
+    def _track_num_input_tokens(self, step: StepBatch) -> None:
+        self.state.num_input_tokens_seen += step.tokens
+
+    # ---- evaluation
+
+    def evaluate(self, *args, **kwargs):
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
+
+    @overrides(Trainer, "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """The mean loss over all supervised tokens of the evaluation data, and its exponential."""
+        model = (
+            self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        )
+        training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        with torch.no_grad():
+            for step in dataloader:
+                for row in step.rows:
+                    row = self._prepare_inputs(row)
+                    sums[0] += model(**row, num_items_in_batch=1, skip_logits=True).loss.double()
+                    sums[1] += row["shift_labels"].numel()
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(training)
+        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / tokens,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss / tokens, 700)),  # exp overflows at 710
+            f"{metric_key_prefix}_supervised_tokens": int(tokens),
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_samples))
+
+    # ---- the log
+
+    @overrides(Trainer, "logs", "start_time")
+    def log(self, logs: dict, start_time: float | None = None) -> None:
+        """Adds what the run really does (all ranks together): tokens a second, memory. Stops at a loss that is no number."""
+        if "loss" in logs:
+            logs.update(self.throughput.drain(), memory_gb=round(memory_gb(), 3))
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss became {logs['loss']} at step {self.state.global_step}: lower --learning_rate, lengthen --warmup_ratio, "
+                "or train with --bf16 instead of --fp16"
+            )
+
+    # ---- saving
+
+    @overrides(Trainer, "output_dir", "_internal_call")
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """The model of a checkpoint. All ranks take part: where they hold shards, these are put together.
+
+        The others wait at the store while the first writes, which may take longer than a collective operation waits.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = engines.gather(model, self.engine)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            saving.save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
+        meeting.wait("a model is written")
+
+    def save_result(self) -> None:
+        """What the run was for, in --output_dir. A full model in the precision of the passes: its float32 masters have done."""
+        model = self.accelerator.unwrap_model(self.model)
+        dtype = None if hasattr(model, "peft_config") else compute_dtype(self.args)
+        tensors = engines.gather(model, self.engine, dtype)
+        if self.args.process_index == 0:
+            if tensors is None and dtype is not None:
+                model.to(dtype)
+            out = Path(self.args.output_dir)
+            saving.save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
+        meeting.wait("the result is written")
+
+    @overrides(Trainer, "model", "trial")
+    def _save_checkpoint(self, model, trial) -> None:
+        """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        staging = Path(self.args.output_dir) / ".unfinished"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        meeting.wait("there is room for a checkpoint")
+        with on_transformers.checkpoints_into(self, staging), self.throughput.paused():
+            super()._save_checkpoint(model, trial)
+        meeting.wait("a checkpoint is written")
+        if self.args.should_save:
+            written = staging / place.name
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(place)
+                self.state.save_to_json(written / "trainer_state.json")
+            saving.move_into_place(written, place)
+            staging.rmdir()
+            checkpoint.keep_newest(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        meeting.wait("a checkpoint is in its place")
+
+
+class Throughput:
+    """Tokens a second, all ranks together, since the last line of the log; evaluating and saving do not count."""
+
+    def __init__(self):
+        self.drain()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Takes out the time of what is not training."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+
+    def add(self, step: StepBatch) -> None:
+        self.tokens += step.tokens
+        self.supervised += step.supervised_tokens
+
+    def drain(self) -> dict[str, float]:
+        """{tokens_per_second, supervised_tokens_per_second} since the last call; starts anew."""
+        now = time.perf_counter()
+        seconds = max(now - getattr(self, "since", now), 1e-9)
+        rates = {}
+        if getattr(self, "tokens", 0):
+            rates = {
+                "tokens_per_second": round(self.tokens / seconds, 1),
+                "supervised_tokens_per_second": round(self.supervised / seconds, 1),
+            }
+        self.since, self.tokens, self.supervised = now, 0, 0
+        return rates
+
+
+def memory_gb() -> float:
+    """The most memory this process has used so far, in GB (10^9 bytes): of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,135 @@
+"""What is used of other packages beyond their public API is there, and does what we take it to do."""
+
+import importlib
+import inspect
+import logging
+import os
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.compat import on_accelerate, on_deepspeed, on_gptqmodel, on_peft, on_torch, on_transformers, patches
+
+
+class Owner:
+    value = 1
+
+
+def test_what_is_gone_is_not_replaced_in_silence():
+    with patches.replaced(Owner, "value", 2):
+        assert Owner.value == 2
+    assert Owner.value == 1
+    with pytest.raises(RuntimeError, match="Owner.gone is gone: another version of its package than requirements.txt"):
+        patches.replace(Owner, "gone", 2)
+
+
+def test_ddp_leaves_out_what_it_is_told_to():
+    model = nn.Linear(2, 2)
+    on_torch.ignore_in_ddp(model, ["weight"])
+    assert model._ddp_params_and_buffers_to_ignore == ["weight"]  # which DistributedDataParallel reads
+
+
+def test_views_are_told_apart():
+    whole = torch.zeros(4, 2)
+    assert on_torch.is_view(whole[1:]) and not on_torch.is_view(whole)
+
+
+def test_accelerates_state():
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    try:
+        on_accelerate.forget_state()
+        assert PartialState(cpu=True).distributed_type == DistributedType.NO
+        on_accelerate.be_multi_gpu()
+        assert PartialState(cpu=True).distributed_type == DistributedType.MULTI_GPU
+    finally:
+        on_accelerate.forget_state()
+    assert PartialState._shared_state == {}
+
+
+def test_deepspeeds_engine_is_told_of_the_last_pass():
+    from accelerate.state import GradientState
+
+    class Accelerator:
+        gradient_state = GradientState()
+
+    on_accelerate.set_last_pass(Accelerator, False)
+    assert not Accelerator.gradient_state.sync_gradients
+    on_accelerate.set_last_pass(Accelerator, True)
+    assert Accelerator.gradient_state.sync_gradients
+
+
+def test_transformers_asks_where_checkpoints_go(tmp_path):
+    from transformers import Trainer
+
+    assert "self._get_output_dir(trial" in inspect.getsource(Trainer._save_checkpoint)
+    trainer = Trainer.__new__(Trainer)
+    with on_transformers.checkpoints_into(trainer, tmp_path):
+        assert trainer._get_output_dir(None) == str(tmp_path)
+    assert "_get_output_dir" not in vars(trainer)
+
+
+def test_deepspeed_has_the_operator_that_is_left_out(monkeypatch):
+    deepspeed = pytest.importorskip("deepspeed")
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", dict(deepspeed.ops.__compatible_ops__))
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    on_deepspeed.leave_out_shm_operator()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+@pytest.mark.parametrize("name", on_peft.LINEARS)
+def test_pefts_layers_have_their_names(name):
+    """The class is told apart by name: one that was renamed would quietly train by peft's own forward."""
+    module, _, kind = name.rpartition(".")
+    loaded = importlib.import_module(module)
+    if not hasattr(loaded, kind):  # those of bitsandbytes exist where the package does
+        pytest.importorskip("bitsandbytes")
+    made = getattr(loaded, kind)
+    assert on_peft.is_lora_linear(made.__new__(made))
+    assert not on_peft.is_lora_linear(nn.Linear(1, 1))
+
+
+def test_peft_asks_for_gptqmodel_where_we_answer():
+    from peft.tuners.lora import awq, gptq
+
+    for module in (awq, gptq):
+        assert "is_gptqmodel_available()" in inspect.getsource(module)
+    with on_peft.unquantized():
+        assert "gptqmodel" in sys.modules or not gptq.is_gptqmodel_available()
+
+
+def test_peft_reads_the_first_values_of_rows_where_we_do():
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    before = TrainableTokensLayer._collect_token_weights
+    assert list(inspect.signature(before).parameters) == ["self", "weight", "rows", "embed_dim"]
+    with on_peft.first_values_of_rows():
+        weight = torch.arange(12.0).reshape(4, 3)
+        assert TrainableTokensLayer._collect_token_weights(None, weight, [3, 1], 3).tolist() == weight[[3, 1]].tolist()
+    assert TrainableTokensLayer._collect_token_weights is before
+
+
+def test_gptqmodel_leaves_the_environment_and_the_log(capsys, monkeypatch):
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    environment, handlers = dict(os.environ), list(logging.getLogger().handlers)
+    with on_gptqmodel.contained():
+        print("a banner")
+        os.environ["HF_HOME"] = "/tmp/elsewhere"
+        logging.getLogger().addHandler(logging.NullHandler())
+    assert (dict(os.environ), logging.getLogger().handlers) == (environment, handlers)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_gptqmodel_has_what_is_replaced(tmp_path, monkeypatch):
+    pytest.importorskip("optimum")
+    with on_gptqmodel.contained():
+        from gptqmodel.looper import loop_processor
+        from gptqmodel.utils import logger
+    monkeypatch.setattr(loop_processor, "_PROJECT_LOG_DIR", loop_processor._PROJECT_LOG_DIR)
+    monkeypatch.setattr(logger, "_suppress_live_renderables", logger._suppress_live_renderables)
+    on_gptqmodel.keep_to(tmp_path)
+    assert loop_processor._PROJECT_LOG_DIR == tmp_path and logger._suppress_live_renderables()

@@ -1,0 +1,300 @@
+"""Every form that is accepted gives the same conversations, and every finding is provoked and its message read."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from talks import GOOD, TALK, findings, turns, write
+
+from finetune.data.conversations import read
+
+EXPECTED = 'expected "conversations" (from/value), "messages" (role/content) or "instruction"/"output"'
+ALLOWED = "allowed: system, user, assistant (human and gpt are read as user and assistant)"
+
+
+# ---- what is accepted
+
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+BY_ROLE = {
+    "conversations": [{"from": m["role"], "value": m["content"]} for m in TALK],
+    "messages": [{"role": m["role"], "content": m["content"]} for m in TALK],
+}
+FORMS = {
+    "from/value": [{"id": "a", "conversations": BY_ROLE["conversations"]}],
+    "human/gpt": [
+        {
+            "conversations": [
+                {"from": "human" if i % 2 == 0 else "gpt", "value": m["content"]} for i, m in enumerate(TALK)
+            ]
+        }
+    ],
+    "messages": [{"messages": BY_ROLE["messages"]}],
+    "conversations with role/content": [{"conversations": BY_ROLE["messages"]}],
+    "messages with from/value": [{"messages": BY_ROLE["conversations"]}],
+    "content in parts": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]},
+                *BY_ROLE["messages"][1:],
+            ]
+        }
+    ],
+    "alpaca": [
+        {
+            "instruction": "line\u2028separator\u0085 \x1c here",
+            "output": "ok\n",
+            "history": [["你好", "Hello"]],
+            "input": "",
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_forms_give_the_same_conversation(tmp_path, form, indent):
+    conversations = read(write(tmp_path, json.dumps(FORMS[form], indent=indent, ensure_ascii=False)))
+    assert list(conversations) == [TALK]
+    assert len(conversations) == 1 and conversations.notes == []
+
+
+def test_the_examples_of_the_readme_are_accepted(tmp_path):
+    text = (Path(__file__).parent.parent.parent / "data" / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^((?:    +[^\n]*\n)+)", text, re.MULTILINE)
+    accepted = [read(write(tmp_path, text, f"{i}")) for i, text in enumerate(examples) if text.lstrip()[0] in "[{"]
+    assert [len(conversations) for conversations in accepted] == [1, 2, 1, 1]
+    assert [conversations.notes for conversations in accepted] == [[]] * 4
+    alpaca, untrained = (next(iter(conversations)) for conversations in accepted[2:])
+    assert [m["content"] for m in alpaca[1:]] == [
+        "Translate to French: dog",
+        "chien",
+        "Translate to French.\ncat",
+        "chat",
+    ]
+    assert [m.get("train") for m in untrained] == [None, False, None, None]
+    [finding] = [text for text in examples if text.lstrip()[0] not in "[{"]
+    bad = [turns(("user", "x"), ("bot", "y"))]
+    assert finding.split(": ", 2)[2].split(" (")[0] in findings(write(tmp_path, bad))[0]
+
+
+def test_alpaca_fields(tmp_path):
+    samples = [
+        {"instruction": "Translate", "input": "chat", "output": "cat", "system": "You know French.", "history": []},
+        {"instruction": "Say A", "input": None, "output": "A", "system": "", "history": None},
+    ]
+    first, second = read(write(tmp_path, samples))
+    assert [m["content"] for m in first] == ["You know French.", "Translate\nchat", "cat"]
+    assert [m["role"] for m in first] == ["system", "user", "assistant"]
+    assert second == [{"role": "user", "content": "Say A"}, {"role": "assistant", "content": "A"}]
+
+
+def test_system_turn_and_system_field(tmp_path):
+    inside = turns(("system", "Be short."), ("user", "a"), ("assistant", "b"))
+    beside = {"system": "Be short.", **turns(("user", "a"), ("assistant", "b"))}
+    first, second = read(write(tmp_path, [inside, beside]))
+    assert first == second and first[0] == {"role": "system", "content": "Be short."}
+
+
+def test_train_is_kept(tmp_path):
+    sample = {"messages": [dict(message) for message in TALK]}
+    sample["messages"][1]["train"], sample["messages"][3]["train"] = False, True
+    [messages] = read(write(tmp_path, [sample]))
+    assert messages == [TALK[0], TALK[1] | {"train": False}, TALK[2], TALK[3] | {"train": True}]
+
+
+# ---- samples and turns
+
+
+ORDER = "; the first turn (after a system turn) must be the user's"
+BOTH = "; join them or add the turn between them"
+TEXT_PART = 'only {"type": "text", "text": "…"} can be trained on'
+QUESTION = {"role": "user", "content": "a"}
+CASES = [  # a sample, and what is said of it
+    (3, ': must be an object with "conversations", found a number'),
+    (turns(), ": empty conversation; remove it"),
+    ({"conversations": "hi"}, ': "conversations" must be a list of turns, found a string'),
+    ({"conversations": [3]}, ' turn 1: must be an object with "from" and "value", found a number'),
+    ({"id": 1, "text": "x"}, f': no "conversations" (keys: "id", "text"); {EXPECTED}'),
+    (
+        {"from": "user", "value": "x"},
+        ': is a single turn; put the turns of a conversation into {"conversations": [...]}',
+    ),
+    (GOOD | {"messages": []}, ': has "conversations", "messages"; keep one of them'),
+    # misspelt keys
+    (
+        {"conversation": []},
+        ': no "conversations" (keys: "conversation"); did you mean "conversations"? Rename the key "conversation"',
+    ),
+    (
+        {"dialog": GOOD["conversations"]},
+        ': no "conversations" (keys: "dialog"); did you mean "conversations"? Rename the key "dialog"',
+    ),
+    ({"chat": [QUESTION]}, ': no "messages" (keys: "chat"); did you mean "messages"? Rename the key "chat"'),
+    (
+        {"conversations": [{"form": "user", "Value": "x"}]},
+        ' turn 1: no "from" (keys: "form", "Value"); did you mean "from"? Rename the key "form"',
+        ' turn 1: no "value" (keys: "form", "Value"); did you mean "value"? Rename the key "Value"',
+    ),
+    # roles and their order
+    (turns(("bot", "x")), f' turn 1: role "bot" unknown; {ALLOWED}'),
+    (turns(("User", "x")), f' turn 1: role "User" unknown; {ALLOWED}; did you mean "user"?'),
+    (turns((None, "x")), ' turn 1: "from" must be a string, found null'),
+    (turns((["user"], "x")), ' turn 1: "from" must be a string, found a list'),
+    (turns(("user", "a"), ("system", "s"), ("assistant", "b")), " turn 2: system turn only allowed first"),
+    (GOOD | {"system": 1}, ': "system" must be a string, found a number'),
+    (
+        {"system": "s", **turns(("system", "t"), ("user", "a"), ("assistant", "b"))},
+        ': has a "system" and a system turn; keep one',
+    ),
+    (turns(("assistant", "a"), ("user", "b"), ("assistant", "c")), f": starts with assistant{ORDER}"),
+    (turns(("system", "s"), ("assistant", "a")), f": starts with assistant{ORDER}"),
+    (turns(("user", "a"), ("human", "b"), ("assistant", "c")), f": turns 1,2 are both user{BOTH}"),
+    (turns(("user", "a"), ("assistant", "b"), ("gpt", "c")), f": turns 2,3 are both assistant{BOTH}"),
+    (turns(("user", "a")), ": no assistant answer to learn from"),
+    (turns(("system", "s")), ": no assistant answer to learn from"),
+    (
+        turns(("user", "a"), ("assistant", "b"), ("user", "c")),
+        " turn 3: last user turn has no answer; add it or remove the turn",
+    ),
+    # contents
+    (turns(("user", "a"), ("assistant", None)), ' turn 2: "value" must be a string, found null'),
+    (turns(("user", "a"), ("assistant", 1)), ' turn 2: "value" must be a string, found a number'),
+    (turns(("user", "a"), ("assistant", 1.5)), ' turn 2: "value" must be a string, found a number'),
+    (turns(("user", "a"), ("assistant", True)), ' turn 2: "value" must be a string, found true or false'),
+    (turns(("user", {}), ("assistant", "b")), ' turn 1: "value" must be a string, found an object'),
+    (turns(("user", ["a"]), ("assistant", "b")), ' turn 1: "value" must be a string, found a list'),
+    ({"conversations": [{"from": "user"}]}, ' turn 1: no "value" (keys: "from")'),
+    (turns(("user", "a"), ("assistant", "")), " turn 2: empty answer; write one or remove the sample"),
+    (turns(("user", "a"), ("assistant", " \n\u3000")), " turn 2: empty answer; write one or remove the sample"),
+    (
+        {"messages": [QUESTION | {"content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+        f' turn 1: "content" part 2 is type "image_url"; {TEXT_PART}',
+    ),
+    ({"messages": [QUESTION | {"content": [4]}]}, f' turn 1: "content" part 1 is a number; {TEXT_PART}'),
+    # train
+    (
+        {"messages": [QUESTION | {"train": True}, {"role": "assistant", "content": "b", "train": "no"}]},
+        ' turn 1: "train" must be true or false, only on an assistant turn, found on role user',
+        ' turn 2: "train" must be true or false, found a string',
+    ),
+    (
+        {"messages": [QUESTION, {"role": "assistant", "content": "b", "train": False}]},
+        ': no assistant answer to learn from: every one has "train": false',
+    ),
+    # alpaca
+    (
+        {"instruction": "a", "ouput": "b"},
+        ': no "output" (keys: "instruction", "ouput"); did you mean "output"? Rename the key "ouput"',
+    ),
+    ({"input": "a", "output": "b"}, ': no "instruction" (keys: "input", "output")'),
+    (
+        {"instruction": "a", "input": 0, "output": None},
+        ': "input" must be a string, found a number',
+        ': "output" must be a string, found null',
+    ),
+    (
+        {"instruction": "a", "output": "b", "history": "c"},
+        ': "history" must be a list of [question, answer] pairs, found a string',
+    ),
+    (
+        {"instruction": "a", "output": "b", "history": [["c", "d"], ["e"], ["f", 1]]},
+        " history 2: must be a [question, answer] pair, found a list",
+        ' history 3: "answer" must be a string, found a number',
+    ),
+    ({"instruction": "a", "output": " "}, ' "output": empty answer; write one or remove the sample'),
+    (
+        {"instruction": "a", "output": "b", "history": [["c", ""]]},
+        " history 1 answer: empty answer; write one or remove the sample",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_findings_of_one_sample(tmp_path, case):
+    sample, *messages = case
+    assert findings(write(tmp_path, [sample])) == [f"sample 1{message}" for message in messages]
+
+
+def test_an_unknown_first_line_is_one_sample_among_others(tmp_path):
+    lines = [json.dumps({"text": "x"}), json.dumps(GOOD)]
+    assert findings(write(tmp_path, "\n".join(lines))) == [f'sample 1: no "conversations" (keys: "text"); {EXPECTED}']
+
+
+def test_half_a_character_and_keys_given_twice(tmp_path):
+    text = r"""
+[{"conversations": [{"from": "user", "value": "\ud83d\ude00"}, {"from": "assistant", "value": "a\ude00"}]},
+{"conversations": [{"from": "user", "value": "a", "value": "b"}, {"from": "assistant", "value": "c"}],
+ "conversations": []}]"""
+    assert findings(write(tmp_path, text)) == [
+        'sample 1 (line 2) turn 2: "value" holds half of a character (\\ude00 alone); write it whole or remove it',
+        'sample 2 (line 3): has "conversations" twice; one of them would be lost',
+        "sample 2 (line 3): empty conversation; remove it",
+    ]
+    text = '[{"conversations": [{"from": "user", "value": "a", "value": "b"}, {"from": "assistant", "value": "c"}]}]'
+    assert findings(write(tmp_path, text)) == ['sample 1 turn 1: has "value" twice; one of them would be lost']
+
+
+def test_mixed_forms_name_the_first_sample_of_each(tmp_path):
+    alpaca, openai = {"instruction": "a", "output": "b"}, {"messages": TALK}
+    assert findings(write(tmp_path, [alpaca, alpaca, GOOD, openai, GOOD])) == [
+        'mixes forms: "instruction"/"output" (first: sample 1), "conversations" with from/value (first: sample 3), '
+        '"messages" with role/content (first: sample 4); keep one form per file'
+    ]
+
+
+def test_all_findings_of_a_file_come_together(tmp_path):
+    lines = [json.dumps(turns(("user", "a"))) for _ in range(1500)]
+    found = findings(write(tmp_path, "\n".join(lines)))
+    assert len(found) == 21
+    assert found[0] == "sample 1: no assistant answer to learn from"
+    assert found[19] == "sample 20 (line 20): no assistant answer to learn from"
+    assert found[20] == "and 1,480 more findings"
+    found = findings(write(tmp_path, "\n".join([*lines, json.dumps({"messages": TALK}), "{"])))
+    assert len(found) == 22 and found[20] == "and 1,480 more findings" and "line 1502" in found[21]
+
+
+# ---- notes
+
+
+def test_notes(tmp_path):
+    samples = [
+        turns(("user", " "), ("assistant", "A"), ("user", ""), ("assistant", "B")),
+        turns(("user", "e\u0301"), ("assistant", "what <|im_start|> means")),
+        turns(("user", "<|extra_204|>"), ("assistant", "\u00e9 is composed")),
+        turns(("user", "<|extra_205|> <|im_end| >"), ("assistant", "neither is special")),
+        turns(("user", "same"), ("assistant", "one")) | {"source": "x"},
+        turns(("user", "same"), ("assistant", "two")) | {"source": "y"},
+        turns(("user", "same"), ("assistant", "one")) | {"source": "y", "hitsory": []},
+        turns(("user", "same"), ("assistant", "one"), ("user", "and"), ("assistant", "x")),
+    ]
+    samples[0]["conversations"][1]["trian"] = False
+    path = write(tmp_path, samples)
+    assert read(path).notes == [
+        "1 sample with an empty user turn (first: 1)",
+        "2 samples contain special-token text (first: 2); it is encoded as plain text. --allow_special to change",
+        "1 sample with text outside Unicode's normal form C (first: 2); the tokenizer normalizes it",
+        'keys that are not read: "source" (3 samples, first: 5), "trian" (1 sample, first: 1; did you mean "train"?), '
+        '"hitsory" (1 sample, first: 7; did you mean "history"?)',
+        "duplicates: 1 sample equal to an earlier one (first: 5 and 7)",
+        "conflicting: 3 samples with the same prompt but different answers (first: 5 and 6)",
+    ]
+    assert "it becomes control tokens" in read(path, allow_special=True).notes[1]
+
+
+def test_duplicates_and_conflicts_against_a_plain_count(tmp_path):
+    draw = random.Random(5)
+    pairs = [(f"q{draw.randrange(60)}", f"a{draw.randrange(4)}") for _ in range(300)]
+    notes = read(write(tmp_path, [turns(("user", q), ("assistant", a)) for q, a in pairs])).notes
+    copies = len(pairs) - len(set(pairs))
+    again = next(i for i in range(300) if pairs[i] in pairs[i + 1 :])
+    answers = {q: {a for other, a in pairs if other == q} for q, _ in pairs}
+    conflicts = sum(len(answers[q]) > 1 for q, _ in pairs)
+    at_odds = next(i for i in range(300) if len(answers[pairs[i][0]]) > 1)
+    other = next(i for i in range(300) if pairs[i][0] == pairs[at_odds][0] and pairs[i] != pairs[at_odds])
+    firsts = [f"{again + 1} and {pairs.index(pairs[again], again + 1) + 1}", f"{at_odds + 1} and {other + 1}"]
+    assert notes == [
+        f"duplicates: {copies} samples equal to an earlier one (first: {firsts[0]})",
+        f"conflicting: {conflicts} samples with the same prompt but different answers (first: {firsts[1]})",
+    ]

@@ -1,0 +1,119 @@
+"""What a run has left on disk: which base it is of, and which checkpoints a run may go on from."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import small_checkpoint
+from transformers import AutoModelForCausalLM
+
+import qwen_model
+from finetune.errors import UserError
+from finetune.folders import checkpoint, tensor_files
+
+
+def test_going_on_from_another_run_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+    }
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    checkpoint.check_same_run(tmp_path, record)
+    changed = record | {"data": {"fingerprint": "c" * 64}, "samples_per_step": 8}
+    with pytest.raises(
+        UserError, match="data as rendered: bbbbbbbbbbbb, now cccccccccccc; samples per step: 16, now 8"
+    ):
+        checkpoint.check_same_run(tmp_path, changed)
+
+
+def test_going_on_with_other_tensors_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+        "method": {"use_lora": True, "train_embeddings": "chat_rows", "train_tokens": [], "use_dora": False},
+    }
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    checkpoint.check_same_run(tmp_path, record)
+    changed = record | {"method": record["method"] | {"train_embeddings": "all", "use_dora": True}}
+    with pytest.raises(
+        UserError, match="what trains: train_embeddings chat_rows, now train_embeddings all, use_dora True"
+    ):
+        checkpoint.check_same_run(tmp_path, changed)
+
+
+def test_going_on_with_another_optimizer_or_precision_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+        "precision": "bfloat16",
+    }
+    now = record | {"optim": "adamw_torch_fused", "bf16_weights": False}
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    checkpoint.check_same_run(tmp_path, now)  # of before there was a record of these
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(now))
+    checkpoint.check_same_run(tmp_path, now)
+    changed = now | {"precision": "float32", "optim": "adamw_torch_8bit", "bf16_weights": True}
+    line = "precision: bfloat16, now float32; --bf16_weights: False, now True; --optim: adamw_torch_fused, now adamw_to"
+    with pytest.raises(UserError, match=line):
+        checkpoint.check_same_run(tmp_path, changed)
+
+
+def test_checkpoints_of_this_launch(tmp_path):
+    """Whole or not; with one of the run's agents in common, as the others may have come back as new ones."""
+    (tmp_path / "checkpoint-3").mkdir()
+    assert not checkpoint.of_launch(tmp_path, ["a"])
+    (tmp_path / "checkpoint-3" / checkpoint.RECORD).write_text('{"launches": ["a", "b"]}')
+    assert checkpoint.of_launch(tmp_path, ["b", "c"])
+    assert not checkpoint.of_launch(tmp_path, ["c"]) and not checkpoint.of_launch(tmp_path, [])
+
+
+def test_fingerprint_tells_models_apart(tmp_path):
+    qwen_model.register()
+    base, other = small_checkpoint(tmp_path / "base"), small_checkpoint(tmp_path / "other", seed=1)
+    assert checkpoint.fingerprint(other) != checkpoint.fingerprint(base)
+    same = tmp_path / "bf16"
+    shutil.copytree(base, same)
+    rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(torch.bfloat16)
+    rounded.float().save_pretrained(same)
+    stored_in_float32 = checkpoint.fingerprint(same)
+    rounded.to(torch.bfloat16).save_pretrained(same)
+    assert checkpoint.fingerprint(same) == stored_in_float32  # the same values in another type
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="no weights"):
+        tensor_files.weight_files(tmp_path)
+
+
+def test_checkpoints_in_order_and_complete_only(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+        for file in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+            if (name, file) != ("checkpoint-11", "optimizer.pt"):  # as --save_only_model leaves it
+                (tmp_path / name / file).write_text("{}")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert checkpoint.resume_point(tmp_path, "auto").name == "checkpoint-10"
+    assert checkpoint.resume_point(tmp_path, "True").name == "checkpoint-10"
+    assert checkpoint.resume_point(tmp_path, None) is None
+    assert checkpoint.resume_point(tmp_path / "empty", "auto") is None
+    assert checkpoint.resume_point(tmp_path, str(tmp_path / "checkpoint-9")).name == "checkpoint-9"
+    with pytest.raises(UserError, match="no complete checkpoint there"):
+        checkpoint.resume_point(tmp_path, str(tmp_path / "checkpoint-11"))
+
+
+def test_keep_newest_spares_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for file in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+            (tmp_path / f"checkpoint-{step}" / file).write_text("{}")
+    checkpoint.keep_newest(tmp_path, None)
+    assert len(checkpoint.checkpoints(tmp_path)) == 4
+    checkpoint.keep_newest(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]

@@ -1,0 +1,71 @@
+"""Packing against the definition, written out by hand."""
+
+import numpy as np
+import torch
+from accelerate.data_loader import skip_first_batches
+
+from finetune.steps.batches import pack, step_loader
+from finetune.steps.plan import Plan
+
+
+def row(ids, labels):
+    return np.array(ids, np.int32), np.array(labels, np.int32)
+
+
+def test_pack_by_hand():
+    batch = pack([row([5, 6, 7], [5, -100, 7]), row([8, 9], [8, 9]), row([4], [4])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 6]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 3
+    # the labels at positions 0, 3 and 5 open their samples: nothing of the same sample stands before them
+    assert batch["logits_to_keep"].tolist() == [1, 3]
+    assert batch["shift_labels"].tolist() == [[7, 9]]
+
+
+def test_packing_leaves_the_samples_as_they_are():
+    sample = row([5, 6], [5, 6])
+    pack([sample, sample])
+    assert sample[1].tolist() == [5, 6]
+
+
+def test_no_samples_make_a_row_that_supervises_nothing():
+    batch = pack([])
+    assert batch["input_ids"].shape == (1, 1) and batch["shift_labels"].shape == (1, 0)
+
+
+def loader_of(count=10, per_step=3):
+    samples = [row([i, i], [i, i]) for i in range(count)]
+    plan = Plan(np.full(count, 2), np.full(count, 1), samples_per_step=per_step, max_tokens_per_pass=4)
+    return step_loader(samples, plan), plan
+
+
+def test_loader_yields_the_steps_of_its_epoch():
+    loader, plan = loader_of()
+    loader.batch_sampler.epoch = 3
+    for index, batch in enumerate(loader):
+        step = plan.step(3, index)
+        assert (batch.samples, batch.tokens, batch.supervised_tokens) == (
+            step.samples,
+            step.tokens,
+            step.supervised_tokens,
+        )
+        assert [one["input_ids"][0, ::2].tolist() for one in batch.rows] == [
+            list(members) for members in step.passes[0]
+        ]
+    assert index == 3
+
+
+def test_skipping_steps_reads_no_sample():
+    loader, plan = loader_of()
+    read = []
+
+    class Counted(list):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    loader.dataset.samples = Counted(loader.dataset.samples)
+    rest = list(skip_first_batches(loader, 3))
+    assert len(rest) == 1 and len(read) == plan.step(0, 3).samples == 1

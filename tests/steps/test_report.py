@@ -1,0 +1,198 @@
+"""What a person sees: the summary, the bar's figures, the log, the curve, and errors of one line."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model
+
+from finetune import errors
+from finetune.steps import report
+from finetune.steps.memory_model import Estimate
+from finetune.steps.plan import Plan
+
+LINE = {
+    "loss": 1.25,
+    "learning_rate": 3e-4,
+    "tokens_per_second": 1234.5,
+    "supervised_tokens_per_second": 99.0,
+    "memory_gb": 2.04,
+}
+
+
+def test_summary_counts_what_trains(capsys):
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("ln_f" in name or "c_attn" in name)
+    lora = SimpleNamespace(use_lora=False, lora_r=1, lora_alpha=1, lora_target_modules=[])
+    training = SimpleNamespace(
+        bf16=True, fp16=False, num_train_epochs=2, max_steps=-1, device=torch.device("cpu"), output_dir="out"
+    )
+    args = SimpleNamespace(model=SimpleNamespace(model_name_or_path="M"), lora=lora, training=training)
+
+    class Samples:
+        def __len__(self):
+            return 20
+
+        def describe(self):
+            return "20 samples"
+
+    plan = Plan(np.full(20, 5), np.full(20, 2), samples_per_step=8, max_tokens_per_pass=100)
+    memory = Estimate(15e9, 0.6e9, 1.1e9, 4e9, tokens=4096, recomputed=3, layers=32)
+    job = SimpleNamespace(samples=Samples(), eval_samples=None, plan=plan, memory=memory)
+    text = report.summary(args, job, model)
+    trained = 32 + 2 * (96 * 32 + 96)  # the final norm, and query, key and value of both layers with their bias
+    assert f"{trained:,} parameters" in text
+    assert "h.*.attn.c_attn, h.*.attn.c_attn.bias, ln_f" in text
+    assert "6 (3 an epoch, 8 samples each)" in text and "full-parameter, bfloat16 on cpu" in text
+    said = "about 20.7 GB (weights 15.0, gradients 0.6, optimizer 1.1, a pass of 4,096 tokens 4.0; 3 of 32 blocks computed again)"
+    assert said in text
+    assert "only 6 optimizer steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings,ratio,said",
+    [
+        ({}, None, "LoRA r=2 alpha=16 on c_attn, w1"),
+        ({"target_modules": r".*\.mlp\.w1"}, None, r"LoRA r=2 alpha=16 on .*\.mlp\.w1"),
+        ({"use_rslora": True}, None, "rsLoRA r=2 alpha=16 on c_attn, w1"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, 16.0, "DoRA, PiSSA, LoRA+ (16.0) r=2 alpha=16 on c_attn, w1"),
+        ({}, 4.0, "LoRA+ (4.0) r=2 alpha=16 on c_attn, w1"),
+    ],
+)  # fmt: skip
+def test_the_method_in_words(settings, ratio, said):
+    config = LoraConfig(**{"r": 2, "lora_alpha": 16, "target_modules": ["w1", "c_attn"]} | settings)
+    assert report.method(get_peft_model(tiny_model(), config), ratio) == f"{said}, bias none"
+
+
+def test_a_curve_that_cannot_be_drawn_is_no_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "draw", lambda folder: (_ for _ in ()).throw(ImportError("no matplotlib")))
+    report.print_next_steps(tmp_path, is_adapter=True)
+    told = capsys.readouterr().err
+    assert "could not be drawn (ImportError: no matplotlib)" in told and "merge it:" in told
+
+
+def test_figures_behind_the_bar():
+    assert report.figures(LINE) == {
+        "loss": "1.2500", "lr": "3.00e-04", "tok/s": "1,234", "supervised/s": "99", "mem": "2.0GB"
+    }  # fmt: skip
+
+
+def test_log_and_curve(tmp_path):
+    """A resumed run keeps the lines up to its checkpoint, and only those."""
+    (tmp_path / report.LOG).write_text("".join(json.dumps({"step": i, **LINE}) + "\n" for i in range(1, 6)))
+    told, state = report.Report(str(tmp_path)), SimpleNamespace(global_step=3, max_steps=30)
+    told.on_train_begin(None, state, None)
+    for step in range(4, 31):
+        state.global_step = step
+        told.on_step_end(None, state, None)
+        told.on_log(None, state, None, logs=dict(LINE, loss=5 / step))
+    told.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_perplexity": 2.7})
+    told.on_train_end(None, state, None)
+    with (tmp_path / report.LOG).open("a") as file:
+        file.write('{"step": 31, "lo')  # as a kill leaves it
+    report.print_next_steps(tmp_path, is_adapter=False)
+    lines = report.read_log(tmp_path)
+    assert [line["step"] for line in lines] == [*range(1, 31), 30]
+    assert lines[3]["loss"] == 1.25
+    assert (tmp_path / report.CURVE).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys, terminal):
+    """nohup ... > log: a line now and then, and the last one."""
+    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: terminal, raising=False)
+    told, state = report.Report(str(tmp_path)), SimpleNamespace(global_step=0, max_steps=30)
+    told.on_train_begin(None, state, None)
+    for state.global_step in range(1, 31):
+        told.on_step_end(None, state, None)
+        told.on_log(None, state, None, logs=LINE)
+    told.on_train_end(None, state, None)
+    printed = capsys.readouterr().err
+    assert "30/30" in printed and (printed.count("step") > 30 if terminal else printed.count("step") < 6)
+
+
+def test_smoothing_starts_at_the_first_value():
+    points = report.smoothed([(1, 4.0), (2, 4.0), (3, 4.0)])
+    assert [value for _, value in points] == pytest.approx([4.0, 4.0, 4.0])
+    assert report.smoothed([(1, 0.0), (2, 1.0)])[1][1] == pytest.approx(0.1 / (1 - 0.81))
+
+
+def test_the_next_command_works_where_the_user_is(monkeypatch, tmp_path):
+    root = Path(report.__file__).parents[2]
+    monkeypatch.chdir(root)
+    assert shlex.split(report.command("finetune.ask", "my out")) == [sys.executable, "-m", "finetune.ask", "my out"]
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(report.command("finetune.ask", "my out"))
+    assert words == ["cd", str(root), "&&", sys.executable, "-m", "finetune.ask", str(tmp_path / "my out")]
+
+
+def test_all_findings_of_several_checks_come_together_once():
+    findings = errors.Findings()
+    with findings:
+        raise errors.UserError("a - b - c", "d")
+    with findings:
+        raise errors.UserError("a - b - c", "e")
+    with pytest.raises(errors.UserError) as raised:
+        findings.raise_if_any()
+    assert raised.value.findings == ["a - b - c", "d", "e"]
+    with pytest.raises(KeyError), findings:
+        raise KeyError("a defect is not a finding")
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def job():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(job, when_stopped="stopped; go on so")
+    assert stopped.value.code == 130 and capsys.readouterr().err == "note: stopped; go on so\n"
+
+
+def test_other_ends_of_a_run_are_told_in_a_line(capsys):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    for error, expected in [
+        (FloatingPointError("the loss became nan"), "error: the loss became nan\n"),
+        (OutOfMemoryError("tried 2 GB"), "error: out of GPU memory (tried 2 GB) - lower --max_tokens_per_pass, "),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            errors.run(lambda error=error: (_ for _ in ()).throw(error))
+        assert stopped.value.code == 1 and capsys.readouterr().err.startswith(expected)
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(lambda: (_ for _ in ()).throw(RuntimeError("a defect")))
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 1 and printed.startswith("Traceback") and "RuntimeError: a defect" in printed
+
+
+@pytest.mark.parametrize("may_speak,printed", [(True, "error: a\nerror: b\n"), (False, "")])
+def test_run_prints_findings_once_and_exits_with_2(may_speak, printed, capsys):
+    def job():
+        raise errors.UserError("a", "b")
+
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(job, speak=lambda line, say: say() if may_speak else None)
+    assert stopped.value.code == 2 and capsys.readouterr().err == printed
+
+
+def test_a_rank_that_misses_another_says_so_in_a_line(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    gone = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.2]:4711")
+    with pytest.raises(SystemExit):
+        errors.run(lambda: (_ for _ in ()).throw(gone))
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: the connection to another process is lost (") and printed.count("\n") == 1
+
+
+def test_what_was_told_is_handed_to_the_agent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    errors.tell("a  b", "c")
+    assert json.loads((tmp_path / "error.json").read_text()) == {"message": "a b; c"}
+    assert capsys.readouterr().err == "error: a b\nerror: c\n"
