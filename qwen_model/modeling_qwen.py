@@ -3,13 +3,8 @@
 Pre-norm blocks: x = x + attn(ln_1(x)); x = x + mlp(ln_2(x)); then ln_f and an untied head. Rotary positions over the whole
 head, a bias on query, key and value only, and an MLP c_proj(w1(x) * silu(w2(x))): w2 is the gated one, w1 is not.
 
-Beyond the trained length, outside training, two things happen (both per row, or per sample of a packed row):
-dynamic NTK stretches the rotary base at a prefill, and LogN scales the queries.
-
 Shapes, one letter each: B batch, T tokens, H hidden size, N heads, D head size, F MLP width, V vocabulary, R supervised rows.
 """
-
-import math
 
 import torch
 from torch import nn
@@ -28,6 +23,7 @@ from .fused import gated, rms_norm, rotated_heads
 from .generation_qwen import QWenChatMixin
 from .head_loss import LMHead, summed_loss
 from .kv_cache import Int8Cache, kernel_obstacle
+from .positions import QWenRotaryEmbedding, alpha_of_pass, count_on, logn_factor
 
 logger = logging.get_logger(__name__)
 
@@ -46,30 +42,6 @@ class QWenRMSNorm(nn.Module):
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
-
-
-def ntk_alpha(length, seq_length: int):
-    """Dynamic NTK's alpha for a prefill of `length` tokens (a number or a tensor): max(1, 2^ceil(log2(L / S) + 1) - 1)."""
-    length = torch.as_tensor(length, dtype=torch.float32)
-    return (2 ** torch.ceil(torch.log2(length / seq_length) + 1) - 1).clamp_min(1.0)
-
-
-class QWenRotaryEmbedding(nn.Module):
-    """Rotary embedding over the whole head ("rotate half"), in float32, with a base that NTK may stretch per token."""
-
-    def __init__(self, config: QWenConfig):
-        super().__init__()
-        self.base, self.dim = config.rotary_emb_base, config.head_dim
-
-    def forward(self, position_ids_BT, alpha_BT):
-        """cos, sin (B, 1, T, D) of the positions, float32; alpha None, or (B, T) or (B, 1), stretches the base."""
-        exponent = torch.arange(0, self.dim, 2, device=position_ids_BT.device, dtype=torch.float32) / self.dim
-        base = torch.tensor(float(self.base), device=position_ids_BT.device)
-        if alpha_BT is not None:
-            base = (base * alpha_BT.to(base.device) ** (self.dim / (self.dim - 2)))[..., None]
-        angles = position_ids_BT[..., None].float() * base**-exponent
-        angles = torch.cat((angles, angles), -1)[:, None]
-        return angles.cos(), angles.sin()
 
 
 class QWenAttention(nn.Module):
@@ -227,10 +199,13 @@ class QWenModel(QWenPreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         given_positions = position_ids
         if position_ids is None:
-            position_ids = self.positions(x_BTH, past, kwargs.get("cu_seq_lens_q"))
-        alpha = self.alpha(x_BTH, attention_mask, past, cache, kwargs)
+            position_ids = count_on(x_BTH, past, kwargs.get("cu_seq_lens_q"))
+        alpha = logn = None
+        longest = kwargs.get("max_length_q") or x_BTH.shape[1]
+        if not self.training:
+            alpha = alpha_of_pass(self.config, x_BTH, attention_mask, past, cache, kwargs.get("cu_seq_lens_q"), longest)
+            logn = logn_factor(self.config, position_ids, past + longest)
         rotary = self.rotary(position_ids, alpha)
-        logn = self.logn(position_ids, past + kwargs.get("max_length_q", x_BTH.shape[1]))
         mask = None
         bounds = kwargs.pop("bounds", None)
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -295,46 +270,6 @@ class QWenModel(QWenPreTrainedModel):
         else:
             logger.info_once("int8 KV cache: read by the Triton kernels")
         return not obstacle
-
-    @staticmethod
-    def positions(x_BTH, past: int, cu_seq_lens):
-        """(1, T): counting on from the cache, or from 0 in each sample of a packed row."""
-        positions = torch.arange(past, past + x_BTH.shape[1], device=x_BTH.device)
-        if cu_seq_lens is not None:
-            starts, lengths = cu_seq_lens[:-1], cu_seq_lens.diff()
-            positions = positions - starts.repeat_interleave(lengths, output_size=x_BTH.shape[1])
-        return positions[None]
-
-    def alpha(self, x_BTH, attention_mask, past: int, cache, kwargs):
-        """Dynamic NTK's alpha: None where the base stays, else (B, 1), or (1, T) for a packed row.
-
-        It is fixed at the prefill and kept in the cache: keys that were rotated with one base cannot meet queries of another.
-        """
-        if self.training or not self.config.use_dynamic_ntk:
-            return None
-        if past > 0:
-            return getattr(cache, "ntk_alpha", None)
-        seq_length, alpha = self.config.seq_length, None
-        cu_seq_lens = kwargs.get("cu_seq_lens_q")
-        if cu_seq_lens is not None:
-            if kwargs["max_length_q"] > seq_length:
-                lengths = cu_seq_lens.diff()
-                alpha = ntk_alpha(lengths, seq_length).repeat_interleave(lengths, output_size=x_BTH.shape[1])[None]
-        elif x_BTH.shape[1] > seq_length:
-            if attention_mask is not None and attention_mask.ndim == 2:
-                alpha = ntk_alpha(attention_mask.sum(-1, keepdim=True), seq_length)
-            else:
-                alpha = ntk_alpha(x_BTH.shape[1], seq_length).reshape(1, 1).to(x_BTH.device)
-        if cache is not None:
-            cache.ntk_alpha = alpha
-        return alpha
-
-    def logn(self, position_ids_BT, key_length: int):
-        """LogN's factor on the queries, (B, 1, T, 1): log(p) / log(S) for position p (from 1) past the trained length S."""
-        if self.training or not self.config.use_logn_attn or key_length <= self.config.seq_length:
-            return None
-        factor = (position_ids_BT + 1).float().log() / math.log(self.config.seq_length)
-        return factor.clamp_min(1.0)[:, None, :, None]
 
 
 class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):

@@ -62,6 +62,22 @@ def test_generation_is_what_it_is_without_a_cache(model, settings):
     assert model.generate(IDS, **settings, **GREEDY).shape == (1, 20)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_cache_counts_a_rows_tokens_without_its_padding(model, attention):
+    """generate makes its mask (B, 1, T, keys) then. 90 tokens are past the trained length of 64, 30 are not."""
+    model.set_attn_implementation(attention)
+    ids = torch.randint(1, 159, (2, 90), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :60] = 0
+    rows = [model.generate(ids, attention_mask=mask, **more, **GREEDY) for more in ({}, {"cache_implementation": "static"})]
+    assert torch.equal(*rows)
+    logits = [
+        model.generate(ids, attention_mask=mask, **more, **GREEDY, output_logits=True, return_dict_in_generate=True).logits
+        for more in ({}, {"cache_implementation": "static"})
+    ]
+    torch.testing.assert_close(torch.stack(logits[0]), torch.stack(logits[1]), atol=1e-4, rtol=0)
+
+
 def test_a_model_in_training_mode_generates_with_its_cache(model):
     """Gradient checkpointing forbids a cache only where a backward pass will come."""
     expected = one_at_a_time(model)
