@@ -15,7 +15,8 @@ Shapes: B batch, N heads, T new tokens, K tokens held, C tokens there is room fo
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from .compat import overrides, refuse_unknown
 from .on_triton import triton, why_no_triton

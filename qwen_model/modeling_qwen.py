@@ -9,8 +9,7 @@ Shapes, one letter each: B batch, T tokens, H hidden size, N heads, D head size,
 import torch
 from torch import nn
 from torch.nn.functional import dropout
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast

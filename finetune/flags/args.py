@@ -112,7 +112,7 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def make_parser(kinds):
     """transformers' HfArgumentParser over dataclasses, with errors of one line and a help that can be read."""
-    from transformers.hf_argparser import HfArgumentParser
+    from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
         def error(self, message):

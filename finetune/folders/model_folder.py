@@ -192,6 +192,11 @@ def vocabulary_problems(folder: Path, config: dict) -> list[str]:
     return []
 
 
+def has_outdated_code(folder: Path) -> bool:
+    """Is there code of this toolkit's from before it said which transformers it works with? Published code has no head_loss.py."""
+    return (folder / "head_loss.py").is_file() and not (folder / "versions.py").is_file()
+
+
 # ---- LoRA's layers
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
 
-from ..errors import UserError
-from ..folders import adapter_folder, checkpoint, hub, quant_settings
+from ..errors import UserError, note
+from ..folders import adapter_folder, checkpoint, hub, model_folder, quant_settings
 from ..folders.model_folder import LATER_TYPES, is_hub_id
 from ..lora import adapters
 from ..quantized import quantized_model
@@ -74,6 +74,11 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, dev
 
     Quantized, as the folder is or as `quantization` says, it comes onto `device` (None: the GPU if there is one).
     """
+    if model_folder.has_outdated_code(folder):
+        note(
+            f"{folder}: the code in it, which others load it with, is older than this toolkit's and answers nonsense under "
+            f"transformers 5.24 and newer - python -m finetune.refresh {folder} replaces it"
+        )
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
     if quantization := quantization or quant_settings.of_folder(folder):
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
