@@ -19,7 +19,7 @@ fail() {
     exit 2
 }
 
-# numpy 2.2.6 has wheels up to Python 3.13, transformers 5.23 starts at 3.11.
+# numpy 2.2.6 has wheels up to Python 3.13, transformers 5.24 starts at 3.11.
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
 
 find_base_python() {
