@@ -14,7 +14,7 @@ import quantized_steps
 import quantizing
 import torch
 from quantizing import ROOT, arguments, model_to_quantize, stored
-from tiny import tiny_gptq, tiny_later_qwen
+from tiny import SAVED_CODE, tiny_gptq, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_model
@@ -29,10 +29,8 @@ from finetune.quantized import quantized_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 41).reshape(2, 20) * 7 % 350
-MODULES = "attention chatml configuration_qwen fused fused_kernels generation_qwen head_loss head_loss_kernels kv_cache kv_cache_kernels modeling_qwen on_triton"
-CODE = {f"{name}.py" for name in [*MODULES.split(), "tokenization_qwen"]}
 JSONS = {"config.json", "generation_config.json", "quantize_config.json", "tokenizer_config.json", "training.json"}
-FILES = CODE | JSONS | {"README.md", "chat_template.jinja", "model.safetensors", "qwen.tiktoken"}
+FILES = SAVED_CODE | JSONS | {"README.md", "chat_template.jinja", "model.safetensors", "qwen.tiktoken"}
 
 
 @pytest.fixture(scope="module")
