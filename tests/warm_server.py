@@ -3,6 +3,7 @@
 Nothing else is done here: no thread, no CUDA, none of the toolkit's own modules. It ends when its standard input does.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -15,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -236,16 +238,41 @@ def program(words: list[str]):
     return lambda: exec(code, names)
 
 
-def without_own_lines(kind, error, trace) -> None:
-    """A traceback begins with the program."""
-    while trace and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    sys.__excepthook__(kind, error, trace)
+def run_to_the_end(run) -> None:
+    """As the interpreter ends a program, but for taking all modules apart, which in a fork means copying them first."""
+    code, interrupted = 0, False
+    try:
+        run()
+    except SystemExit as stop:
+        code = stop.code
+        if code is None or isinstance(code, int):
+            code = (code or 0) & 0xFF
+        else:
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next  # a traceback begins with the program
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        code, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"Exception ignored in: {sys.stdout!r}\n{type(error).__name__}: {error}", file=sys.stderr)
+        code = 120
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    ctypes.CDLL(None).fflush(None)
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code)
 
 
 if __name__ == "__main__":
     prepare()
     write_program(Path(sys.argv[1]))
-    run = become(serve(Path(sys.argv[1])))
-    sys.excepthook = without_own_lines
-    run()  # and from here the interpreter ends as it does after any program
+    run_to_the_end(become(serve(Path(sys.argv[1]))))
