@@ -1,6 +1,6 @@
-"""The program in front of a warm Python (warm.py): python -I -S -E warm_client.py FOLDER [words of a Python command line].
+"""The program in front of a warm Python (warm.py), started with the words of a Python command line.
 
-It asks the server for a fork that runs the command, passes signals on to it, and ends as it ends. Where the server is gone
+It lies in the server's folder. It asks the server for a fork that runs the command, passes signals on to it, and ends as it ends. Where the server is gone
 or refuses, it becomes the real Python with the same words.
 """
 
@@ -16,7 +16,7 @@ STANDARD = (0, 1, 2)
 
 
 def main() -> None:
-    folder, *words = sys.argv[1:]
+    folder, words = os.path.dirname(os.path.abspath(__file__)), sys.argv[1:]
     link = ask(folder, words) if can_be_warm(words) else None
     if link is None:
         os.execv(sys.executable, [sys.executable, *words])

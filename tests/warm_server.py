@@ -13,6 +13,7 @@ import multiprocessing.spawn
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import sys
@@ -29,7 +30,7 @@ IMPORTED = (
 )  # fmt: skip
 # A request with another value of one of these is refused: the imports have read them.
 READ_AT_IMPORT = (
-    "HOME", "XDG_CACHE_HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TRITON_", "TORCHINDUCTOR_", "TORCH_LOGS", "MPL", "TIKTOKEN_", "BNB_",
+    "HOME", "XDG_CACHE_HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TRITON_", "MPL", "TIKTOKEN_", "BNB_",
     "LANG", "LC_", "PYTHON", "LD_", "MKL_", "KMP_", "GOMP_",
 )  # fmt: skip
 SET_BY_THE_PROGRAMS = ("TOKENIZERS_PARALLELISM", "TQDM_DELAY", "DS_ACCELERATOR", "OPENBLAS_NUM_THREADS")
@@ -55,11 +56,14 @@ def prepare() -> None:
 
 
 def write_program(folder: Path) -> None:
-    """FOLDER/python, through sh, because a path may be too long for the first line of a script."""
-    words = [sys.executable, "-I", "-S", "-E", str(Path(__file__).with_name("warm_client.py")), str(folder)]
-    quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
-    (folder / "python").write_text(f'#!/bin/sh\nexec {quoted} "$@"\n')
-    (folder / "python").chmod(0o755)
+    """FOLDER/python is the client. Where the first line of a script cannot name this Python, sh starts it (and sets PWD)."""
+    client, flags = Path(__file__).with_name("warm_client.py").read_text(encoding="utf-8"), "-ISE"
+    program, direct = folder / "python", f"#!{sys.executable} {flags}\n"
+    if len(direct) > 120 or " " in sys.executable:
+        (folder / "client.py").write_text(client, encoding="utf-8")
+        client, direct = f'exec {shlex.join([sys.executable, flags, str(folder / "client.py")])} "$@"\n', "#!/bin/sh\n"
+    program.write_text(direct + client, encoding="utf-8")
+    program.chmod(0o755)
 
 
 def serve(folder: Path) -> dict:
@@ -126,7 +130,10 @@ def same_settings(wanted: dict[str, str]) -> bool:
     """Whether the imports have read what the program is to read."""
     names = {name for name in (*wanted, *OWN) if name.startswith(READ_AT_IMPORT) and name not in HANDLED}
     names |= {name for name in SET_BY_THE_PROGRAMS if name in wanted}
-    return all(wanted.get(name) == OWN.get(name) for name in names)
+    others = [name for name in sorted(names) if wanted.get(name) != OWN.get(name)]
+    if others:
+        print("refused, for other values of", *others, file=sys.stderr)  # to FOLDER/log
+    return not others
 
 
 def answer(selector, links: dict, link, request: dict | None, pid: int | None) -> None:
@@ -228,14 +235,12 @@ def program(words: list[str]):
     names["__builtins__"] = __builtins__
     if words[0] == "-c":
         sys.argv, sys.path[:0] = ["-c", *words[2:]], ["", *folders]
-        code = compile(words[1], "<string>", "exec", dont_inherit=True)
-    else:
-        sys.argv, sys.path[:0] = words, [os.path.dirname(os.path.realpath(words[0])), *folders]
-        path = os.path.abspath(words[0])
-        names |= {"__file__": path, "__cached__": None}
-        with open(path, "rb") as file:
-            code = compile(file.read(), path, "exec", dont_inherit=True)
-    return lambda: exec(code, names)
+        return lambda: exec(compile(words[1], "<string>", "exec", dont_inherit=True), names)
+    sys.argv, sys.path[:0] = words, [os.path.dirname(os.path.realpath(words[0])), *folders]
+    path = os.path.abspath(words[0])
+    names |= {"__file__": path, "__cached__": None}
+    source = Path(path).read_bytes()
+    return lambda: exec(compile(source, path, "exec", dont_inherit=True), names)
 
 
 def run_to_the_end(run) -> None:
