@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import warm
 
 import run_gptq
 from finetune import ask, compare, merge, quantized
@@ -36,7 +36,7 @@ def conversations(path: Path, answers: dict) -> str:
 
 
 def train(script: str, epochs: int, *words: object) -> None:
-    environment = os.environ | {"FINETUNE_PYTHON": warm.python(), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"FINETUNE_PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
     usual = ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
     usual += ["--lr_scheduler_type", "cosine", "--warmup_ratio", "0.05", "--num_train_epochs", str(epochs)]
     command = ["bash", str(ROOT / "finetune" / script), *map(str, words), *usual]
