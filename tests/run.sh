@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests that need neither a GPU nor much time, in .venv, which it makes if need be. Arguments go to pytest:
 #   bash tests/run.sh -k plan            bash tests/run.sh -m slow
+# `pytest --help` has their list; without any, all these tests run on up to four cores.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+case ${1:-} in -h|--help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"; exit ;; esac
 set -e
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 python=$(bash setup_env.sh)

@@ -13,6 +13,7 @@ import pytest
 import quantized_steps
 import quantizing
 import torch
+import warm
 from quantizing import ROOT, arguments, model_to_quantize, stored
 from tiny import SAVED_CODE, tiny_gptq, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -307,7 +308,7 @@ def test_a_fresh_python_loads_it_with_its_own_code(made, tmp_path, bits):
         "ids = torch.tensor([tokenizer('Who are you?').input_ids])\n"
         "torch.save(model(ids).logits.detach(), out)\n"
     )
-    words = [sys.executable, "-c", program, made[bits], tmp_path / "logits"]
+    words = [warm.python(), "-c", program, made[bits], tmp_path / "logits"]
     subprocess.run([str(word) for word in words], cwd=tmp_path, env=environment(), check=True, capture_output=True)
     ids = torch.tensor([AutoTokenizer.from_pretrained(made[bits])("Who are you?").input_ids])
     with torch.no_grad():
@@ -323,8 +324,8 @@ def test_a_fresh_python_loads_it_with_its_own_code(made, tmp_path, bits):
 def test_killed_it_leaves_nothing_that_loads(source, tmp_path, stage):
     """Each time some moments after a stage has begun."""
     flags = arguments(source, tmp_path / "out", "--max_shard_size", "500KB")
-    words = [sys.executable, str(ROOT / "run_gptq.py"), *flags]
-    running = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    words = [warm.python(), str(ROOT / "run_gptq.py"), *flags]
+    running = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     staging, moments = tmp_path / "out.unfinished", random.Random(stage)
     deadline = time.monotonic() + 240
     while not list(staging.glob(stage)):
@@ -332,7 +333,8 @@ def test_killed_it_leaves_nothing_that_loads(source, tmp_path, stage):
         time.sleep(0.001)
     time.sleep(moments.random() * (0.02 if "part" in stage else 0.5))
     running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    running.communicate()  # until nobody holds its output any more
+    assert running.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and staging.exists()
     for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
         with pytest.raises((OSError, ValueError)):

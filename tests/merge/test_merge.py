@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import SAVED_CODE, small_checkpoint, tiny_later_qwen
@@ -342,7 +343,7 @@ merge.merge(Path(sys.argv[2]), Path(sys.argv[3]))
 @pytest.mark.parametrize("moment", ["frame", "weights", "proof"])
 def test_a_killed_merge_leaves_nothing_that_loads(trained, tmp_path, moment):
     _, adapter, _ = trained
-    command = [sys.executable, "-c", KILLED, moment, str(adapter), str(tmp_path / "out")]
+    command = [warm.python(), "-c", KILLED, moment, str(adapter), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
