@@ -43,7 +43,7 @@ REST = {"linear layers": ("aten::linear", "AddmmBackward", "MmBackward", "Linear
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
-        options.folder = Path(folder)
+        options.checkpoints = options.checkpoints or Path(folder)
         cell = Cell("ours", options.method, options.size, options.length, options.recompute)
         trainer, said = train.ours(cell, options.recompute, out, options)
         found = profiled(trainer, options)
@@ -63,6 +63,7 @@ def parse():
     parser.add_argument("--steps", type=int, default=2, metavar="N", help=f"profiled ones, after {train.WARM_UP}")
     parser.add_argument("--flags", default="", metavar="FLAGS", help="more of finetune.py: --flags='--lora_r 16'")
     parser.add_argument("--operators", type=int, default=10, metavar="N", help="how many to list")
+    train.add_checkpoints(parser)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profiler's trace here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     return parser.parse_args()

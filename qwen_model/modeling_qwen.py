@@ -59,7 +59,8 @@ class QWenRotaryEmbedding(nn.Module):
     def forward(self, position_ids_BT, alpha_BT):
         """cos, sin (B, 1, T, D) of the positions, float32; alpha None, or (B, T) or (B, 1), stretches the base."""
         exponent = torch.arange(0, self.dim, 2, device=position_ids_BT.device, dtype=torch.float32) / self.dim
-        base = torch.tensor(float(self.base), device=position_ids_BT.device)
+        # filled on the device: a number that is copied to a GPU is waited for
+        base = torch.full((), float(self.base), dtype=torch.float32, device=position_ids_BT.device)
         if alpha_BT is not None:
             base = (base * alpha_BT.to(base.device) ** (self.dim / (self.dim - 2)))[..., None]
         angles = position_ids_BT[..., None].float() * base**-exponent
