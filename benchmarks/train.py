@@ -16,6 +16,7 @@ model FLOP over the ceiling: 4 a parameter and token under LoRA, 6 where all tra
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -221,14 +222,20 @@ def child(options) -> dict:
     tries = {"auto": ["auto"] if cell.way == "ours" else ["none", "all"]}.get(cell.recompute, [cell.recompute])
     for recompute in tries:  # what has no "auto" of its own computes again where it has to
         try:
-            with tempfile.TemporaryDirectory() as out:
-                made = ours if cell.way == "ours" else theirs
-                trainer, said = made(cell, recompute, out, options)
-                said["setup_seconds"] = time.perf_counter() - begin
-                return {"status": OK} | timed(trainer, said)
+            return {"status": OK} | tried(cell, recompute, options, begin)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            pass  # only behind this block is what the failed try held let go
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return {"status": OOM}
+
+
+def tried(cell: Cell, recompute: str, options, begin: float) -> dict:
+    """The measured run. begin: when the cell's process was told its cell."""
+    with tempfile.TemporaryDirectory() as out:
+        trainer, said = (ours if cell.way == "ours" else theirs)(cell, recompute, out, options)
+        return timed(trainer, said | {"setup_seconds": time.perf_counter() - begin})
 
 
 def timed(trainer, more: dict) -> dict:

@@ -57,7 +57,7 @@ def base(tmp_path_factory) -> Path:
 
 def test_lora_from_data_to_a_merged_model_that_answers(base, tmp_path):
     printed, losses = finetune(base, tmp_path / "adapter", *LORA, "--bf16", "--gradient_checkpointing", "True", steps=60)
-    assert losses[-1] < 0.7 * losses[0], losses
+    assert losses[-1] < 0.8 * losses[0], losses
     assert "torch's variable-length attention" in printed or "flash-attn 2" in printed, printed
     assert "Triton" in printed, printed
     python("-m", "finetune.merge", tmp_path / "adapter", tmp_path / "merged")
@@ -105,13 +105,13 @@ def test_methods(base, tmp_path, flags):
 def test_lora_over_gptq(tmp_path, precision):
     tiny_gptq(tmp_path / "base")
     printed, losses = finetune(tmp_path / "base", tmp_path / "out", precision, *LORA, "--q_lora", "--learning_rate", "1e-2")
-    assert losses[-1] < 0.95 * losses[0], losses
+    assert losses[-1] < losses[0] - 0.3, losses
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_later_qwens(tmp_path, kind):
     tiny_later_qwen(tmp_path / "base", kind)
     printed, losses = finetune(tmp_path / "base", tmp_path / "out", "--bf16", *LORA, "--learning_rate", "1e-2")
-    assert losses[-1] < 0.95 * losses[0], losses
+    assert losses[-1] < losses[0] - 0.3, losses
     assert "torch's variable-length attention" in printed or "flash-attn 2" in printed, printed
     python("-m", "finetune.merge", tmp_path / "out", tmp_path / "merged")
