@@ -25,11 +25,12 @@ import train  # noqa: E402
 from cells import METHODS, SIZES, Cell  # noqa: E402
 
 OTHER, NOTHING = "other", "nothing"
+NO_WORK = "Command Buffer Full"  # what the profiler calls waiting for room to launch in: not a kernel, and the GPU is busy meanwhile
 # part: what an operator's name, or that of one of those that called it, contains
 PARTS = {
     "attention": ("scaled_dot_product", "ScaledDotProduct", "varlen", "flash_attn", "FlashAttn", "efficient_attention"),
     "norms, rotary, gate": ("RMSNorm", "RotatedHeads", "Gated"),
-    "LoRA": ("DroppedProduct", "AddedProduct"),
+    "LoRA": ("DroppedProduct", "AddedProduct", "Whole"),
     "head and loss": ("HeadLoss",),
     "quantized layers": ("Unpacked", "MatMul4Bit", "dequantize"),
     "optimizer": ("Optimizer.step", "Optimizer.zero_grad", "clip_grad"),
@@ -81,7 +82,7 @@ def profiled(trainer, options) -> dict:
     trainer.train()
     if options.trace:
         watch.profiler.export_chrome_trace(str(options.trace))
-    events, steps = watch.profiler.events(), options.steps
+    events, steps = [event for event in watch.profiler.events() if event.name != NO_WORK], options.steps
     parts = by_part(events, on_gpu, steps)
     parts[NOTHING] = max(watch.seconds / steps - sum(parts.values()), 0.0)
     operators = {}
