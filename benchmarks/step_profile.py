@@ -36,9 +36,10 @@ PARTS = {
     "optimizer": ("Optimizer.step", "Optimizer.zero_grad", "clip_grad"),
     "embedding": ("aten::embedding", "EmbeddingBackward"),
     "data": ("DataLoader",),
+    "linear layers": ("aten::linear",),  # also where LoRA's step of autograd calls it
 }
 # matrix products that none of these parts called
-REST = {"linear layers": ("aten::linear", "AddmmBackward", "MmBackward", "LinearBackward", "aten::addmm", "aten::mm")}
+REST = {"linear layers": ("AddmmBackward", "MmBackward", "LinearBackward", "aten::addmm", "aten::mm")}
 
 
 def main() -> None:
@@ -85,15 +86,26 @@ def profiled(trainer, options) -> dict:
     events, steps = [event for event in watch.profiler.events() if event.name != NO_WORK], options.steps
     parts = by_part(events, on_gpu, steps)
     parts[NOTHING] = max(watch.seconds / steps - sum(parts.values()), 0.0)
-    operators = {}
-    for event in events:
-        operators[event.name] = operators.get(event.name, 0.0) + own_seconds(event, on_gpu) / steps
     return {
         "seconds": watch.seconds / steps,
-        "parts": dict(sorted(parts.items(), key=lambda item: -item[1])),
-        "operators": dict(sorted(operators.items(), key=lambda item: -item[1])[:50]),
+        "parts": largest(parts),
+        "operators": by_operator(events, on_gpu, steps),
+        # what the CPU was at, also waiting: where "nothing" is large, that is what the GPU waited for
+        "host": by_operator(events, False, steps) if on_gpu else {},
         "memory_gb": watch.memory,
     }
+
+
+def largest(seconds: dict[str, float], count: int = 50) -> dict[str, float]:
+    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:count])
+
+
+def by_operator(events, on_gpu: bool, steps: int) -> dict[str, float]:
+    """{name: seconds a step}, the largest"""
+    found: dict[str, float] = {}
+    for event in events:
+        found[event.name] = found.get(event.name, 0.0) + own_seconds(event, on_gpu) / steps
+    return largest(found)
 
 
 def own_seconds(event, on_gpu: bool) -> float:
@@ -175,8 +187,10 @@ def table(report: dict, operators: int) -> str:
     ]
     lines += [f"  {part:22}{value * 1e3:10.1f} ms{value / seconds:7.1%}" for part, value in report["parts"].items()]
     lines += ["", "  GB at the peak: " + ", ".join(f"{name} {size:.2f}" for name, size in report["memory_gb"].items()), ""]
-    shown = list(report["operators"].items())[:operators]
-    return "\n".join(lines + [f"  {value * 1e3:10.1f} ms  {name[:90]}" for name, value in shown])
+    for title, found in (("", report["operators"]), ("\n  on the host", report["host"])):
+        shown = list(found.items())[:operators]
+        lines += ([title] if title and shown else []) + [f"  {value * 1e3:10.1f} ms  {name[:90]}" for name, value in shown]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class Whole(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_B = (gradient.T @ low).to(ctx.dtypes[1])
         if ctx.needs_input_grad[0]:
-            grad_x = gradient @ W
+            grad_x = nn.functional.linear(gradient, W.T)  # by that name, a profile knows the frozen product
             if p:
                 drop(grad_low @ A, p, seed, out=grad_x, add=True)
             else:
