@@ -104,14 +104,16 @@ def is_final(cell: dict) -> bool:
 
 
 def stored(folder: Path = RESULTS) -> list[dict]:
-    """All measured cells of all files of train.py, each with its machine and the ceiling measured along; newest last."""
+    """All measured cells of all files of train.py, each with its machine, versions and the ceiling measured along; newest last."""
     found = []
     numbers = {path: path.stem.rpartition("_")[2] for path in folder.glob("train_*.json")}
     for path in sorted(numbers, key=lambda path: (int(numbers[path]) if numbers[path].isdigit() else 0, path.name)):
         report = json.loads(path.read_text(encoding="utf-8"))
         about = report["about"]
         found += [
-            cell | {"machine": about["machine"], "date": about["date"], "ceiling": report["ceiling_tflops"]}
+            cell
+            | {"machine": about["machine"], "date": about["date"], "ceiling": report["ceiling_tflops"]}
+            | {"versions": about.get("versions", {})}
             for cell in report["cells"]
         ]
     return sorted(found, key=lambda cell: cell["date"])
