@@ -43,34 +43,6 @@ class QWenRMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-<<<<<<< HEAD
-=======
-def ntk_alpha(length, seq_length: int):
-    """Dynamic NTK's alpha for a prefill of `length` tokens (a number or a tensor): max(1, 2^ceil(log2(L / S) + 1) - 1)."""
-    length = torch.as_tensor(length, dtype=torch.float32)
-    return (2 ** torch.ceil(torch.log2(length / seq_length) + 1) - 1).clamp_min(1.0)
-
-
-class QWenRotaryEmbedding(nn.Module):
-    """Rotary embedding over the whole head ("rotate half"), in float32, with a base that NTK may stretch per token."""
-
-    def __init__(self, config: QWenConfig):
-        super().__init__()
-        self.base, self.dim = config.rotary_emb_base, config.head_dim
-
-    def forward(self, position_ids_BT, alpha_BT):
-        """cos, sin (B, 1, T, D) of the positions, float32; alpha None, or (B, T) or (B, 1), stretches the base."""
-        exponent = torch.arange(0, self.dim, 2, device=position_ids_BT.device, dtype=torch.float32) / self.dim
-        # filled on the device: a number that is copied to a GPU is waited for
-        base = torch.full((), float(self.base), dtype=torch.float32, device=position_ids_BT.device)
-        if alpha_BT is not None:
-            base = (base * alpha_BT.to(base.device) ** (self.dim / (self.dim - 2)))[..., None]
-        angles = position_ids_BT[..., None].float() * base**-exponent
-        angles = torch.cat((angles, angles), -1)[:, None]
-        return angles.cos(), angles.sin()
-
-
->>>>>>> gpu
 class QWenAttention(nn.Module):
     """Multi-head attention; c_attn holds query, key and value stacked in that order."""
 

@@ -3,13 +3,8 @@
 Storage, files, merging and everything unusual (DoRA, several adapters, mixed batches) stay peft's. What differs in the usual
 case: x is read in the precision of the pass, instead of a copy in float32; the product with B is added to the base layer's
 output where that lies, in one matrix product; and dropout keeps no mask. Over a plain linear layer all of it is one step of
-<<<<<<< HEAD:finetune/lora/low_rank.py
 autograd (Whole), over others two. For the backward pass there are kept x, which the base layer or its neighbours keep anyway, and
 x A^T, of r numbers a token.
-=======
-autograd (Whole), over others two. For the backward pass there are kept x, which the
-base layer or its neighbours keep anyway, and x A^T, of r numbers a token.
->>>>>>> gpu:finetune/low_rank.py
 
 Shapes: N tokens (rows), I input and O output features, r the rank.
 """
@@ -129,11 +124,7 @@ class Whole(torch.autograd.Function):
 
 def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether Whole may take a base layer's weight past its forward: frozen, as x is, and nobody gathers it or listens."""
-<<<<<<< HEAD:finetune/lora/low_rank.py
     if type(layer) is not nn.Linear or on_torch.has_forward_hooks(layer):
-=======
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
->>>>>>> gpu:finetune/low_rank.py
         return False
     if type(layer.weight) is not nn.Parameter or layer.weight.dtype != x.dtype:
         return False
