@@ -15,8 +15,10 @@ def main() -> None:
     """Everything a user gave is checked before a weight is loaded, and all findings are shown together."""
     with meeting.as_one("flags"):
         from finetune.flags import args as arguments
+        from finetune.flags import first_look
 
-        args = arguments.parse()  # before the imports that take seconds: --help is there at once
+        first_look.take(alone=meeting.is_alone())  # before the imports that take seconds
+        args = arguments.parse()
     from finetune.distributed import engines, ranks
     from finetune.steps import memory_plan, preparation, report
 

@@ -25,20 +25,22 @@ def main(argv: list[str] | None = None) -> None:
 def job(options) -> None:
     """Everything a user gave is checked before a weight is read."""
     from finetune.data import conversations
-    from finetune.folders import shards
+    from finetune.folders import hub, tensor_files
     from finetune.folders.new_folder import new_folder
-    from finetune.gptq import calibration, gptq_checks, pipeline
-    from finetune.model import loading
+    from finetune.gptq import gptq_checks
 
-    findings, folder = Findings(), loading.find_folder(options.model_name_or_path)
+    findings, folder = Findings(), hub.find_folder(options.model_name_or_path)
     settings = settings_of(options)
     with findings:
-        settings = replace(settings, max_shard_bytes=shards.max_shard_bytes(options.max_shard_size))
+        settings = replace(settings, max_shard_bytes=tensor_files.max_shard_bytes(options.max_shard_size))
     with findings:
         gptq_checks.check_quantizing(folder, options.out_path, settings, options.samples, options.max_len)
     with findings:
         read = conversations.read(options.data_path)
     findings.raise_if_any()
+    gptq_checks.check_values(folder)
+    from finetune.gptq import calibration, pipeline  # with torch, whose import takes seconds: after the checks
+    from finetune.model import loading
 
     max_length = calibration.longest(folder, options.max_len)
     drawn = calibration.draw(read, loading.load_tokenizer(folder), options.samples, options.seed, max_length)
@@ -52,9 +54,9 @@ def job(options) -> None:
 
 def settings_of(options):
     """The flags as the library takes them, but for the one that may be no size."""
-    from finetune.gptq import pipeline
+    from finetune.gptq.settings import Settings
 
-    return pipeline.Settings(
+    return Settings(
         bits=options.bits,
         group_size=options.group_size,
         symmetric=options.sym,

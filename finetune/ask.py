@@ -11,6 +11,7 @@ from threading import Thread
 from .compare.opened import GREEDY, open_named
 from .errors import UserError, run
 from .folders.model_folder import LATER_TYPES
+from .model import packages
 from .quiet import quiet
 
 
@@ -29,7 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     options = parser.parse_intermixed_args(argv)
     quiet()
-    run(lambda: ask(options))
+
+    def job():
+        if argv is None:  # a process of its own
+            packages.leave_out_with([options.folder], options.base)
+        ask(options)
+
+    run(job)
 
 
 def ask(options) -> None:

@@ -66,6 +66,9 @@ def warn(line: str) -> None:
 
 def say(line: str) -> None:
     """Prints on the first rank; within each_line_once(), nothing that has been printed there."""
+    if held is not None:
+        held.append(line)
+        return
     if on_first_rank() and (said is None or line not in said):
         print(line, file=sys.stderr, flush=True)
     if said is not None:
@@ -84,6 +87,25 @@ def each_line_once():
         yield
     finally:
         said = None
+
+
+held: list[str] | None = None  # within first_of_two()
+
+
+@contextlib.contextmanager
+def first_of_two():
+    """For checks that are made once more if they find nothing: what they note or warn of is said once, whichever is the last."""
+    global held
+    held = lines = []
+    try:
+        yield
+    except UserError:
+        held = None
+        for line in lines:
+            say(line)
+        raise
+    finally:
+        held = None
 
 
 def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> None:

@@ -8,11 +8,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from .configuration_qwen import QWenConfig
-from .modeling_qwen import QWenLMHeadModel
 from .vocabulary import find_vocabulary
 
 # Of the token embeddings. With the usual 0.02 and a small hidden size, Adam spends the first hundreds of steps on leaving the
@@ -46,9 +41,19 @@ def new_checkpoint(
     seq_length: int = 2048,
     vocab_size: int = 151936,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype=None,
 ) -> int:
-    """Writes a base model's folder and returns its number of parameters. The MLP is 8/3 as wide as hidden_size."""
+    """Writes a base model's folder and returns its number of parameters. The MLP is 8/3 as wide as hidden_size.
+
+    dtype: of torch; None: float32.
+    """
+    import torch  # not above: --help is there at once
+    from safetensors.torch import save_file
+
+    from .configuration_qwen import QWenConfig
+    from .modeling_qwen import QWenLMHeadModel
+
+    dtype = dtype or torch.float32
     config = QWenConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

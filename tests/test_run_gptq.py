@@ -25,6 +25,7 @@ from finetune.flags.definitions import LoraArguments
 from finetune.folders import checkpoint, model_folder, quant_settings, shards
 from finetune.folders.new_folder import hide_config_until_done, new_folder
 from finetune.gptq import calibration, pipeline
+from finetune.gptq.settings import Settings
 from finetune.model import loading
 from finetune.quantized import quantized_model
 
@@ -191,7 +192,7 @@ def test_a_merge_may_quantize_what_it_has_just_written(source, tmp_path):
         shutil.copytree(source, staging / "merged")
         hide_config_until_done(staging / "merged")
         before, after = pipeline.quantize(
-            staging / "merged", staging, drawn, pipeline.Settings(bits=8, group_size=32), made_from={"merged": "x"}
+            staging / "merged", staging, drawn, Settings(bits=8, group_size=32), made_from={"merged": "x"}
         )
         shutil.rmtree(staging / "merged")
     assert 0 < after.same_greedy <= 1 and after.perplexity == pytest.approx(before.perplexity, rel=0.05)

@@ -10,7 +10,9 @@ import importlib.metadata
 import json
 from pathlib import Path
 
+from ..data import conversations
 from ..errors import UserError, note, run
+from ..model import packages
 from ..quiet import quiet
 
 SAMPLES, SEED = 64, 42
@@ -40,18 +42,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures and answers there, too")
     options = parser.parse_args(argv)
     quiet()
-    run(lambda: compare(options))
+
+    def job():
+        if argv is None:  # a process of its own
+            packages.leave_out_with(options.models, options.base)
+        compare(options)
+
+    run(job)
 
 
 def compare(options) -> None:
     """Checks, measures, prints."""
-    from . import agreement, opened, side_by_side
+    from . import opened
 
     check_options(options)
     adapters = [name for name in options.models if opened.is_adapter(name)]
     if options.base and not adapters:
         raise UserError(f"--base {options.base}: none of the models is an adapter, which has a base - leave it out")
     models = [opened.open_named(name, options.base if name in adapters else None) for name in options.models]
+    if options.data_path and not conversations.begins_well(options.data_path):
+        conversations.read(options.data_path)  # which says what is wrong, before seconds of imports
+    from . import agreement, side_by_side
+
     samples, prompts = scored_samples(options, models)
     prompts, dtype = prompts[: options.answers], dtype_of(options.dtype)
 

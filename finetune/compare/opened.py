@@ -1,10 +1,11 @@
 """What a user names to ask, compare or prove: a model's folder, a hub id, or an adapter's folder with its base."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..folders import model_folder
+from ..folders import checkpoint, hub, model_folder
 
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # defaults: not used, and no warning
 
@@ -16,7 +17,15 @@ class Opened:
     name: str
     folder: Path
     adapter: Path | None
-    tokenizer: object
+
+    @functools.cached_property
+    def tokenizer(self):
+        """Opened when it is asked for, after all folders have been looked at: it takes the seconds of importing transformers."""
+        from ..model import loading
+
+        if self.adapter is None and (problems := model_folder.value_problems(self.folder)):
+            raise UserError(*problems)
+        return loading.load_tokenizer(self.folder)
 
     def load(self, dtype=None, device=None):
         """The model in evaluation, as it was trained: over quantized weights, if it was.
@@ -41,17 +50,13 @@ def is_adapter(name: str) -> bool:
 
 
 def open_named(name: str, base: str | None = None) -> Opened:
-    """Finds the files and opens the tokenizer. base: of an adapter whose own has moved. UserError for what is not whole."""
-    from ..model import loading
-
+    """Finds the files. base: of an adapter whose own has moved. UserError for what is not whole."""
     folder = Path(name)
     if is_adapter(name):
-        base_folder = loading.find_base(folder, base)
-        return Opened(name, base_folder, folder, loading.load_tokenizer(base_folder))
+        return Opened(name, checkpoint.find_base(folder, base), folder)
     if base is not None:
         raise UserError(f"--base {base}: {name} is a whole model, which has none - leave it out")
-    folder = loading.find_folder(name)
-    tokenizer = loading.load_tokenizer(folder)
-    if problems := list(model_folder.problems(folder, may_be_quantized=True)):
+    folder = hub.find_folder(name)
+    if problems := model_folder.first_problems(folder, may_be_quantized=True):
         raise UserError(*problems)
-    return Opened(name, folder, None, tokenizer)
+    return Opened(name, folder, None)

@@ -1,6 +1,11 @@
-"""transformers' Trainer, beyond its public API."""
+"""transformers, beyond its public API: where its Trainer writes, and what can be read in its sources without importing it."""
 
+import ast
+import builtins
 import contextlib
+import importlib.util
+import typing
+from dataclasses import field, make_dataclass
 from pathlib import Path
 
 from . import patches
@@ -14,3 +19,78 @@ def checkpoints_into(trainer, folder: Path):
         yield
     finally:
         del trainer._get_output_dir  # the method of the class is there again
+
+
+def training_flags(base: type) -> type | None:
+    """A dataclass with the fields of TrainingArguments over those of `base`, read in the source: to import it takes seconds.
+
+    A type that the source alone does not tell is text, and such a default is None. None where the class is not found there.
+    """
+    fields = {}
+    for node in class_body("training_args.py", "TrainingArguments"):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            fields[node.target.id] = (node.target.id, kind_of(node.annotation), field_of(node.value))
+    found = make_dataclass("TransformersFlags", fields.values()) if fields else None
+    return found and make_dataclass("TrainingFlags", [], bases=(base, found))
+
+
+def model_types() -> set[str]:
+    """The model types that transformers knows, for a config.json of another kind than ours."""
+    tree = source("models/auto/auto_mappings.py")
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.Assign) and [getattr(name, "id", "") for name in node.targets] == ["CONFIG_MAPPING_NAMES"]:
+            with contextlib.suppress(ValueError, IndexError, AttributeError):
+                return {"gpt-sw3", *dict(ast.literal_eval(node.value.args[0]))}
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return set(CONFIG_MAPPING_NAMES)
+
+
+def class_body(file: str, name: str) -> list:
+    """The statements of a class; [] where it is not in the file."""
+    tree = source(file)
+    return next((node.body for node in tree.body if getattr(node, "name", "") == name), []) if tree else []
+
+
+def source(file: str) -> ast.Module | None:
+    """A file of the package, parsed."""
+    spec = importlib.util.find_spec("transformers")  # finds it, and imports nothing
+    with contextlib.suppress(OSError, SyntaxError, AttributeError, TypeError):
+        return ast.parse(Path(spec.submodule_search_locations[0], file).read_text(encoding="utf-8"))
+    return None
+
+
+class Known(dict):
+    """Names of an annotation: Python's own and typing's as they are; a class of transformers is given as text."""
+
+    def __missing__(self, name: str):
+        return getattr(typing, name, str)
+
+
+def kind_of(annotation: ast.expr):
+    """The type that an annotation means."""
+    try:
+        return eval(ast.unparse(annotation), {"__builtins__": {}}, Known(vars(builtins)))
+    except (TypeError, AttributeError, SyntaxError):
+        return str
+
+
+def field_of(value: ast.expr | None):
+    """A field with the default that stands there as a literal, and what changes how many words the flag takes."""
+    given = {word.arg: word.value for word in getattr(value, "keywords", ())}
+    metadata, written = {}, given.get("metadata")
+    for key, setting in zip(getattr(written, "keys", ()), getattr(written, "values", ())):
+        if literal(key) in ("nargs", "const"):
+            metadata[literal(key)] = literal(setting)
+    factory = {"list": list, "dict": dict}.get(getattr(given.get("default_factory"), "id", ""))
+    if factory:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=literal(given.get("default", value)), metadata=metadata)
+
+
+def literal(node: ast.expr | None):
+    """The value of an expression, or None where it has to be computed."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError):
+        return None

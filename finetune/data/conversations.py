@@ -24,6 +24,7 @@ FORMS = ("conversations", "messages", "instruction")  # the last one is alpaca's
 KNOWN = {"id", "system", *FORMS}
 KNOWN_ALPACA = {"id", "system", "instruction", "input", "output", "history"}
 SURROGATE = re.compile("[\ud800-\udfff]")
+BEGINNING_BYTES = 16 << 20  # a fifth of a second of work
 SHOWN = 20  # findings of one file that are printed
 KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
@@ -84,6 +85,24 @@ def read(path: str | os.PathLike, *, allow_special: bool = False, flag: str = "-
         else:
             checker.finish(file.layout)
     return Conversations(file, checker.number, checker.noted.lines(allow_special))
+
+
+def begins_well(path: str | os.PathLike, flag: str = "--data_path") -> bool:
+    """Is nothing wrong with the first BEGINNING_BYTES of a file? read() tells what is.
+
+    For a program that reads the file later, after what takes seconds: of a file of usual size it is all.
+    """
+    try:
+        file = SampleFile(path, flag)
+        checker = _Checker(file.path)
+        for line, sample in file:
+            checker.check(line, sample)
+            if checker.count or file.position > BEGINNING_BYTES:
+                return not checker.count
+        checker.finish(file.layout)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass

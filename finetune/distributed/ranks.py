@@ -70,6 +70,10 @@ class Meeting:
         self.store, self.topics, self.restarted = None, 0, False
         self.over = threading.Event()
 
+    def is_alone(self) -> bool:
+        """One process, started by hand: nobody to agree with, and no earlier start of the same run."""
+        return count() == 1 and launch() is None
+
     def begin(self) -> None:
         """Every rank comes here first. Waits for the others, for as long as it takes."""
         from torch.distributed import rendezvous

@@ -12,9 +12,12 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError, note, run
+from ..folders import hub
 from ..folders.new_folder import check_free
-from ..folders.tensor_files import MAX_SHARD_SIZE
+from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
+from ..model import packages
 from ..quiet import quiet
+from . import export_checks
 
 HELP = {
     "model": "a model's folder (or its id on a hub), or the output folder of a LoRA run",
@@ -35,29 +38,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_shard_size", help=HELP["max_shard_size"])
     options = vars(parser.parse_args(argv))
     quiet()
-    run(lambda: export(**options))
+
+    def job():
+        if argv is None:  # a process of its own
+            packages.leave_out_with([options["model"]], options["base"])
+        export(**options)
+
+    run(job)
 
 
 def export(model: str, out: Path, to: str, base: str | None = None, max_shard_size: str | None = None) -> float:
     """Exports `model` into `out`; returns the largest difference of a logit between the two layouts."""
-    import qwen_model
-
-    from ..folders.shards import max_shard_bytes
-    from ..model.loading import find_folder
-
-    qwen_model.register()
-    folder, max_bytes = find_folder(str(model)), max_shard_bytes(max_shard_size or MAX_SHARD_SIZE)
+    folder, max_bytes = hub.find_folder(str(model)), max_shard_bytes(max_shard_size or MAX_SHARD_SIZE)
     check_free(out, "what is exported", folder)
     if (folder / "adapter_config.json").is_file():
-        from . import export_adapter
-
         if max_shard_size is not None:
             what = f"--max_shard_size {max_shard_size}: {folder} is an adapter, which is one file"
             raise UserError(f"{what} - leave it out")
+        if base is not None:
+            export_checks.find_base(folder, to, base)
+        from . import export_adapter  # with torch, whose import takes seconds: after the checks
+
         difference = export_adapter.export(folder, out, to, base)
     elif base is not None:
         raise UserError(f"--base {base}: {folder} is a whole model, which has none - leave it out")
     else:
+        export_checks.check_model(folder, to)
         from . import export_model
 
         difference = export_model.export(folder, out, to, max_bytes)

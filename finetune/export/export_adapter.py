@@ -3,14 +3,13 @@
 import copy
 import hashlib
 import json
-import shlex
 import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from ..errors import UserError, note
-from ..folders import adapter_folder, checkpoint, config_files, model_folder, quant_settings
+from ..folders import adapter_folder, checkpoint, config_files, quant_settings
 from ..folders.new_folder import check_free, hide_config_until_done, new_folder
 from ..folders.shards import Shards
 from ..lora import pissa
@@ -19,8 +18,9 @@ from ..model import loading
 from ..quantized import quantized_model
 from ..quantized.plain_weights import PlainWeights
 from . import export_config, export_proof, layouts
+from .export_checks import OTHER, QWEN, find_base
 from .export_model import new_config, plain_config, zeros_of
-from .layouts import OTHER, QWEN, Relaid
+from .layouts import Relaid
 from .relaid_adapter import RelaidAdapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,24 +61,6 @@ def check_adapter(adapter: formulas.Adapter, to: str) -> None:
             raise UserError(f"{folder}: is in that layout already - use it as it is")
         what = f"{folder}: holds {next(iter(names), 'nothing')}, which is of no layer of first-generation Qwen or Qwen2"
         raise UserError(f"{what} - give the output folder of a LoRA run")
-
-
-def find_base(folder: Path, to: str, base: str | None) -> Path:
-    """The exported base's folder."""
-    its_own = config_files.read_json(folder / CONFIG).get("base_model_name_or_path") or "BASE"
-    first = f"python -m finetune.export {shlex.quote(its_own)} EXPORTED_BASE --to {to}"
-    if base is None:
-        what = f"{folder}: an adapter goes along with its base"
-        raise UserError(f"{what} - export that ({first}), then add --base EXPORTED_BASE")
-    found = loading.find_folder(base)
-    if not (found / "config.json").is_file():
-        raise UserError(f"--base {base}: no config.json there - give the folder of the exported base")
-    kind = config_files.config_of(found).get("model_type")
-    if kind != to:
-        raise UserError(f"--base {base}: is in the layout of {kind} - export it ({first}) and give that")
-    if findings := model_folder.problems(found, may_be_quantized=True):
-        raise UserError(*findings)
-    return found
 
 
 def check_base(folder: Path, base: Path, there: Relaid) -> None:

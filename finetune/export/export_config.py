@@ -10,7 +10,7 @@ from qwen_model.tokenization_qwen import N_RANKS
 
 from ..errors import UserError, note
 from ..folders import config_files, model_folder
-from . import layouts
+from . import export_checks
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = N_RANKS, N_RANKS + 1, N_RANKS + 2
 STOPS = [END_OF_TURN, START_OF_TURN, END_OF_TEXT]  # of a chat model; see chatml.stop_ids
@@ -83,7 +83,7 @@ def to_qwen(config, folder: Path, record: dict) -> QWenConfig:
     if findings := [f"{folder}/config.json: {what}" for what in beyond_first_generation(config)]:
         raise UserError(*findings)
     came_from = record.get("exported", {})
-    if came_from.get("layout") == layouts.QWEN:
+    if came_from.get("layout") == export_checks.QWEN:
         original = QWenConfig.from_dict(came_from["config"])
         if network(to_qwen2(original, folder)) == network(config):
             return original
@@ -155,11 +155,11 @@ def generation(settings: dict, folder: Path, layout: str, record: dict) -> dict:
     What an export came from is what it goes back to, as long as nobody has changed it since.
     """
     came_from, chat = record.get("exported", {}), chats(settings, layout)
-    if layout == layouts.QWEN2 and came_from.get("layout") == layouts.QWEN:
+    if layout == export_checks.QWEN2 and came_from.get("layout") == export_checks.QWEN:
         original = came_from["generation_config"]
-        if original and same_settings(generation_for_qwen2(original, chats(original, layouts.QWEN)), settings):
+        if original and same_settings(generation_for_qwen2(original, chats(original, export_checks.QWEN)), settings):
             return original
-    if layout == layouts.QWEN:
+    if layout == export_checks.QWEN:
         return generation_for_qwen2(settings, chat)
     return generation_for_qwen(settings, chat, model_folder.trained_length(config_files.config_of(folder)))
 
@@ -167,7 +167,7 @@ def generation(settings: dict, folder: Path, layout: str, record: dict) -> dict:
 def chats(settings: dict, layout: str) -> bool:
     """Do a chat model's settings say so?"""
     stops = settings.get("eos_token_id")
-    if layout == layouts.QWEN:
+    if layout == export_checks.QWEN:
         return settings.get("chat_format") == "chatml"
     return END_OF_TURN in (stops if isinstance(stops, list) else [stops])
 
@@ -214,7 +214,7 @@ def quantization(settings: dict, layout: str, folder: Path) -> dict:
 
 def across(group: list[str], layout: str, folder: Path, key: str) -> list[str]:
     """Layers that are quantized together, under the names of the other layout."""
-    kinds = layouts.KINDS[layout]
+    kinds = export_checks.KINDS[layout]
     if unknown := [name for name in group if name not in kinds]:
         what = f"{folder}: {key} of its GPTQ settings lists {unknown[0]}, which is no layer of it"
         raise UserError(f"{what} - take the published file")

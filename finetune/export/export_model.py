@@ -14,16 +14,15 @@ from ..folders.shards import Shards
 from ..model import loading
 from ..quantized.plain_weights import PlainWeights
 from . import export_config, export_proof, export_tokenizer
-from .layouts import OTHER, QWEN, QWEN2, Relaid
+from .export_checks import OTHER, QWEN, QWEN2
+from .layouts import Relaid
 
 
 def export(folder: Path, out: Path, to: str, max_bytes: int) -> float:
     """Writes the model in `folder` to `out`; returns the largest difference of a logit.
 
-    Raises UserError for what cannot go along.
+    Check first: export_checks.check_model(). Raises UserError for what cannot go along.
     """
-    check_layout(folder, to)
-    check_whole(folder)
     record = checkpoint.read_record(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     note(f"exporting {folder} from the layout of {OTHER[to]} to that of {to}")
@@ -36,25 +35,6 @@ def export(folder: Path, out: Path, to: str, max_bytes: int) -> float:
         with new_folder(out) as staging:
             write(staging, folder, relaid, new, tokenizer, max_bytes, record)
             return prove(folder, staging)
-
-
-def check_layout(folder: Path, to: str) -> None:
-    """UserError unless the model is of the layout that can be exported `to` the other."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there - give the folder of a model, or of a LoRA adapter")
-    kind = config_files.read_json(folder / "config.json").get("model_type")
-    if kind == to:
-        raise UserError(f"{folder}: is in that layout already (model_type {kind}) - use it as it is")
-    if kind != OTHER[to]:
-        works = "first-generation Qwen" if to == QWEN2 else "Qwen1.5, or what was exported from first-generation Qwen,"
-        remedy = "use it as it is: servers know it" if to == QWEN2 else "use it in its own layout"
-        raise UserError(f"{folder}: model_type is {kind}, and only {works} goes to the layout of {to} - {remedy}")
-
-
-def check_whole(folder: Path) -> None:
-    """UserError for a folder that is not complete, or quantized by another method than GPTQ."""
-    if findings := model_folder.problems(folder, may_be_quantized=True):
-        raise UserError(*findings)
 
 
 def new_config(config, folder: Path, to: str, record: dict):

@@ -16,9 +16,8 @@ import torch
 
 from ..errors import UserError
 from ..folders.shards import Shards
+from .export_checks import OTHER, QWEN, QWEN2
 
-QWEN, QWEN2 = "qwen", "qwen2"  # model_type of config.json
-OTHER = {QWEN: QWEN2, QWEN2: QWEN}
 BLOCKS = {QWEN: "transformer.h", QWEN2: "model.layers"}
 FUSED = "attn.c_attn"
 THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -17,7 +17,8 @@ from ..errors import UserError
 from ..folders.adapter_folder import PREFIX
 from ..merge.formulas import ROWS, Adapter
 from . import layouts
-from .layouts import FUSED, QWEN2, THIRDS, Place
+from .export_checks import OTHER, QWEN2
+from .layouts import FUSED, THIRDS, Place
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 Parts = dict[str, torch.Tensor]  # what the adapter has for one module, by the end of its name
@@ -31,7 +32,7 @@ class RelaidAdapter:
 
     def __init__(self, adapter: Adapter, layout: str, blocks: int):
         self.adapter, self.layout, self.blocks = adapter, layout, blocks
-        self.other = layouts.OTHER[layout]
+        self.other = OTHER[layout]
         self.modules: dict[Place, Parts] = {}
         self.scales: dict[Place, float] = {}
         for place, parts in self.places().items():

@@ -6,15 +6,14 @@
 This module imports neither torch nor transformers until it parses, so that --help is there at once.
 """
 
-import argparse
 import dataclasses
 import difflib
-import re
 import sys
 from dataclasses import dataclass
 
-from ..errors import UserError, note
+from ..errors import note
 from .definitions import Args, DataArguments, LoraArguments, ModelArguments, TrainingFlags
+from .parser import Parser
 
 # ---- flags that transformers had at 4.32 or later, and dropped or renamed up to 5.23
 
@@ -92,44 +91,35 @@ def parse(argv: list[str] | None = None) -> Args:
     Raises UserError where a value has the wrong type. Writes nothing.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if {"-h", "--help", "--help_all"} & set(argv):
-        show_help(every_flag="--help_all" in argv)
-        sys.exit(0)
+    help_asked_for(argv)
     from . import training_args
 
+    args = parse_as(training_args.TrainingArguments, argv)
+    args.training, more = training_args.build(args.training)
+    args.findings += more
+    return args
+
+
+def parse_as(training_kind, argv: list[str]) -> Args:
+    """The flags with those of `training_kind`, a dataclass, for training: as a dict of values, of which nothing is made yet."""
     argv, findings = modernize(argv)
-    kinds = (ModelArguments, DataArguments, LoraArguments, training_args.TrainingArguments)
-    parser = make_parser(kinds)
+    kinds = (ModelArguments, DataArguments, LoraArguments, training_kind)
+    parser = Parser(kinds)
     namespace, rest = parser.parse_known_args(argv)
     findings += unknown(rest, parser)
-    values = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
-    training, more = training_args.build(values.pop())
+    *values, training = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
     own[-1].use_lora |= own[-1].q_lora  # Q-LoRA is LoRA over quantized weights
-    more += own[1].parse_pass_size()
-    return Args(*own, training=training, findings=findings + more)
+    findings += own[1].parse_pass_size()
+    return Args(*own, training=training, findings=findings)
 
 
-def make_parser(kinds):
-    """transformers' HfArgumentParser over dataclasses, with errors of one line and a help that can be read."""
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message):
-            what = re.sub(r"^argument .*?(--\w+)\S*:", r"\1:", message)
-            raise UserError(f"{what} - python finetune.py --help explains the flag")
-
-    usage = "python finetune.py -m MODEL -d DATA.json -o FOLDER [--use_lora] [--bf16] [other flags]"
-    return Parser(kinds, usage=usage, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
-
-
-def unknown(rest: list[str], parser) -> list[str]:
+def unknown(rest: list[str], parser: Parser) -> list[str]:
     """A finding for each flag of `rest` that nobody knows; for words that belong to none, one."""
     flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
     if rest and not flags:
         return [f"{' '.join(rest)}: belongs to no flag - put a flag before it, or quotes around a value with blanks"]
-    known = {name for action in parser._actions for name in action.option_strings if "-" not in name[2:]}
-    known |= {f"--{name}" for name in OLD_FLAGS}
+    known = parser.spellings() | {f"--{name}" for name in OLD_FLAGS}
     findings = []
     for word in flags:
         close = difflib.get_close_matches("--" + word.lstrip("-").replace("-", "_"), sorted(known), 1)
@@ -141,30 +131,16 @@ def unknown(rest: list[str], parser) -> list[str]:
 # ---- help
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling of each flag, and only defaults that say something."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=110)
-
-    def _format_action_invocation(self, action):
-        short = [name for name in action.option_strings if not name.startswith("--")]
-        long = next(name for name in action.option_strings if name.startswith("--"))
-        names = ", ".join([*short, long])
-        if action.nargs == "?" and action.const is True:  # a switch: --bf16 and --bf16 True are the same
-            return names
-        return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}".rstrip()
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-        return f"{action.help or ''} (default: {str(value).replace('%', '%%')})"
+def help_asked_for(argv: list[str]) -> None:
+    """Prints the help and ends, where that is asked for."""
+    if {"-h", "--help", "--help_all"} & set(argv):
+        show_help(every_flag="--help_all" in argv)
+        sys.exit(0)
 
 
 def show_help(every_flag: bool) -> None:
     """Our flags and the usual ones of training; with every_flag, transformers' other ones behind them."""
-    parser = make_parser((ModelArguments, DataArguments, LoraArguments, TrainingFlags))
+    parser = Parser((ModelArguments, DataArguments, LoraArguments, TrainingFlags))
     parser.description = "Fine-tunes a Qwen model on conversations. A switch may be written --bf16 or --bf16 True."
     if not every_flag:
         parser.epilog = "All other flags of transformers' TrainingArguments work too: --help_all shows them."
@@ -177,4 +153,4 @@ def show_help(every_flag: bool) -> None:
     others = [(f.name, f.type, f) for f in dataclasses.fields(TrainingArguments) if f.name not in usual]
     rest = dataclasses.make_dataclass("TransformersArguments", others)
     rest._argument_group_name = "the other flags of transformers' TrainingArguments"
-    print("\n" + make_parser((rest,)).format_help().split("\n\n", 1)[1])
+    print("\n" + Parser((rest,)).format_help().split("\n\n", 1)[1])

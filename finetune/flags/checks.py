@@ -41,8 +41,18 @@ RANGES = {
 
 def check_flags(args) -> None:
     """Raises one UserError with all findings. args: of args.parse()."""
+    check_parts(args, (*FIRST, values_of_config, reporting))
+
+
+def check_first(args) -> None:
+    """The same, as far as neither torch nor transformers is needed for it."""
+    check_parts(args, FIRST)
+
+
+def check_parts(args, parts) -> None:
+    """Raises one UserError with what the parts find."""
     findings = list(args.findings)
-    for part in (ranges, data_files, base_model, method_checks.method, output_folder, resuming, reporting, disk_space):
+    for part in parts:
         try:
             for line in part(args):
                 findings.append(line)
@@ -70,11 +80,14 @@ def ranges(args) -> Iterator[str]:
 
 def reporting(args) -> Iterator[str]:
     """The services of --report_to are known and installed."""
+    asked = args.training.report_to or []
+    asked = [asked] if isinstance(asked, str) else asked
+    if set(asked) <= {"none", "all"}:
+        return
     from transformers.integrations import get_available_reporting_integrations
 
-    asked = args.training.report_to or []
     there = [*get_available_reporting_integrations(), "none", "all"]
-    for name in [asked] if isinstance(asked, str) else asked:
+    for name in asked:
         if name not in there:
             yield f"--report_to {name}: unknown or not installed - pip install {name}; here are {', '.join(there)}"
 
@@ -111,7 +124,7 @@ def base_model(args) -> Iterator[str]:
         return
     folder = Path(name)
     if folder.is_dir():
-        problems = model_folder.problems(folder, may_be_quantized=args.lora.q_lora)  # of --q_lora, method() speaks
+        problems = model_folder.first_problems(folder, may_be_quantized=args.lora.q_lora)  # of --q_lora, method() speaks
         yield from problems
         if problems:
             return
@@ -132,6 +145,13 @@ def base_model(args) -> Iterator[str]:
         yield f"--model_name_or_path {name}: is a file - give the folder of a checkpoint"
     elif not model_folder.is_hub_id(name):
         yield f"--model_name_or_path {name}: no such folder - {GIVE_MODEL}"
+
+
+def values_of_config(args) -> Iterator[str]:
+    """The values in config.json, if the folder is whole."""
+    folder = Path(args.model.model_name_or_path or "")
+    if args.model.model_name_or_path and (folder / "config.json").is_file():
+        yield from model_folder.value_problems(folder)
 
 
 # ---- the output folder
@@ -244,6 +264,9 @@ def lora_layers(args, folder: Path) -> list[str]:
     """--lora_target_modules, with auto spelt out."""
     asked = list(args.lora.lora_target_modules)
     return asked if asked != ["auto"] else model_folder.block_layers(config_files.config_of(folder).get("model_type"))
+
+
+FIRST = (ranges, data_files, base_model, method_checks.method, output_folder, resuming, disk_space)
 
 
 # ---- small things

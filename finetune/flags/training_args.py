@@ -10,27 +10,10 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from ..distributed import deepspeed_file, engines, ranks
+from ..distributed import engines, ranks
 from ..errors import note
+from . import training_values
 from .definitions import TrainingFlags
-
-# Flags of transformers that the step plan, the packed rows or the loss of this toolkit leave without meaning.
-NO_EFFECT = (
-    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_in_order",
-    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor", "do_predict",
-    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "fp16_full_eval",
-    "include_for_metrics", "label_names", "length_column_name",
-    "logging_nan_inf_filter", "prediction_loss_only", "remove_unused_columns", "torch_empty_cache_steps",
-    "train_sampling_strategy",
-)  # fmt: skip
-# Flags that would change the result, and would be passed over in silence.
-REFUSED = {
-    "parallelism_config": "not available in this version - leave it out",
-    "label_smoothing_factor": "not available: the loss is plain cross-entropy - leave it out",
-    "neftune_noise_alpha": "not available: its noise follows the length of a row, and rows are packed - leave it out",
-    "use_liger_kernel": "not available: the loss is computed in pieces anyway - leave it out",
-    "auto_find_batch_size": "it would change the samples of a step - lower --max_tokens_per_pass instead",
-}
 
 
 @dataclass
@@ -69,7 +52,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         """
         self.recomputed_blocks = None
         given = getattr(self, "activation_checkpointing", None)  # its name from transformers 5.23 on, which warns of the old one
-        self.recompute = RECOMPUTING[str(self.gradient_checkpointing).lower()] if given is None else bool(given)
+        self.recompute = training_values.RECOMPUTING[str(self.gradient_checkpointing).lower()] if given is None else bool(given)
         self.recompute_blocks(bool(self.recompute))
         if getattr(self, "activation_checkpointing_kwargs", 0) is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
@@ -114,31 +97,14 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         return super().get_warmup_steps(num_training_steps)
 
 
-# the words of --gradient_checkpointing
-RECOMPUTING = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
-
-
 def build(values: dict):
     """(training arguments, findings) from the value of every flag.
 
     Where there are findings, the first is a plain object with the flags as attributes, for the other checks to read.
     """
-    defaults = {
-        f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.default is not dataclasses.MISSING
-    }
-    changed = {name for name, value in values.items() if value != defaults.get(name, value)}
-    findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
-    if str(values["gradient_checkpointing"]).lower() not in RECOMPUTING:
-        wrong = values["gradient_checkpointing"]
-        findings.append(f"--gradient_checkpointing {wrong}: unknown - give auto, True or False")
+    usual = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.default is not dataclasses.MISSING}
+    values, findings = training_values.checked(values, usual)
     findings += precision(values)
-    values, more = with_engine(values)
-    findings += more
-    if idle := changed & set(NO_EFFECT):
-        listed = ", ".join(f"--{name}" for name in sorted(idle))
-        note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
-    if values["torch_compile"]:
-        note("--torch_compile: steps differ in length, and the first ones are compiled anew, for a minute each on few cores")
     if not findings:
         try:
             return TrainingArguments(**values), []
@@ -147,22 +113,9 @@ def build(values: dict):
     return SimpleNamespace(**values), findings
 
 
-def with_engine(values: dict) -> tuple[dict, list[str]]:
-    """(the flags with --deepspeed read and --fsdp in transformers' form, findings)."""
-    values, findings = engines.fsdp_settings(values)
-    if values.get("deepspeed") and values["fsdp"]:
-        return values, [*findings, "--deepspeed and --fsdp: two engines for one run - leave out one"]
-    if values.get("deepspeed"):
-        config, more = deepspeed_file.deepspeed_config(values["deepspeed"], values)
-        return values | {"deepspeed": config}, findings + more
-    return values, findings
-
-
 def precision(values: dict) -> list[str]:
-    """What stands against --bf16 and --fp16."""
-    if values["bf16"] and values["fp16"]:
-        return ["--bf16 and --fp16: only one of them can be - leave out one; bf16 where the GPU has it"]
-    if not values["bf16"] or values["use_cpu"] or not torch.cuda.is_available() or torch.version.hip:
+    """Whether the GPU that is there has bf16."""
+    if not values["bf16"] or values["fp16"] or values["use_cpu"] or not torch.cuda.is_available() or torch.version.hip:
         return []
     major, minor = torch.cuda.get_device_capability()
     return [] if major >= 8 else [f"--bf16: this GPU (sm_{major}{minor}) has no bf16 - use --fp16"]

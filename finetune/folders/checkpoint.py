@@ -6,11 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError, note
-from . import quant_settings
-from .shards import Shards
+from . import adapter_folder, hub, model_folder, quant_settings
 
 RECORD = "training.json"
 
@@ -47,13 +44,15 @@ def hash_of_adapter(folder: Path) -> str:
 
 def beginnings(folder: Path, values: int = 8):
     """A line for each tensor: name, shape, first values. Reads a few bytes of each, not the file."""
+    from .shards import Shards  # which imports torch
+
     with Shards(folder) as shards:
         for name in shards:
             shape = shards.shape(name)
             yield beginning(name, shape, shards.slice(name)[:1] if shape else shards[name], values)
 
 
-def beginning(name: str, shape: list[int], tensor: torch.Tensor, values: int) -> str:
+def beginning(name: str, shape: list[int], tensor, values: int) -> str:
     return f"{name} {shape} {tensor.flatten()[:values].double().tolist()}\n"
 
 
@@ -84,6 +83,22 @@ def check_base(adapter: Path, base: Path, remedy: str = "give that one with --ba
             f"{adapter}: the adapter was made for another base ({describe_fingerprint(made_for)}); "
             f"{base} is {describe_fingerprint(found)} - {remedy}"
         )
+
+
+def find_base(adapter: Path, name: str | None = None) -> Path:
+    """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
+    stored = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = name or stored
+    folder, why = None, ""
+    try:
+        folder = hub.find_folder(name) if name else None
+    except hub.NotFetched as error:
+        why = f" ({error.why})" if model_folder.is_hub_id(name) else ""
+    if folder is None or not (folder / "config.json").is_file():
+        raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
+    check_base(adapter, folder)
+    adapter_folder.check_adapter(adapter, folder)
+    return folder
 
 
 # ---- checkpoints of a run

@@ -18,6 +18,13 @@ class NotFetched(UserError):
         self.why = why
 
 
+def find_folder(name: str, cache_dir: str | None = None) -> Path:
+    """The model's folder: a path as it is, or the id of a model on a hub, downloaded."""
+    if os.path.isdir(name):
+        return Path(name).resolve()  # an adapter stores it: it must mean the same from every folder
+    return fetch(name, cache_dir)
+
+
 def fetch(name: str, cache_dir: str | None = None) -> Path:
     """The folder that OWNER/NAME was downloaded to, now or before: weights, config and tokenizer; no code."""
     if not is_hub_id(name):

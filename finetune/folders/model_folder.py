@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from ..compat import on_transformers
 from ..errors import UserError, warn
 from . import config_files, quant_settings, tensor_files
 
@@ -28,6 +29,11 @@ def is_hub_id(name: str) -> bool:
 
 def problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
     """One line for each thing that keeps the folder from being trained. Prints warnings for what only looks wrong."""
+    return first_problems(folder, may_be_quantized) or value_problems(folder)
+
+
+def first_problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
+    """What of it can be told without torch and transformers, whose import takes seconds."""
     if pointers := lfs_pointers(folder):
         return pointers
     if not (folder / "config.json").is_file():
@@ -35,8 +41,6 @@ def problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
     try:
         config = config_files.read_json(folder / "config.json")
         findings = config_problems(folder, config, may_be_quantized) + weight_problems(folder)
-        if config.get("model_type") == "qwen":
-            warn_of_unknown_keys(folder, config)
         return findings or vocabulary_problems(folder, config)
     except UserError as error:
         return error.findings
@@ -71,10 +75,8 @@ def no_config(folder: Path) -> str:
 
 def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[str]:
     """A model that this toolkit trains?"""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
     kind = config.get("model_type")
-    if kind != "qwen" and kind not in CONFIG_MAPPING_NAMES:
+    if kind not in TRAINED_TYPES and kind not in on_transformers.model_types():
         what = f'model_type "{kind}"' if kind else "no model_type"
         what = f"{folder}/config.json: {what}, which transformers does not know"
         return [f"{what} - give the folder of a Qwen checkpoint"]
@@ -82,13 +84,21 @@ def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[
         return findings
     if quant_settings.of_folder(folder) and not may_be_quantized:
         return [quant_settings.needs_q_lora(folder)]
-    if kind == "qwen":
-        from qwen_model.configuration_qwen import QWenConfig
+    return []
 
-        try:
-            QWenConfig.from_dict(config)
-        except (ValueError, TypeError) as error:
-            return [f"{folder}/config.json: {' '.join(str(error).split())} - take the file of the published checkpoint"]
+
+def value_problems(folder: Path) -> list[str]:
+    """What first-generation Qwen's config class, which needs torch, finds wrong with config.json. Warns of unknown keys."""
+    config = config_files.config_of(folder)
+    if config.get("model_type") != "qwen":
+        return []
+    from qwen_model.configuration_qwen import QWenConfig
+
+    warn_of_unknown_keys(folder, config)
+    try:
+        QWenConfig.from_dict(config)
+    except (ValueError, TypeError) as error:
+        return [f"{folder}/config.json: {' '.join(str(error).split())} - take the file of the published checkpoint"]
     return []
 
 
@@ -103,8 +113,9 @@ def warn_of_unknown_keys(folder: Path, config: dict) -> None:
 
 
 def trained_length(config: dict) -> int | None:
-    """How many tokens the model's training samples had."""
-    return config.get("seq_length" if config.get("model_type") == "qwen" else "max_position_embeddings")
+    """How many tokens the model's training samples had; None where config.json does not tell."""
+    length = config.get("seq_length" if config.get("model_type") == "qwen" else "max_position_embeddings")
+    return length if isinstance(length, int) else None
 
 
 # ---- weights
@@ -178,6 +189,7 @@ def vocabulary_problems(folder: Path, config: dict) -> list[str]:
     found = shapes(folder)
     rows = next((found[name][0] for name in EMBEDDINGS if name in found), None)
     wanted = config.get("vocab_size")
+    wanted = wanted if isinstance(wanted, int) else None
     if rows is not None and wanted is not None and rows != wanted:
         what = f"{folder}: vocab {rows:,} in weights, {wanted:,} in config.json"
         return [f"{what} - take both from the same checkpoint"]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,24 +12,6 @@ from safetensors.torch import save_file
 
 from ..errors import UserError
 from . import tensor_files
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def size_in_bytes(text: str) -> int:
-    """ "2GB" -> 2,000,000,000. ValueError for what is no size."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f'"{text}" is no size - give for example 2GB, 500MB, 4GiB')
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def max_shard_bytes(text: str) -> int:
-    """--max_shard_size in bytes; UserError for what is no size."""
-    try:
-        return size_in_bytes(text)
-    except ValueError as error:
-        raise UserError(f"--max_shard_size: {error}") from error
 
 
 class Shards:

@@ -1,11 +1,13 @@
-"""Which files hold a folder's weights. What is in them, shards.py reads."""
+"""Which files hold a folder's weights, and how large they may be. What is in them, shards.py reads."""
 
 import json
+import re
 from pathlib import Path
 
 from ..errors import UserError
 
 MAX_SHARD_SIZE = "2GB"  # of the files that are written
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -20,3 +22,19 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(
         f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards) - give a complete folder"
     )
+
+
+def size_in_bytes(text: str) -> int:
+    """ "2GB" -> 2,000,000,000. ValueError for what is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f'"{text}" is no size - give for example 2GB, 500MB, 4GiB')
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def max_shard_bytes(text: str) -> int:
+    """--max_shard_size in bytes; UserError for what is no size."""
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise UserError(f"--max_shard_size: {error}") from error

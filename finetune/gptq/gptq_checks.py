@@ -6,7 +6,6 @@ from pathlib import Path
 from ..errors import Findings, UserError
 from ..folders import config_files, model_folder, new_folder, quant_settings
 from ..quantized import quantized_model
-from . import gptq_tensors
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel makes
 ROW_PARALLEL = ("c_proj", "o_proj", "down_proj")  # tensor parallelism shares out their inputs; of all others, outputs
@@ -36,12 +35,18 @@ def check_model(folder: Path) -> None:
         named = f" ({plain})" if plain != config_files.name_of(folder) else ""
         what = f"{folder}: is already quantized ({found})"
         raise UserError(f"{what} - give the 16-bit model that it was made from{named}")
-    if problems := model_folder.problems(folder):
+    if problems := model_folder.first_problems(folder):
         raise UserError(*problems)
     kind = config_files.config_of(folder).get("model_type")
     if kind not in model_folder.TRAINED_TYPES:
         known = ", ".join(model_folder.TRAINED_TYPES)
         raise UserError(f"{folder}: is of model type {kind} - give a Qwen of one of these: {known}")
+
+
+def check_values(folder: Path) -> None:
+    """What of config.json can be told with torch alone, whose import takes seconds: after all other checks."""
+    if problems := model_folder.value_problems(folder):
+        raise UserError(*problems)
 
 
 def check_numbers(settings, samples: int, max_length: int) -> None:
@@ -67,6 +72,12 @@ def check_numbers(settings, samples: int, max_length: int) -> None:
 
 def layers_of(folder: Path) -> dict[str, list[int]]:
     """{layer: [outputs, inputs]} of what is quantized in a model's folder. No weight is read."""
+    endings = tuple(f".{name}.weight" for name in model_folder.block_layers(config_files.config_of(folder).get("model_type")))
+    found = {name: shape for name, shape in model_folder.shapes(folder).items() if name.endswith(endings)}
+    if found:
+        return {name.removesuffix(".weight"): shape for name, shape in found.items()}
+    from . import gptq_tensors  # with torch: of .bin files only the model itself tells
+
     skeleton = gptq_tensors.skeleton(folder)
     return {name: list(layer.weight.shape) for name, layer in gptq_tensors.quantized_layers(skeleton).items()}
 
@@ -94,6 +105,8 @@ def check_widths(layers: dict[str, list[int]], settings) -> None:
 
 def tensor_parallel_sizes(folder: Path, settings) -> list[int]:
     """Over how many GPUs a server can share out each layer: heads, packed words and groups must stay whole."""
+    from . import gptq_tensors
+
     config, layers = gptq_tensors.config_of(folder), layers_of(folder)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -46,7 +46,7 @@ class FirstGeneration(QwenQModel):
 def run(source: Path, made: Path, samples: list, settings, dtype, device, layer_done: Callable[[], None]) -> None:
     """Quantizes the layers of `source` (see stripped()) on samples (ids, labels); each gets a folder in `made`.
 
-    settings: pipeline.Settings. layer_done is called after each block.
+    settings: Settings. layer_done is called after each block.
     """
     on_gptqmodel.keep_to(made / "logs")
     config = QuantizeConfig(

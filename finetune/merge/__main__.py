@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..errors import UserError, note, run
 from ..folders.new_folder import check_free, new_folder
-from ..folders.tensor_files import MAX_SHARD_SIZE
+from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
+from ..model import packages
 from ..quiet import quiet
 
 # Largest difference of a logit, computed in float32, as a share of the largest: of the sums before they are rounded, and what
@@ -45,7 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     back.add_argument("--seed", type=int, help="which ones are drawn (default: 42)")
     options = parser.parse_args(argv)
     quiet()
-    run(lambda: job(options))
+
+    def merging():
+        if argv is None and not options.requantize:  # a process of its own, without gptqmodel, which imports much
+            packages.leave_out_with([options.adapter], options.base)
+        job(options)
+
+    run(merging)
 
 
 def job(options) -> None:
@@ -74,21 +81,20 @@ def merge(
 
     Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit.
     """
-    from ..folders import quant_settings
-    from ..folders.shards import max_shard_bytes
-    from ..model import loading
+    from ..folders import checkpoint, quant_settings
     from ..quantized import quantized_model
-    from ..quantized.plain_weights import PlainWeights
     from . import requantize
 
     check_folders(adapter, out)
     max_bytes = max_shard_bytes(max_shard_size)
-    base_folder = loading.find_base(adapter, base)
+    base_folder = checkpoint.find_base(adapter, base)
     check_free(out, "the merged model", base_folder, adapter)
     # --base means that model as it lies there; else it is what the adapter was trained over
     over = quantized_model.of_adapter(adapter) if base is None else None
     back_to = requantize.earlier(adapter, base_folder) if requantized else None
     conversations = requantize.read_calibration_data(requantized) if requantized else None
+    from ..quantized.plain_weights import PlainWeights  # with torch, whose import takes seconds: after the checks
+
     found = over or quant_settings.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
     if base is not None and not found and (seen := quantized_model.of_adapter(adapter)):

@@ -43,9 +43,10 @@ def read_calibration_data(wish: RequantizeOptions):
 def requantize(merged: Path, staging: Path, read, wish: RequantizeOptions, to: Quantization, name: str, max_bytes: int) -> None:
     """Writes the model of `merged` into `staging`, quantized. read: of read_calibration_data(). name: what it was made from, for people."""
     from ..gptq import calibration, pipeline
+    from ..gptq.settings import Settings
     from ..model import loading
 
-    settings = pipeline.Settings(
+    settings = Settings(
         bits=to.bits,
         group_size=to.group_size,
         symmetric=to.symmetric,

@@ -1,7 +1,6 @@
 """The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
 
 import importlib.metadata as metadata
-import json
 import os
 from pathlib import Path
 
@@ -11,18 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import qwen_model
 
 from ..errors import UserError, note
-from ..folders import adapter_folder, checkpoint, hub, model_folder, quant_settings
-from ..folders.model_folder import LATER_TYPES, is_hub_id
+from ..folders import checkpoint, model_folder, quant_settings
+from ..folders.model_folder import LATER_TYPES
 from ..lora import adapters
 from ..quantized import quantized_model
 from . import later_qwen, optimizers
-
-
-def find_folder(name: str, cache_dir: str | None = None) -> Path:
-    """The model's folder: a path as it is, or the id of a model on a hub, downloaded (see hub.py)."""
-    if os.path.isdir(name):
-        return Path(name).resolve()  # an adapter stores it: it must mean the same from every folder
-    return hub.fetch(name, cache_dir)
 
 
 def load_tokenizer(folder: Path):
@@ -86,22 +78,6 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, dev
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
     return later_qwen.prepare(model, half_on_cuda) if model.config.model_type in LATER_TYPES else model
-
-
-def find_base(adapter: Path, name: str | None = None) -> Path:
-    """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
-    stored = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    name = name or stored
-    folder, why = None, ""
-    try:
-        folder = find_folder(name) if name else None
-    except hub.NotFetched as error:
-        why = f" ({error.why})" if is_hub_id(name) else ""
-    if folder is None or not (folder / "config.json").is_file():
-        raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
-    checkpoint.check_base(adapter, folder)
-    adapter_folder.check_adapter(adapter, folder)
-    return folder
 
 
 def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, as_trained: bool = True):

@@ -10,7 +10,7 @@ from ..data.rendered_samples import Samples
 from ..distributed import engines, ranks
 from ..errors import Findings, UserError, each_line_once, note, warn
 from ..flags import checks, definitions
-from ..folders import checkpoint
+from ..folders import checkpoint, hub
 from ..lora import adapters
 from ..model import kinds, loading
 from . import memory_plan
@@ -80,7 +80,7 @@ def checked(args) -> Path:
             with findings:
                 rendered_samples.read(path, flag=flag)
     findings.raise_if_any()
-    folder = loading.find_folder(name, args.training.cache_dir)
+    folder = hub.find_folder(name, args.training.cache_dir)
     if not os.path.isdir(name):
         checks.check_flags(definitions.on_folder(args, folder))
     return folder

@@ -246,7 +246,7 @@ def test_the_whole_way_and_back(bases, adapter, tmp_path, capsys):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     settings = [json.loads((place / "generation_config.json").read_text()) for place in (folder, back)]
     assert settings[0] == settings[1] and settings[1]["chat_format"] == "chatml"
-    assert loading.find_base(back) == bases["qwen"].resolve()
+    assert checkpoint.find_base(back) == bases["qwen"].resolve()
 
 
 def refused(capsys, *words) -> str:

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 
 from finetune.errors import UserError
-from finetune.model import loading
+from finetune.folders import checkpoint, hub
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def asked(tmp_path, monkeypatch):
 def test_an_id_is_fetched_without_code(asked, tmp_path, monkeypatch, switch, hub):
     if switch:
         monkeypatch.setenv("USE_MODELSCOPE", switch)
-    assert loading.find_folder("Qwen/Qwen-7B", cache_dir="here") == tmp_path
+    assert hub.find_folder("Qwen/Qwen-7B", cache_dir="here") == tmp_path
     ((where, name, settings),) = asked
     assert (where, name, settings["cache_dir"]) == (hub, "Qwen/Qwen-7B", "here")
     assert "*.safetensors" in settings["allow_patterns"]
@@ -45,7 +45,7 @@ def test_an_id_is_fetched_without_code(asked, tmp_path, monkeypatch, switch, hub
 
 def test_a_folder_is_not_asked_for(asked, tmp_path, monkeypatch):
     monkeypatch.setenv("USE_MODELSCOPE", "1")
-    assert loading.find_folder(str(tmp_path)) == tmp_path and asked == []
+    assert hub.find_folder(str(tmp_path)) == tmp_path and asked == []
 
 
 def test_the_base_of_an_adapter_is_fetched_from_there(asked, tmp_path, monkeypatch):
@@ -55,20 +55,20 @@ def test_the_base_of_an_adapter_is_fetched_from_there(asked, tmp_path, monkeypat
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/missing"}')
     why = r"\(ModelScope: OSError: .*No space left on device\)"
     with pytest.raises(UserError, match=f"its base Qwen/missing was not found {why} - give it with --base"):
-        loading.find_base(adapter)
+        checkpoint.find_base(adapter)
     assert asked[0][:2] == ("ModelScope", "Qwen/missing")
 
 
 def test_failures_are_one_line(asked, monkeypatch):
     reason = r"\(OSError: .Errno 28. No space left on device\) - mend that, or give the folder"
     with pytest.raises(UserError, match="could not be fetched from the Hugging Face Hub " + reason):
-        loading.find_folder("Qwen/missing")
+        hub.find_folder("Qwen/missing")
     monkeypatch.setenv("USE_MODELSCOPE", "1")
     with pytest.raises(UserError, match="could not be fetched from ModelScope " + reason):
-        loading.find_folder("Qwen/missing")
+        hub.find_folder("Qwen/missing")
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(UserError) as error:
-        loading.find_folder("Qwen/Qwen-7B")
+        hub.find_folder("Qwen/Qwen-7B")
     assert error.value.findings == [
         "USE_MODELSCOPE=1: the package modelscope is not installed - pip install modelscope"
     ]

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
-from finetune.folders.shards import Shards, ShardWriter, size_in_bytes
+from finetune.folders.shards import Shards, ShardWriter
+from finetune.folders.tensor_files import size_in_bytes
 
 TENSORS = {name: torch.full((4, 8), float(i)) for i, name in enumerate("abcde")}  # 128 bytes each
 

@@ -16,7 +16,8 @@ from finetune.data import conversations
 from finetune.errors import UserError
 from finetune.folders import gptq_format
 from finetune.folders.shards import Shards
-from finetune.gptq import calibration, gptq_checks, gptq_proof, gptq_tensors, pipeline
+from finetune.gptq import calibration, gptq_checks, gptq_proof, gptq_tensors
+from finetune.gptq.settings import Settings
 from finetune.gptq.streamed import streamed
 
 CPU = torch.device("cpu")
@@ -95,14 +96,14 @@ def published(folder, sizes: dict):
 )
 def test_tensor_parallel_sizes_of_published_models(tmp_path, hidden, width, bits, group, expected):
     sizes = {"hidden_size": hidden, "intermediate_size": width, "num_attention_heads": hidden // 128}
-    settings = pipeline.Settings(bits=bits, group_size=group)
+    settings = Settings(bits=bits, group_size=group)
     assert gptq_checks.tensor_parallel_sizes(published(tmp_path, sizes), settings) == expected
     assert calibration.longest(tmp_path, 8192) == 2048 and calibration.longest(tmp_path, 100) == 100
 
 
 def test_c_attn_is_shared_out_by_thirds():
     """Query, key and value of 96 rows each: three GPUs get 32 of each, and 288 / 9 rows would part a head's words."""
-    settings = pipeline.Settings(bits=4, group_size=16)
+    settings = Settings(bits=4, group_size=16)
     fits = [size for size in (1, 2, 3, 4, 6, 9, 12) if gptq_checks.shared_out("h.0.attn.c_attn", [288, 96], size, 12, settings)]
     assert fits == [1, 2, 3, 4, 6, 12]
 
@@ -111,18 +112,18 @@ def test_tensor_parallel_sizes_of_a_later_qwen(tmp_path):
     """4 heads on 2 of keys: beyond 2, keys are copied."""
     folder = tiny_later_qwen(tmp_path / "model")
     of = gptq_checks.tensor_parallel_sizes
-    assert of(folder, pipeline.Settings(group_size=16)) == [1, 2]
-    assert of(folder, pipeline.Settings(group_size=-1)) == [1, 2, 4]
-    assert of(folder, pipeline.Settings(group_size=-1, bits=2)) == [1]  # one head of keys is 8 wide, half a word
+    assert of(folder, Settings(group_size=16)) == [1, 2]
+    assert of(folder, Settings(group_size=-1)) == [1, 2, 4]
+    assert of(folder, Settings(group_size=-1, bits=2)) == [1]  # one head of keys is 8 wide, half a word
 
 
 def test_group_sizes_that_fit_are_named(tmp_path):
     layers = {"a": [64, 64], "b": [64, 176]}
     with pytest.raises(UserError, match=r"widths \(64 and 176\) - give 16 or -1"):
-        gptq_checks.check_widths(layers, pipeline.Settings())
-    gptq_checks.check_widths(layers, pipeline.Settings(group_size=16))
+        gptq_checks.check_widths(layers, Settings())
+    gptq_checks.check_widths(layers, Settings(group_size=16))
     with pytest.raises(UserError, match="--bits 3: widths of 176 do not fill .* - give --bits 2 or 4 or 8"):
-        gptq_checks.check_widths(layers, pipeline.Settings(group_size=16, bits=3))
+        gptq_checks.check_widths(layers, Settings(group_size=16, bits=3))
 
 
 # ---- the format

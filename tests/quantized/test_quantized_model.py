@@ -303,7 +303,7 @@ def saved(folders, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("kind", [4, "nf4"])
 def test_an_adapter_loads_again_over_what_it_was_trained_over(folders, saved, kind):
     trained, out = saved[kind]
-    again = loading.load_tuned(loading.find_base(out), out, torch.float32)
+    again = loading.load_tuned(checkpoint.find_base(out), out, torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, trained(IDS).logits, atol=0, rtol=0)
         with trained.disable_adapter():

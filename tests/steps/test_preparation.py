@@ -8,7 +8,7 @@ from tiny import small_checkpoint
 
 from finetune.errors import UserError
 from finetune.flags import args as arguments
-from finetune.folders import checkpoint
+from finetune.folders import checkpoint, hub
 from finetune.model import loading
 from finetune.steps import preparation
 
@@ -148,7 +148,7 @@ def test_an_output_folder_that_is_not_shared_is_named(monkeypatch):
 
 
 def test_a_model_of_a_hub_is_checked_twice_and_each_line_said_once(asked, base, monkeypatch, capsys):
-    monkeypatch.setattr(loading, "find_folder", lambda name, cache_dir: base)
+    monkeypatch.setattr(hub, "find_folder", lambda name, cache_dir: base)
     for _ in range(2):  # another run in the same process says it again
         preparation.check_and_download(asked("--lazy_preprocess", name="Qwen/Qwen-7B"))
         assert capsys.readouterr().err.count("--lazy_preprocess has no effect") == 1

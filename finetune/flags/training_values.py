@@ -1,0 +1,53 @@
+"""What can be told of transformers' flags from their values, before torch and transformers are imported."""
+
+from ..distributed import deepspeed_file, engines
+from ..errors import note
+
+# Flags of transformers that the step plan, the packed rows or the loss of this toolkit leave without meaning.
+NO_EFFECT = (
+    "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor", "do_predict",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "fp16_full_eval",
+    "include_for_metrics", "label_names", "length_column_name",
+    "logging_nan_inf_filter", "prediction_loss_only", "remove_unused_columns", "torch_empty_cache_steps",
+    "train_sampling_strategy",
+)  # fmt: skip
+# Flags that would change the result, and would be passed over in silence.
+REFUSED = {
+    "parallelism_config": "not available in this version - leave it out",
+    "label_smoothing_factor": "not available: the loss is plain cross-entropy - leave it out",
+    "neftune_noise_alpha": "not available: its noise follows the length of a row, and rows are packed - leave it out",
+    "use_liger_kernel": "not available: the loss is computed in pieces anyway - leave it out",
+    "auto_find_batch_size": "it would change the samples of a step - lower --max_tokens_per_pass instead",
+}
+# the words of --gradient_checkpointing
+RECOMPUTING = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
+
+
+def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
+    """(the flags with their engine's settings read, findings). Notes what has no effect. usual: the default of each flag."""
+    changed = {name for name, value in values.items() if value != usual.get(name, value)}
+    findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
+    wish = values["gradient_checkpointing"]
+    if str(wish).lower() not in RECOMPUTING:
+        findings.append(f"--gradient_checkpointing {wish}: unknown - give auto, True or False")
+    if values["bf16"] and values["fp16"]:
+        findings.append("--bf16 and --fp16: only one of them can be - leave out one; bf16 where the GPU has it")
+    values, more = with_engine(values)
+    if idle := changed & set(NO_EFFECT):
+        listed = ", ".join(f"--{name}" for name in sorted(idle))
+        note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
+    if values["torch_compile"]:
+        note("--torch_compile: steps differ in length, and the first ones are compiled anew, for a minute each on few cores")
+    return values, findings + more
+
+
+def with_engine(values: dict) -> tuple[dict, list[str]]:
+    """(the flags with --deepspeed read and --fsdp in transformers' form, findings)."""
+    values, findings = engines.fsdp_settings(values)
+    if values.get("deepspeed") and values["fsdp"]:
+        return values, [*findings, "--deepspeed and --fsdp: two engines for one run - leave out one"]
+    if values.get("deepspeed"):
+        config, more = deepspeed_file.deepspeed_config(values["deepspeed"], values)
+        return values | {"deepspeed": config}, findings + more
+    return values, findings

@@ -1,0 +1,47 @@
+"""Which of the packages that transformers and peft would import a program does without."""
+
+from pathlib import Path
+
+from ..compat import unused
+from ..folders import checkpoint, config_files, quant_settings
+from . import optimizers
+
+
+def unused_in_run(args) -> set[str]:
+    """Of a training run. args: of the command line, its training flags as a plain object; quantized weights need what they need."""
+    lora, training = args.lora, args.training
+    if lora.q_lora and lora.quant == "none":
+        return set()  # gptqmodel imports half of them itself
+    optim, base = str(training.optim), Path(args.model.model_name_or_path or "")
+    elsewhere = set(training.report_to or ()) - {"none"}  # services bring what they like
+    needed = {
+        "datasets": bool(elsewhere),
+        "deepspeed": bool(training.deepspeed),
+        "torchao": optim in optimizers.ROUNDING or "torchao" in optim,
+        "bitsandbytes": lora.quant == "nf4" or optimizers.is_of_bitsandbytes(optim),
+        "peft": lora.use_lora or (base / "adapter_config.json").is_file(),
+        "gptqmodel": False,
+    }
+    return {name for name, is_needed in needed.items() if not is_needed}
+
+
+def leave_out_with(folders, base: str | None = None) -> None:
+    """For a program that loads these folders, models or adapters, and nothing else: to be called before it imports transformers."""
+    unused.leave_out(unused_with([Path(folder) for folder in folders], Path(base) if base else None))
+
+
+def unused_with(folders: list[Path], base: Path | None = None) -> set[str]:
+    """Of a program that computes with these folders. base: of the adapters among them, where it has moved."""
+    adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+    bases = [base or Path(config_files.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "") for folder in adapters]
+    if any(map(may_be_quantized, [*folders, *bases])):
+        return set()
+    return {"datasets", "deepspeed", "torchao", "gptqmodel", "bitsandbytes"} | ({"peft"} if not adapters else set())
+
+
+def may_be_quantized(folder: Path) -> bool:
+    """Are there few bits in it, or under it? An adapter's record says so; of a model on a hub nothing is known yet."""
+    if not folder.is_dir():
+        return True
+    over = checkpoint.read_record(folder).get("method", {}).get("quantization")
+    return bool(over or quant_settings.of_folder(folder))
