@@ -14,5 +14,6 @@ export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 export HF_HUB_OFFLINE=1 # a test that would fetch something is a mistake
 # All of them: on as many cores as there are, four at most, a file on one.
 parallel=()
-(($#)) || parallel=(-n "$(($(nproc) < 4 ? $(nproc) : 4))" --dist loadfile)
+cores=$(env -u OMP_NUM_THREADS nproc) # which would say 1 as well
+(($#)) || parallel=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
 exec "$python" -m pytest -q -m "not slow and not gpu" "${parallel[@]}" "$@"
