@@ -11,7 +11,6 @@ from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.new_checkpoint import new_checkpoint
 
-
 # what goes along with a model of first-generation Qwen, whoever writes it
 SAVED_CODE = {
     "attention.py", "chatml.py", "compat.py", "configuration_qwen.py", "fused.py", "fused_kernels.py", "generation_qwen.py",

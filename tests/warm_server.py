@@ -9,7 +9,7 @@ import ctypes
 import gc
 import importlib
 import json
-import multiprocessing.spawn
+import multiprocessing.spawn  # noqa: F401 (imported early: what starts processes takes it)
 import os
 import runpy
 import selectors

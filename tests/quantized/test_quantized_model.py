@@ -253,7 +253,7 @@ def test_gradients_are_those_of_lora_over_the_dequantized_weights(folders, token
 
 def test_what_a_layer_returns_for_rows_may_be_added_to_in_its_place(folders):
     """No view, which LoRA's product would copy."""
-    loaded = quantized.load(folders[4][0], quantized.of_folder(folders[4][0]), torch.float32, CPU)
+    loaded = quantized_model.load(folders[4][0], quant_settings.of_folder(folders[4][0]), torch.float32, CPU)
     for layer in (loaded.transformer.h[0].attn.c_attn, loaded.transformer.h[0].mlp.w1):
         x = torch.randn(6, layer.in_features, requires_grad=True)
         out = layer(x)
