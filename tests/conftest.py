@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -14,3 +15,9 @@ def tokenizer():
     from qwen_model.vocabulary import find_vocabulary
 
     return QWenTokenizer(find_vocabulary())
+
+
+@pytest.fixture(autouse=True)
+def settings_of_packages():
+    """Importing gptqmodel moves Hugging Face's folders, for every program that is started later, too: not in a test."""
+    warm.restore_settings()

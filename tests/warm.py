@@ -9,7 +9,7 @@ What warm launches cannot show is whether a program imports what it uses: of eac
 (test_cold_launches.py). Sets of strings have the same order in all forks of one process.
 
 A launch is cold by itself where a fork would not be the same: other values of the variables that packages read when they
-are imported (warm_server.READ_AT_IMPORT), flags of Python other than -u, open files beyond the standard ones. Where there
+are imported (READ_AT_IMPORT), flags of Python other than -u, open files beyond the standard ones. Where there
 is a GPU all are, because CUDA does not live through a fork.
 """
 
@@ -34,6 +34,11 @@ SETTINGS = {
     "TQDM_DELAY": "2",
     "DS_ACCELERATOR": "cpu",
 }
+# The imports read these: a launch with other values is cold.
+READ_AT_IMPORT = (
+    "HOME", "XDG_CACHE_HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TRITON_", "MPL", "TIKTOKEN_", "BNB_",
+    "LANG", "LC_", "PYTHON", "LD_", "MKL_", "KMP_", "GOMP_",
+)  # fmt: skip
 HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
@@ -52,6 +57,15 @@ def python() -> str:
     if server.stdout.readline() != b"ready\n":
         raise RuntimeError(f"the warm process did not start:\n{(folder / 'log').read_text()}")
     return str(folder / "python")
+
+
+def restore_settings() -> None:
+    """Takes back what a test or an import has made of the variables above."""
+    for name in [name for name in {*ENVIRONMENT, *os.environ} if name.startswith(READ_AT_IMPORT)]:
+        if name in ENVIRONMENT:
+            os.environ[name] = ENVIRONMENT[name]
+        else:
+            del os.environ[name]
 
 
 def stop(server: subprocess.Popen, folder: Path) -> None:

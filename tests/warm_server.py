@@ -22,16 +22,13 @@ import time
 import types
 from pathlib import Path
 
+from warm import READ_AT_IMPORT
+
 IMPORTED = (
     "numpy", "torch", "torch.distributed.elastic.agent.server.local_elastic_agent", "torch.distributed.run",
     "torch.distributed.elastic.rendezvous.dynamic_rendezvous", "tiktoken", "safetensors.torch", "transformers", "accelerate",
     "pyarrow.parquet", "peft", "transformers.trainer", "transformers.models.auto", "bitsandbytes", "deepspeed", "matplotlib.figure",
     "matplotlib.backends.backend_agg",
-)  # fmt: skip
-# A request with another value of one of these is refused: the imports have read them.
-READ_AT_IMPORT = (
-    "HOME", "XDG_CACHE_HOME", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TRITON_", "MPL", "TIKTOKEN_", "BNB_",
-    "LANG", "LC_", "PYTHON", "LD_", "MKL_", "KMP_", "GOMP_",
 )  # fmt: skip
 SET_BY_THE_PROGRAMS = ("TOKENIZERS_PARALLELISM", "TQDM_DELAY", "DS_ACCELERATOR", "OPENBLAS_NUM_THREADS")
 HANDLED = ("PYTHONPATH",)
@@ -46,6 +43,7 @@ CLONE_NEWNET = 0x40000000
 def prepare() -> None:
     """All imports, and proof that no thread has come of them."""
     sys.path.pop(0)  # the tests' folder
+    del sys.modules["warm"]
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
