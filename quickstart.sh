@@ -6,6 +6,11 @@
 # merged model's answers. Everything it makes lies in quickstart/; a second run starts from what is there, and
 # `rm -r quickstart` begins anew.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+case ${1:-} in
+    "") ;;
+    -h|--help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"; exit ;;
+    *) printf 'error: quickstart.sh takes no arguments: %s\n' "$*" >&2; exit 2 ;;
+esac
 set -euo pipefail
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 

@@ -5,7 +5,21 @@
 #   bash setup_env.sh       standard output: the path of the Python to use, and nothing else
 #
 # FINETUNE_PYTHON=PYTHON    an interpreter that has everything already (in a container, say): used as it is
+
+# Sourced, it would change the user's shell, and an error would end it: then bash's $0 is not this file, zsh says so, and
+# in other shells $0 is the shell.
+case ${BASH_SOURCE:-}:${ZSH_EVAL_CONTEXT:-}:$0 in
+    "$0"::*|:toplevel:*|::*setup_env.sh) ;;
+    *)
+        printf 'error: setup_env.sh is to be run, not sourced: bash setup_env.sh; then: source .venv/bin/activate\n' >&2
+        return 2 ;;
+esac
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+case ${1:-} in
+    "") ;;
+    -h|--help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"; exit ;;
+    *) printf 'error: setup_env.sh takes no arguments: %s\n' "$*" >&2; exit 2 ;;
+esac
 set -eo pipefail
 root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
 venv=$root/.venv

@@ -3,6 +3,7 @@
 A cell is a method on a model of a size, with samples of a length, done by a trainer ("way"). This file imports no torch.
 """
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ NAMES = {
     "lora": "LoRA", "lora_emb": "LoRA (embeddings)", "qlora_gptq": "Q-LoRA, GPTQ Int4", "qlora_nf4": "Q-LoRA, NF4",
     "full": "full-parameter", "full_bf16": "full, bf16 weights",
 }  # fmt: skip
-WAYS = ("ours", "transformers", "liger", "trl")
+# trainer: the package that it needs; see yardsticks.py
+WAYS = {"ours": "torch", "transformers": "transformers", "liger": "liger_kernel", "trl": "trl"}
 OK, OOM, MISSING = "ok", "out of memory", "not installed"
 
 # Published: one A100-80G, samples of 256 to 8192 tokens, GB at the peak and seconds a step of 8 samples
@@ -57,6 +59,19 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.way}: {self.method}, {self.size}, {self.length} tokens, recomputing {self.recompute}"
+
+
+def obstacle(cell: Cell) -> str | None:
+    """Why the cell cannot be measured, as far as that can be told without a start."""
+    if importlib.util.find_spec(WAYS[cell.way]) is None:
+        return MISSING
+    if cell.way == "ours":
+        return None
+    if METHODS[cell.method][1] == "gptq":
+        return "transformers' Qwen2 would need a quantized checkpoint of its own"
+    if cell.method == "full_bf16":
+        return "rounds to nearest, and loses small updates: not the same work"
+    return None
 
 
 def parameters(size: str) -> int:
@@ -89,14 +104,16 @@ def is_final(cell: dict) -> bool:
 
 
 def stored(folder: Path = RESULTS) -> list[dict]:
-    """All measured cells of all files of train.py, each with its machine and the ceiling measured along; newest last."""
+    """All measured cells of all files of train.py, each with its machine, versions and the ceiling measured along; newest last."""
     found = []
     numbers = {path: path.stem.rpartition("_")[2] for path in folder.glob("train_*.json")}
     for path in sorted(numbers, key=lambda path: (int(numbers[path]) if numbers[path].isdigit() else 0, path.name)):
         report = json.loads(path.read_text(encoding="utf-8"))
         about = report["about"]
         found += [
-            cell | {"machine": about["machine"], "date": about["date"], "ceiling": report["ceiling_tflops"]}
+            cell
+            | {"machine": about["machine"], "date": about["date"], "ceiling": report["ceiling_tflops"]}
+            | {"versions": about.get("versions", {})}
             for cell in report["cells"]
         ]
     return sorted(found, key=lambda cell: cell["date"])

@@ -2,22 +2,31 @@
 # Everything that only a GPU can show, in one command, what is worth most first. One part's failure does not end the others:
 #
 #   bash benchmarks/on_a_gpu.sh                        # all of it: some hours, and the README's tables are full
-#   bash benchmarks/on_a_gpu.sh tests cells            # some parts: tests, cells, profile, cache
-#   MINUTES=8 SIZES=1.8B bash benchmarks/on_a_gpu.sh   # no part for longer; cells that a file has are not measured again
+#   bash benchmarks/on_a_gpu.sh cells profile          # some parts: tests, cells, profile, cache
+#   MINUTES=9 bash benchmarks/on_a_gpu.sh              # what goes into nine minutes; cells that a file has are not measured again
 #
-# SIZES ("7B 1.8B"), METHODS (all), LENGTHS (the published six), MINUTES (of a part, 600), LOGS (where each part's output goes, too:
-# benchmarks/logs); FINETUNE_PYTHON: an interpreter that has everything; DRY_RUN=1 shows the commands.
+# MINUTES (for all parts together, 600); SIZES ("7B 1.8B"), METHODS (all), LENGTHS (the published six), WAYS (trainers: all), STEPS
+# (timed ones of a cell, 5); CHECKPOINTS: a folder for random weights (7B: 15 GB), kept for the next call - else made anew and deleted;
+# RESULTS: where files of figures go (benchmarks/results), LOGS: where each part's output goes, too (benchmarks/logs);
+# FINETUNE_PYTHON: an interpreter that has everything; DRY_RUN=1 shows the commands.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -o pipefail
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." || exit 1
 python=$(bash setup_env.sh) || exit
 read -ra sizes <<<"${SIZES:-7B 1.8B}"
-read -ra methods <<<"${METHODS:-lora qlora_gptq qlora_nf4 full full_bf16 lora_emb}"
+read -ra methods <<<"${METHODS:-lora qlora_gptq full qlora_nf4 full_bf16 lora_emb}"
 read -ra lengths <<<"${LENGTHS:-2048 512 4096 256 8192 1024}"
-logs=${LOGS:-benchmarks/logs}
+read -ra ways <<<"${WAYS:-ours transformers liger trl}"
+results=${RESULTS:-benchmarks/results} logs=${LOGS:-benchmarks/logs}
+ends=$((SECONDS + 60 * ${MINUTES:-600}))
 failed=()
+if [ -n "${CHECKPOINTS:-}" ]; then
+    checkpoints=$CHECKPOINTS
+else
+    checkpoints=$(mktemp -d) && trap 'rm -rf "$checkpoints"' EXIT
+fi
 
-# part NAME COMMAND...: within its minutes, shown and kept. Who is out of time is asked to end, and 30 s later made to.
+# part NAME COMMAND...: within the minutes that are left, shown and kept. Who is out of time is asked to end, and 10 s later made to.
 part() {
     local name=$1 started=$SECONDS code=0
     shift
@@ -25,20 +34,29 @@ part() {
         printf '%s: %s\n' "$name" "$*"
         return
     fi
+    if ((ends - started < 10)); then
+        printf '\n== %s: no time is left\n' "$name"
+        failed+=("$name")
+        return
+    fi
     printf '\n== %s: %s\n' "$name" "$*"
     mkdir -p "$logs"
-    timeout --kill-after=30 "$((60 * ${MINUTES:-600}))" "$@" 2>&1 | tee "$logs/$name.log" || code=$?
+    timeout --kill-after=10 "$((ends - started))" "$@" 2>&1 | tee "$logs/$name.log" || code=$?
     printf '== %s: exit code %d after %d s\n' "$name" "$code" "$((SECONDS - started))"
     ((code == 0)) || failed+=("$name")
 }
 
 tests() { part tests "$python" -m pytest -q -m gpu tests; }
 cells() {
-    part cells "$python" benchmarks/train.py --sizes "${sizes[@]}" --methods "${methods[@]}" --lengths "${lengths[@]}" --missing --save
-    part table "$python" benchmarks/table.py
+    part cells "$python" benchmarks/train.py --sizes "${sizes[@]}" --methods "${methods[@]}" --lengths "${lengths[@]}" \
+        --ways "${ways[@]}" --steps "${STEPS:-5}" --missing --checkpoints "$checkpoints" --save "$results"
+    [ -n "${RESULTS:-}" ] || part table "$python" benchmarks/table.py
 }
-profile() { part profile "$python" benchmarks/step_profile.py --size "${sizes[0]}" --length 2048 --json "$logs/profile.json"; }
-cache() { part cache "$python" benchmarks/kv_cache.py --timed 64 --save; }
+profile() {
+    part profile "$python" benchmarks/step_profile.py --size "${sizes[0]}" --length 2048 --checkpoints "$checkpoints" \
+        --json "$logs/profile.json"
+}
+cache() { part cache "$python" benchmarks/kv_cache.py --timed 64 --save "$results"; }
 
 (($#)) || set -- tests cells profile cache
 for name in "$@"; do

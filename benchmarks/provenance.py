@@ -1,6 +1,7 @@
 """Where a figure comes from: machine, versions, commit. Without them it is worth nothing."""
 
 import datetime
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -39,13 +40,15 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The code's commit, with "+" if files differ from it; None outside git."""
+    """The code's commit, with "+" if files differ from it. Of a copy outside git what the variable COMMIT says, else None."""
 
     def git(*words):
         command = ["git", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != ROOT:
+            return os.environ.get("COMMIT")
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")

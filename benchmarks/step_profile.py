@@ -25,25 +25,27 @@ import train  # noqa: E402
 from cells import METHODS, SIZES, Cell  # noqa: E402
 
 OTHER, NOTHING = "other", "nothing"
+NO_WORK = "Command Buffer Full"  # what the profiler calls waiting for room to launch in: not a kernel, and the GPU is busy meanwhile
 # part: what an operator's name, or that of one of those that called it, contains
 PARTS = {
     "attention": ("scaled_dot_product", "ScaledDotProduct", "varlen", "flash_attn", "FlashAttn", "efficient_attention"),
     "norms, rotary, gate": ("RMSNorm", "RotatedHeads", "Gated"),
-    "LoRA": ("DroppedProduct", "AddedProduct"),
+    "LoRA": ("DroppedProduct", "AddedProduct", "Whole"),
     "head and loss": ("HeadLoss",),
     "quantized layers": ("Unpacked", "MatMul4Bit", "dequantize"),
     "optimizer": ("Optimizer.step", "Optimizer.zero_grad", "clip_grad"),
     "embedding": ("aten::embedding", "EmbeddingBackward"),
     "data": ("DataLoader",),
+    "linear layers": ("aten::linear",),  # also where LoRA's step of autograd calls it
 }
 # matrix products that none of these parts called
-REST = {"linear layers": ("aten::linear", "AddmmBackward", "MmBackward", "LinearBackward", "aten::addmm", "aten::mm")}
+REST = {"linear layers": ("AddmmBackward", "MmBackward", "LinearBackward", "aten::addmm", "aten::mm")}
 
 
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as out:
-        options.folder = Path(folder)
+        options.checkpoints = options.checkpoints or Path(folder)
         cell = Cell("ours", options.method, options.size, options.length, options.recompute)
         trainer, said = train.ours(cell, options.recompute, out, options)
         found = profiled(trainer, options)
@@ -63,6 +65,7 @@ def parse():
     parser.add_argument("--steps", type=int, default=2, metavar="N", help=f"profiled ones, after {train.WARM_UP}")
     parser.add_argument("--flags", default="", metavar="FLAGS", help="more of finetune.py: --flags='--lora_r 16'")
     parser.add_argument("--operators", type=int, default=10, metavar="N", help="how many to list")
+    train.add_checkpoints(parser)
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the profiler's trace here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     return parser.parse_args()
@@ -80,18 +83,29 @@ def profiled(trainer, options) -> dict:
     trainer.train()
     if options.trace:
         watch.profiler.export_chrome_trace(str(options.trace))
-    events, steps = watch.profiler.events(), options.steps
+    events, steps = [event for event in watch.profiler.events() if event.name != NO_WORK], options.steps
     parts = by_part(events, on_gpu, steps)
     parts[NOTHING] = max(watch.seconds / steps - sum(parts.values()), 0.0)
-    operators = {}
-    for event in events:
-        operators[event.name] = operators.get(event.name, 0.0) + own_seconds(event, on_gpu) / steps
     return {
         "seconds": watch.seconds / steps,
-        "parts": dict(sorted(parts.items(), key=lambda item: -item[1])),
-        "operators": dict(sorted(operators.items(), key=lambda item: -item[1])[:50]),
+        "parts": largest(parts),
+        "operators": by_operator(events, on_gpu, steps),
+        # what the CPU was at, also waiting: where "nothing" is large, that is what the GPU waited for
+        "host": by_operator(events, False, steps) if on_gpu else {},
         "memory_gb": watch.memory,
     }
+
+
+def largest(seconds: dict[str, float], count: int = 50) -> dict[str, float]:
+    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:count])
+
+
+def by_operator(events, on_gpu: bool, steps: int) -> dict[str, float]:
+    """{name: seconds a step}, the largest"""
+    found: dict[str, float] = {}
+    for event in events:
+        found[event.name] = found.get(event.name, 0.0) + own_seconds(event, on_gpu) / steps
+    return largest(found)
 
 
 def own_seconds(event, on_gpu: bool) -> float:
@@ -173,8 +187,10 @@ def table(report: dict, operators: int) -> str:
     ]
     lines += [f"  {part:22}{value * 1e3:10.1f} ms{value / seconds:7.1%}" for part, value in report["parts"].items()]
     lines += ["", "  GB at the peak: " + ", ".join(f"{name} {size:.2f}" for name, size in report["memory_gb"].items()), ""]
-    shown = list(report["operators"].items())[:operators]
-    return "\n".join(lines + [f"  {value * 1e3:10.1f} ms  {name[:90]}" for name, value in shown])
+    for title, found in (("", report["operators"]), ("\n  on the host", report["host"])):
+        shown = list(found.items())[:operators]
+        lines += ([title] if title and shown else []) + [f"  {value * 1e3:10.1f} ms  {name[:90]}" for name, value in shown]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,16 @@ def origin(found: dict) -> str:
     """A line on machine and ceiling."""
     if not found:
         return "No file of a GPU is there yet: every cell below is still to be measured."
-    seen = sorted({(cell["machine"], cell["date"], f"{cell['ceiling']:.0f}") for cell in found.values()})
-    machines = "; ".join(f"{machine}, {date}, {ceiling} TFLOP/s at a large bf16 product" for machine, date, ceiling in seen)
-    return f"Measured on {machines}. Use: model FLOP over that."
+    seen: dict[tuple, list[float]] = {}
+    for cell in found.values():
+        versions = ", ".join(f"{name} {cell['versions'][name]}" for name in ("torch", "transformers") if name in cell["versions"])
+        seen.setdefault((cell["machine"], cell["date"], versions), []).append(cell["ceiling"])
+    lines = []
+    for (machine, date, versions), ceilings in sorted(seen.items()):
+        low, high = f"{min(ceilings):.0f}", f"{max(ceilings):.0f}"
+        rate = low if low == high else f"{low} to {high}"
+        lines.append(f"{machine}, {date}{versions and f', {versions}'}, {rate} TFLOP/s at a large bf16 product")
+    return f"Measured on {'; '.join(lines)}. Use: model FLOP over that."
 
 
 def table(found: dict, size: str) -> str:

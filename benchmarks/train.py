@@ -3,17 +3,21 @@
     python benchmarks/train.py                                                  # toy size: shows that it works, seconds
     python benchmarks/train.py --sizes 7B --methods lora --lengths 512 2048     # on a GPU
     python benchmarks/train.py --sizes 7B 1.8B --missing --save                 # the README's cells that no file has yet
+    python benchmarks/train.py --sizes 7B --minutes 8 --checkpoints /dev/shm/checkpoints --save    # what is worth most, in little time
 
 Random weights of the published sizes, samples filled with random tokens, all of them supervised, 8 samples a step as published. Ours
 goes the way of finetune.py: its flags, its model, its trainer. Each cell has a process of its own, and running out of memory is
-a result. First the machine's ceiling is measured, the best of ten times: a bf16 product of 8192 x 8192 matrices on a GPU (float32, 2048 on a CPU).
+a result. What stands first in --sizes, --methods, --lengths and --ways is measured first, all four counting the same. --checkpoints keeps
+the random weights (7B: 15 GB) for the next cells and programs. First the machine's ceiling is measured, the best of ten times: a bf16 product of 8192 x 8192 matrices on a GPU (float32, 2048 on a CPU).
 
 s/step is the median after two steps to warm up. GB is the most that torch had allocated on the GPU, resident on a CPU. Utilization is
 model FLOP over the ceiling: 4 a parameter and token under LoRA, 6 where all train; recomputing counts nothing (see cells.py).
---save writes benchmarks/results/train_MACHINE_DATE_N.json after every cell; table.py makes the README's tables of such files.
+--save writes train_MACHINE_DATE_N.json into benchmarks/results/, or the folder given, after every cell; table.py makes the README's tables of such files.
 """
 
 import argparse
+import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -27,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import cells  # noqa: E402
 import provenance  # noqa: E402
-from cells import LENGTHS, METHODS, MISSING, OK, OOM, SIZES, WAYS, Cell  # noqa: E402
+from cells import LENGTHS, METHODS, OK, OOM, SIZES, WAYS, Cell  # noqa: E402
 
 WARM_UP = 2
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes", "gptqmodel", "torchao",
@@ -37,20 +41,28 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbyt
 def main() -> None:
     options = parse()
     if options.child:
-        print(json.dumps(machine() if options.child == "machine" else child(Cell(**json.loads(options.child)), options)))
+        print(json.dumps(machine() if options.child == "machine" else child(options)))
         return
+    begin = time.perf_counter()
     # in a process of its own too: what this one held of a GPU, no cell could have
     found = subprocess.run([sys.executable, __file__, "--child", "machine"], stdout=subprocess.PIPE, text=True, check=True)
     report = json.loads(found.stdout.splitlines()[-1]) | {"cells": []}
     wanted = chosen(options, report["about"]["machine"])
-    path = free_name(report["about"]) if options.save else None
+    report["cells"] = [vars(cell) | {"status": why} for cell in wanted if (why := cells.obstacle(cell))]
+    wanted = [cell for cell in wanted if not cells.obstacle(cell)]
+    path = free_name(report["about"], options.save) if options.save else None
     print(f"{report['about']['machine']}: {report['ceiling_tflops']:.1f} TFLOP/s at a large matrix product\n{HEADER}")
+    print(*map(line, report["cells"]), sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for cell in wanted:
-            report["cells"].append(measure(cell, folder, report["ceiling_tflops"], options))
+        options.checkpoints = options.checkpoints or Path(folder)
+        for number, cell in enumerate(wanted):
+            if time.perf_counter() - begin > 60 * options.minutes:
+                print(f"out of time: {len(wanted) - number} of {len(wanted)} cells are left")
+                break
+            report["cells"].append(measure(cell, report["ceiling_tflops"], options))
             print(line(report["cells"][-1]), flush=True)
             if path:
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -68,14 +80,23 @@ def parse():
     parser.add_argument("--steps", type=int, default=5, metavar="N", help=f"timed ones, after {WARM_UP} to warm up")
     parser.add_argument("--flags", default="", metavar="FLAGS", help="for ours, more of finetune.py: --flags='--lora_r 16'")
     parser.add_argument("--missing", action="store_true", help="leave out what a file of this machine has")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="start no cell later than that")
     parser.add_argument("--timeout", type=float, default=500, metavar="S", help="seconds for a cell")
-    parser.add_argument("--save", action="store_true", help="into benchmarks/results/")
+    add_checkpoints(parser)
+    parser.add_argument(
+        "--save", type=Path, nargs="?", const=cells.RESULTS, metavar="FOLDER", help="into benchmarks/results/, or another"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.lengths = options.lengths or ([64, 128] if options.sizes == ["tiny"] else LENGTHS)
     return options
+
+
+def add_checkpoints(parser) -> None:
+    """The flag --checkpoints, also of step_profile.py."""
+    words = "where random weights are written, and kept; default: a folder that is deleted again"
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help=words)
 
 
 def machine() -> dict:
@@ -84,27 +105,27 @@ def machine() -> dict:
 
 
 def chosen(options, here: str) -> list[Cell]:
-    """The cells, ours first in each place of the table. here: the machine's name."""
+    """The cells, what stands early in the lists first. here: the machine's name."""
+    lists = options.sizes, options.methods, options.lengths, options.recompute, options.ways
+    places = itertools.product(*(range(len(one)) for one in lists))
     found = [
         Cell(way, method, size, length, recompute)
-        for size in options.sizes
-        for method in options.methods
-        for length in options.lengths
-        for recompute in options.recompute
-        for way in options.ways
+        for place in sorted(places, key=sum)
+        for size, method, length, recompute, way in [[one[at] for one, at in zip(lists, place)]]
     ]
     if options.missing:
-        there = [cell for cell in cells.stored() if cell["machine"] == here and cells.is_final(cell)]
+        there = [cell for folder in {cells.RESULTS, options.save or cells.RESULTS} for cell in cells.stored(folder)]
+        there = [cell for cell in there if cell["machine"] == here and cells.is_final(cell)]
         measured = {tuple(cell[name] for name in Cell.__dataclass_fields__) for cell in there}
         found = [cell for cell in found if cell.key() not in measured]
     return found
 
 
-def free_name(about: dict) -> Path:
+def free_name(about: dict, folder: Path) -> Path:
     """A file that is not there yet."""
     start = f"train_{provenance.file_name(about['machine'])}_{about['date']}"
     number = 1
-    while (path := cells.RESULTS / f"{start}_{number}.json").exists():
+    while (path := folder / f"{start}_{number}.json").exists():
         number += 1
     return path
 
@@ -135,9 +156,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(cell: Cell, folder: str, ceiling: float, options) -> dict:
-    """The cell's figures, or in `status` why there are none. In a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(vars(cell)), "--folder", folder]
+def measure(cell: Cell, ceiling: float, options) -> dict:
+    """The cell's figures, or in `status` why there are none. In a process of its own, and nothing beside it.
+
+    (With the next cell's process starting meanwhile, a step of 2,048 tokens took 0.25 to 0.30 s on an H200 instead of 0.17.)
+    """
+    command = [sys.executable, __file__, "--child", json.dumps(vars(cell)), "--checkpoints", str(options.checkpoints)]
     command += [f"--flags={options.flags}", "--samples", str(options.samples), "--steps", str(options.steps)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
@@ -146,6 +170,7 @@ def measure(cell: Cell, folder: str, ceiling: float, options) -> dict:
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
+        print(done.stderr[-6000:], file=sys.stderr, flush=True)
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return vars(cell) | {"status": f"failed: {last[:300]}"}
     if found["status"] == OK:
@@ -170,25 +195,28 @@ def line(cell: dict) -> str:
 # ---- in the child process
 
 
-def child(cell: Cell, options) -> dict:
+def child(options) -> dict:
     """{status, and where that is OK: seconds, tokens, supervised, memory_gb, ...}"""
     import torch
-    import yardsticks
 
-    if cell.way != "ours":
-        if not yardsticks.is_installed(cell.way):
-            return {"status": MISSING}
-        if why := yardsticks.obstacle(cell):
-            return {"status": why}
+    cell, begin = Cell(**json.loads(options.child)), time.perf_counter()
     tries = {"auto": ["auto"] if cell.way == "ours" else ["none", "all"]}.get(cell.recompute, [cell.recompute])
     for recompute in tries:  # what has no "auto" of its own computes again where it has to
         try:
-            with tempfile.TemporaryDirectory() as out:
-                made = ours if cell.way == "ours" else theirs
-                return {"status": OK} | timed(*made(cell, recompute, out, options))
+            return {"status": OK} | tried(cell, recompute, options, begin)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            pass  # only behind this block is what the failed try held let go
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return {"status": OOM}
+
+
+def tried(cell: Cell, recompute: str, options, begin: float) -> dict:
+    """The measured run. begin: when the cell's process was told its cell."""
+    with tempfile.TemporaryDirectory() as out:
+        trainer, said = (ours if cell.way == "ours" else theirs)(cell, recompute, out, options)
+        return timed(trainer, said | {"setup_seconds": time.perf_counter() - begin})
 
 
 def timed(trainer, more: dict) -> dict:
@@ -238,7 +266,7 @@ def ours(cell: Cell, recompute: str, out: str, options):
     from finetune.steps.trainer import PlannedTrainer
 
     flags, stored = METHODS[cell.method]
-    folder = random_checkpoint(options.folder / f"{cell.size}_{stored}", cell.size, stored)
+    folder = random_checkpoint(options.checkpoints / f"{cell.size}_{stored}", cell.size, stored)
     steps = WARM_UP + options.steps
     precision = "--bf16" if torch.cuda.is_available() else "--use_cpu"
     if cell.method == "full_bf16":

@@ -8,27 +8,11 @@ llamafactory and unsloth want other versions of transformers and torch than this
 see NOTES.md.
 """
 
-import importlib.util
-
 import torch
-from cells import METHODS, SIZES, Cell
+from cells import SIZES, Cell
 
-PACKAGES = {"transformers": "transformers", "liger": "liger_kernel", "trl": "trl"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS_AT_ONCE = 16384  # of a forward pass: samples of a step beyond are accumulated
-
-
-def is_installed(way: str) -> bool:
-    return importlib.util.find_spec(PACKAGES[way]) is not None
-
-
-def obstacle(cell: Cell) -> str | None:
-    """Why there is no such yardstick for the cell."""
-    if METHODS[cell.method][1] == "gptq":
-        return "transformers' Qwen2 would need a quantized checkpoint of its own"
-    if cell.method == "full_bf16":
-        return "rounds to nearest, and loses small updates: not the same work"
-    return None
 
 
 def trainer_of(cell: Cell, out: str, samples: int, steps: int, recompute: bool, on_gpu: bool):

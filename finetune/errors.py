@@ -3,9 +3,13 @@
 import contextlib
 import json
 import os
+import shlex
 import sys
 import traceback
+from importlib.util import find_spec
+from pathlib import Path
 
+NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # as in launch.sh
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -121,6 +125,9 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
         speak(error.findings[0], lambda: tell(*error.findings))
         sys.exit(2)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (line := wrong_python()):
+            speak(line, lambda: tell(line))
+            sys.exit(2)
         line, shown = explained(error), f"{type(error).__name__}: {error}"
         speak(line or shown, lambda: tell(line) if line else traceback.print_exception(error))
         sys.exit(1)
@@ -132,6 +139,16 @@ def check_transformers() -> None:
 
     if line := too_old():
         raise UserError(line)
+
+
+def wrong_python() -> str | None:
+    """The line of launch.sh for a Python without the packages that every run needs; None where it has them all."""
+    missing = ", ".join(name for name in NEEDED if find_spec(name) is None)
+    if not missing:
+        return None
+    setup = shlex.quote(str(Path(__file__).resolve().parent.parent / "setup_env.sh"))
+    remedy = f"bash {setup} makes an environment with all that is needed, and prints the path of its Python"
+    return f"{sys.executable} has no {missing} - {remedy}"
 
 
 def explained(error: Exception) -> str | None:

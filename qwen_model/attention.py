@@ -3,7 +3,7 @@
 Packed samples (several conversations in one row, none of which sees another) have three ways, equal in their results:
 
 - flash-attn 2, where it is installed and asked for: transformers' own function reads the same `cu_seq_lens`;
-- torch's variable-length attention, on CUDA in half precision;
+- torch's variable-length attention, on CUDA (sm_80 or newer) in half precision;
 - a loop over the samples with scaled_dot_product_attention, everywhere else. No T x T mask is made in any of them.
 
 The int8 KV cache is read by its kernels where kv_cache.kernel_obstacle found none; all else is transformers' attention.
@@ -13,6 +13,7 @@ Shapes: B batch, N heads, T tokens of the row, D head size.
 
 import functools
 import importlib.util
+import inspect
 
 import torch
 from torch.nn.functional import dropout as drop
@@ -66,13 +67,23 @@ def attend(
 
 @functools.cache
 def torch_has_varlen() -> bool:
-    """Variable-length attention came with torch 2.10."""
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    """Variable-length attention came with torch 2.10, and takes a scale and a window since 2.11."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+@functools.cache
+def is_ampere(device: torch.device) -> bool:
+    """Whether a GPU is of Ampere (sm_80) or newer, as flash attention asks for."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def is_half_on_cuda(x: torch.Tensor) -> bool:
     """What the fast kernels, flash-attn's and torch's, take."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and is_ampere(x.device)
 
 
 def packed_attention(query, key, value, cu_seq_lens, max_length: int, bounds: list[int], scaling: float, dropout=0.0):

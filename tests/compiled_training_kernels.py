@@ -28,7 +28,7 @@ KERNELS = {
     head_loss_kernels.exponentials_kernel: (
         {"BLOCK_V": head_loss_kernels.BLOCK_V}, {"Z", "c", "losses"}, {"labels": 64}, set(),
     ),
-    dropout_kernel.drop_kernel: ({"BLOCK": dropout_kernel.BLOCK}, set(), {}, set()),
+    dropout_kernel.drop_kernel: ({"BLOCK": dropout_kernel.BLOCK, "ADD": True}, set(), {}, set()),
     gptq_kernel.unpack_kernel: (
         {"BITS": 4, "BLOCK_O": gptq_kernel.BLOCK_O}, set(), {"qweight": 32, "qzeros": 32, "g_idx": 32}, set(),
     ),

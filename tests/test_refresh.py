@@ -67,7 +67,9 @@ def test_the_refreshed_folder_answers_by_itself(saved, old, tmp_path):
     command = [sys.executable, PROGRAM, "answer"]
     first = subprocess.run([*command, old], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert first.returncode != 0
-    refresh.refresh(old)
+    program = [sys.executable, "-m", "finetune.refresh", old]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr.count("\n") == 2, done.stderr
     answers = [
         subprocess.run([*command, folder], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         for folder in (saved, old)

@@ -6,15 +6,15 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import quantized_steps
 import quantizing
 import torch
+import warm
 from quantizing import ROOT, arguments, model_to_quantize, stored
-from tiny import tiny_gptq, tiny_later_qwen
+from tiny import SAVED_CODE, tiny_gptq, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_model
@@ -30,10 +30,8 @@ from finetune.quantized import quantized_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 41).reshape(2, 20) * 7 % 350
-MODULES = "attention chatml configuration_qwen fused fused_kernels generation_qwen head_loss head_loss_kernels kv_cache kv_cache_kernels modeling_qwen on_triton"
-CODE = {f"{name}.py" for name in [*MODULES.split(), "tokenization_qwen"]}
 JSONS = {"config.json", "generation_config.json", "quantize_config.json", "tokenizer_config.json", "training.json"}
-FILES = CODE | JSONS | {"README.md", "chat_template.jinja", "model.safetensors", "qwen.tiktoken"}
+FILES = SAVED_CODE | JSONS | {"README.md", "chat_template.jinja", "model.safetensors", "qwen.tiktoken"}
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +308,7 @@ def test_a_fresh_python_loads_it_with_its_own_code(made, tmp_path, bits):
         "ids = torch.tensor([tokenizer('Who are you?').input_ids])\n"
         "torch.save(model(ids).logits.detach(), out)\n"
     )
-    words = [sys.executable, "-c", program, made[bits], tmp_path / "logits"]
+    words = [warm.python(), "-c", program, made[bits], tmp_path / "logits"]
     subprocess.run([str(word) for word in words], cwd=tmp_path, env=environment(), check=True, capture_output=True)
     ids = torch.tensor([AutoTokenizer.from_pretrained(made[bits])("Who are you?").input_ids])
     with torch.no_grad():
@@ -326,8 +324,8 @@ def test_a_fresh_python_loads_it_with_its_own_code(made, tmp_path, bits):
 def test_killed_it_leaves_nothing_that_loads(source, tmp_path, stage):
     """Each time some moments after a stage has begun."""
     flags = arguments(source, tmp_path / "out", "--max_shard_size", "500KB")
-    words = [sys.executable, str(ROOT / "run_gptq.py"), *flags]
-    running = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    words = [warm.python(), str(ROOT / "run_gptq.py"), *flags]
+    running = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     staging, moments = tmp_path / "out.unfinished", random.Random(stage)
     deadline = time.monotonic() + 240
     while not list(staging.glob(stage)):
@@ -335,7 +333,8 @@ def test_killed_it_leaves_nothing_that_loads(source, tmp_path, stage):
         time.sleep(0.001)
     time.sleep(moments.random() * (0.02 if "part" in stage else 0.5))
     running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    running.communicate()  # until nobody holds its output any more
+    assert running.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and staging.exists()
     for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
         with pytest.raises((OSError, ValueError)):

@@ -11,6 +11,13 @@ from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.new_checkpoint import new_checkpoint
 
+# what goes along with a model of first-generation Qwen, whoever writes it
+SAVED_CODE = {
+    "attention.py", "chatml.py", "compat.py", "configuration_qwen.py", "fused.py", "fused_kernels.py", "generation_qwen.py",
+    "head_loss.py", "head_loss_kernels.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py", "on_triton.py", "positions.py",
+    "tokenization_qwen.py", "versions.py",
+}  # fmt: skip
+
 
 def tiny_config(**changes) -> QWenConfig:
     """Two layers, hidden size 32, two heads, vocabulary 160, trained length 64, NTK and LogN on."""

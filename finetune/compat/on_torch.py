@@ -8,5 +8,10 @@ def ignore_in_ddp(model, names: list[str]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
+def has_forward_hooks(module) -> bool:
+    """Whether somebody listens to a module's forward, or gathers its weights for it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_view(tensor) -> bool:
     return tensor._is_view()

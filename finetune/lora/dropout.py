@@ -28,16 +28,18 @@ def scale_of(p: float) -> float:
     return STEPS / (STEPS - threshold(p))
 
 
-def drop(x: torch.Tensor, p: float, seed: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def drop(x: torch.Tensor, p: float, seed: int, out: torch.Tensor | None = None, add: bool = False) -> torch.Tensor:
     """x with a share p of its elements at 0, the others as they are: scale_of(p) is the caller's, on a smaller tensor.
 
-    out: a tensor to write to, x itself possibly.
+    out: a tensor to write to, x itself possibly; with `add`, to add to.
     """
     if has_kernel(x):
         from .dropout_kernel import drop_on_gpu
 
-        return drop_on_gpu(x, threshold(p), seed, torch.empty_like(x) if out is None else out)
+        return drop_on_gpu(x, threshold(p), seed, torch.empty_like(x) if out is None else out, add)
     kept = keep_mask(x.shape, p, seed, x.device)
+    if add:
+        return out.add_(torch.where(kept, x, x.new_zeros(())))
     return torch.where(kept, x, x.new_zeros(()), **({} if out is None else {"out": out}))
 
 

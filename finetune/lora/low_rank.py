@@ -2,8 +2,9 @@
 
 Storage, files, merging and everything unusual (DoRA, several adapters, mixed batches) stay peft's. What differs in the usual
 case: x is read in the precision of the pass, instead of a copy in float32; the product with B is added to the base layer's
-output where that lies, in one matrix product; and dropout keeps no mask. For the backward pass there are kept x, which the
-base layer or its neighbours keep anyway, and x A^T, of r numbers a token.
+output where that lies, in one matrix product; and dropout keeps no mask. Over a plain linear layer all of it is one step of
+autograd (Whole), over others two. For the backward pass there are kept x, which the base layer or its neighbours keep anyway, and
+x A^T, of r numbers a token.
 
 Shapes: N tokens (rows), I input and O output features, r the rank.
 """
@@ -89,6 +90,47 @@ class AddedProduct(torch.autograd.Function):
         return gradient, grad_low, grad_B, None
 
 
+class Whole(torch.autograd.Function):
+    """x W^T + bias + s dropout(x) A^T B^T for x (N, I), W (O, I) frozen, A (r, I), B (O, r): the gradient of x is added up in one place."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, p, seed, scaling):
+        x = x.contiguous()  # as its gradient will be, see DroppedProduct
+        ctx.dtypes, ctx.p, ctx.seed, ctx.scaling = (A.dtype, B.dtype), p, seed, scaling * scale_of(p)
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        low = (drop(x, p, seed) if p else x) @ A.T
+        low.mul_(ctx.scaling)
+        ctx.save_for_backward(x, W, A, B, low)
+        return nn.functional.linear(x, W, bias).addmm_(low, B.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, W, A, B, low = ctx.saved_tensors
+        p, seed, grad_x, grad_A, grad_B = ctx.p, ctx.seed, None, None, None
+        grad_low = (gradient @ B).mul_(ctx.scaling)
+        if ctx.needs_input_grad[3]:
+            grad_A = (grad_low.T @ (drop(x, p, seed) if p else x)).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[4]:
+            grad_B = (gradient.T @ low).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[0]:
+            grad_x = nn.functional.linear(gradient, W.T)  # by that name, a profile knows the frozen product
+            if p:
+                drop(grad_low @ A, p, seed, out=grad_x, add=True)
+            else:
+                grad_x.addmm_(grad_low, A)
+        return grad_x, None, None, grad_A, grad_B, None, None, None
+
+
+def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether Whole may take a base layer's weight past its forward: frozen, as x is, and nobody gathers it or listens."""
+    if type(layer) is not nn.Linear or on_torch.has_forward_hooks(layer):
+        return False
+    if type(layer.weight) is not nn.Parameter or layer.weight.dtype != x.dtype:
+        return False
+    return not any(parameter.requires_grad for parameter in layer.parameters())
+
+
 def autocasts(x) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
@@ -107,9 +149,13 @@ class FusedLora:
             return super().forward(x, *args, **kwargs)
         # once, for base layer and adapter; rows, because a matrix product of more dimensions returns a view
         x_NI = in_pass_dtype(x).reshape(-1, x.shape[-1])
-        out = self.base_layer(x_NI)
         dropout = self.lora_dropout[adapter]
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
+        if is_plain(base := self.base_layer, x_NI):
+            A, B, seed = self.lora_A[adapter].weight, self.lora_B[adapter].weight, draw_seed() if p else 0
+            out = Whole.apply(x_NI, base.weight, base.bias, A, B, p, seed, self.scaling[adapter])
+            return out.unflatten(0, x.shape[:-1])
+        out = base(x_NI)
         low_NR = self.lora_A[adapter](x_NI, p)
         out = self.lora_B[adapter](low_NR, out, self.scaling[adapter])
         return out.unflatten(0, x.shape[:-1])

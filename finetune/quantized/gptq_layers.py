@@ -69,7 +69,9 @@ class FrozenLinear(TorchLinear):
             return self.dequantize_weight().to(dtype)
 
     def forward(self, x):
-        out = Unpacked.apply(x.reshape(-1, x.shape[-1]), self).reshape(*x.shape[:-1], self.out_features)
+        if x.ndim != 2:
+            return self.forward(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+        out = Unpacked.apply(x, self)  # of rows no view: what is added to it (LoRA's share) is added in its place
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def train(self, mode: bool = True):

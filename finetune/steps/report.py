@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from qwen_model import fused
-from qwen_model.attention import torch_has_varlen
+from qwen_model.attention import is_ampere, torch_has_varlen
 
 from ..distributed import engines, ranks
 from ..distributed.engines import size_of
@@ -104,8 +104,9 @@ def attention(model, training) -> str:
         return f"flash-attn 2 over packed samples ({base.attention_reason})"
     if base.attention_reason == later_qwen.SLIDING:
         return f"{name} ({later_qwen.SLIDING})"
-    if training.device.type == "cuda" and compute_dtype(training) != torch.float32 and torch_has_varlen():
-        return f"torch's variable-length attention over packed samples ({base.attention_reason})"
+    if training.device.type == "cuda" and compute_dtype(training) != torch.float32:
+        if torch_has_varlen() and is_ampere(training.device):
+            return f"torch's variable-length attention over packed samples ({base.attention_reason})"
     why = "float32, or no CUDA device" if base.attention_reason == "as asked for" else base.attention_reason
     return f"sdpa, sample by sample ({why})"
 

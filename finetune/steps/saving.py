@@ -1,4 +1,4 @@
-"""What a run saves: folders that are complete, load by themselves, and are either whole or not there."""
+"""What a run saves, checkpoints and the result: folders that are complete, load by themselves, and are either whole or not there."""
 
 import json
 import os
@@ -6,13 +6,72 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import Trainer
 
+from qwen_model.compat import overrides
+
+from ..compat import on_transformers
+from ..distributed import engines
+from ..distributed.ranks import meeting
+from ..folders import checkpoint
 from ..folders.adapter_folder import adapter_model_card
 from ..folders.checkpoint import RECORD
 from ..folders.model_writer import saved_tensors
 from ..folders.shards import read_tensors
 from ..folders.tensor_files import MAX_SHARD_SIZE
 from ..lora import pissa
+from ..model.loading import compute_dtype
+
+
+class SavesWhole:
+    """Mixin for a Trainer: its checkpoints, the optimizer's state in them, and its result. All ranks take part.
+
+    Where ranks hold shards, these are put together. The others wait at the store while the first writes, which may take longer than
+    a collective operation waits.
+    """
+
+    @overrides(Trainer, "output_dir", "_internal_call")
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """The model of a checkpoint."""
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = engines.gather(model, self.engine)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
+        meeting.wait("a model is written")
+
+    def save_result(self) -> None:
+        """What the run was for, in --output_dir. A full model in the precision of the passes: its float32 masters have done."""
+        model = self.accelerator.unwrap_model(self.model)
+        dtype = None if hasattr(model, "peft_config") else compute_dtype(self.args)
+        tensors = engines.gather(model, self.engine, dtype)
+        if self.args.process_index == 0:
+            if tensors is None and dtype is not None:
+                model.to(dtype)
+            out = Path(self.args.output_dir)
+            save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
+        meeting.wait("the result is written")
+
+    @overrides(Trainer, "model", "trial")
+    def _save_checkpoint(self, model, trial) -> None:
+        """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        staging = Path(self.args.output_dir) / ".unfinished"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        meeting.wait("there is room for a checkpoint")
+        with on_transformers.checkpoints_into(self, staging), self.throughput.paused():
+            super()._save_checkpoint(model, trial)
+        meeting.wait("a checkpoint is written")
+        if self.args.should_save:
+            written = staging / place.name
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(place)
+                self.state.save_to_json(written / "trainer_state.json")
+            move_into_place(written, place)
+            staging.rmdir()
+            checkpoint.keep_newest(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        meeting.wait("a checkpoint is in its place")
 
 
 def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:

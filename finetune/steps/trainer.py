@@ -7,9 +7,7 @@ here. Everything else (optimizers, schedules, checkpoints, callbacks, engines) s
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
-from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -17,13 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qwen_model.compat import overrides
 
-from ..compat import on_accelerate, on_transformers
+from ..compat import on_accelerate
 from ..distributed import engines
 from ..distributed.engines import size_of
-from ..distributed.ranks import meeting
-from ..folders import checkpoint
 from ..model import optimizers
-from ..model.loading import compute_dtype
 from ..quantized import quantized_model
 from . import saving
 from .batches import StepBatch, step_loader
@@ -40,7 +35,7 @@ class FollowEpoch(TrainerCallback):
         self.sampler.epoch = state.global_step // len(self.sampler)
 
 
-class PlannedTrainer(Trainer):
+class PlannedTrainer(saving.SavesWhole, Trainer):
     """Trains on packed rows. `plan` and `samples` (and `eval_*`) take the place of a data set and a collator.
 
     The loss of a step is the sum of its token losses over its supervised tokens, all passes and ranks together: a number
@@ -205,54 +200,6 @@ class PlannedTrainer(Trainer):
                 f"the loss became {logs['loss']} at step {self.state.global_step}: lower --learning_rate, lengthen --warmup_ratio, "
                 "or train with --bf16 instead of --fp16"
             )
-
-    # ---- saving
-
-    @overrides(Trainer, "output_dir", "_internal_call")
-    def save_model(self, output_dir=None, _internal_call=False) -> None:
-        """The model of a checkpoint. All ranks take part: where they hold shards, these are put together.
-
-        The others wait at the store while the first writes, which may take longer than a collective operation waits.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        tensors = engines.gather(model, self.engine)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            saving.save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
-        meeting.wait("a model is written")
-
-    def save_result(self) -> None:
-        """What the run was for, in --output_dir. A full model in the precision of the passes: its float32 masters have done."""
-        model = self.accelerator.unwrap_model(self.model)
-        dtype = None if hasattr(model, "peft_config") else compute_dtype(self.args)
-        tensors = engines.gather(model, self.engine, dtype)
-        if self.args.process_index == 0:
-            if tensors is None and dtype is not None:
-                model.to(dtype)
-            out = Path(self.args.output_dir)
-            saving.save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
-        meeting.wait("the result is written")
-
-    @overrides(Trainer, "model", "trial")
-    def _save_checkpoint(self, model, trial) -> None:
-        """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""
-        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        staging = Path(self.args.output_dir) / ".unfinished"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        meeting.wait("there is room for a checkpoint")
-        with on_transformers.checkpoints_into(self, staging), self.throughput.paused():
-            super()._save_checkpoint(model, trial)
-        meeting.wait("a checkpoint is written")
-        if self.args.should_save:
-            written = staging / place.name
-            if self.state.best_model_checkpoint == str(written):
-                self.state.best_model_checkpoint = str(place)
-                self.state.save_to_json(written / "trainer_state.json")
-            saving.move_into_place(written, place)
-            staging.rmdir()
-            checkpoint.keep_newest(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
-        meeting.wait("a checkpoint is in its place")
 
 
 class Throughput:

@@ -146,5 +146,26 @@ def test_on_a_gpu_goes_on_after_a_failure_and_says_so(tmp_path):
     assert done.returncode == 1 and "== tests: exit code 3" in done.stdout and "== cache: exit code 0" in done.stdout
     assert f"not to the end: tests - see {tmp_path / 'logs'}" in done.stdout
     assert "kv_cache.py --timed 64 --save" in (tmp_path / "logs" / "cache.log").read_text()
+    done = on_a_gpu("cache", FINETUNE_PYTHON=str(stub), LOGS=str(tmp_path / "logs"), MINUTES="0")
+    assert done.returncode == 1 and "== cache: no time is left" in done.stdout
     done = on_a_gpu("everything", FINETUNE_PYTHON=str(stub))
     assert (done.returncode, done.stderr) == (2, "error: everything: unknown part - give tests, cells, profile or cache\n")
+
+
+def test_on_a_gpu_writes_where_it_is_told_to(tmp_path):
+    places = {"CHECKPOINTS": str(tmp_path / "weights"), "RESULTS": str(tmp_path / "figures"), "LOGS": str(tmp_path / "logs")}
+    done = on_a_gpu(DRY_RUN="1", STEPS="3", WAYS="ours liger", **places)
+    commands = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert list(commands) == ["tests", "cells", "profile", "cache"]  # no table: it reads benchmarks/results
+    assert f"--ways ours liger --steps 3 --missing --checkpoints {tmp_path}/weights --save {tmp_path}/figures" in commands["cells"]
+    assert f"--checkpoints {tmp_path}/weights" in commands["profile"] and f"--save {tmp_path}/figures" in commands["cache"]
+    assert f"--json {tmp_path}/logs/profile.json" in commands["profile"]
+
+
+def test_on_a_gpu_keeps_no_weights_unasked(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = --checkpoints ] && touch "$2/w" && echo "folder $2"; shift; done\n')
+    stub.chmod(0o755)
+    done = on_a_gpu("profile", FINETUNE_PYTHON=str(stub), LOGS=str(tmp_path / "logs"))
+    (folder,) = (line.split()[1] for line in done.stdout.splitlines() if line.startswith("folder "))
+    assert done.returncode == 0 and not Path(folder).exists()

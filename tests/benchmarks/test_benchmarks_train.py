@@ -24,10 +24,14 @@ def run(*words, timeout=600):
 def test_a_run_at_toy_size(tmp_path):
     """Each kind of weights once, a yardstick, and one that is not there: nothing is skipped in silence."""
     file, program = tmp_path / "figures.json", ROOT / "benchmarks" / "train.py"
-    small = "--lengths 48 --steps 2 --samples 4 --methods lora qlora_gptq full_bf16 --ways ours transformers trl"
+    weights = tmp_path / "weights"
+    small = f"--checkpoints {weights} --save {tmp_path / 'saved'} --lengths 48 --steps 2 --samples 4 --methods lora qlora_gptq full_bf16 --ways ours transformers trl"
     done = run(program, *small.split(), "--json", file)
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text(encoding="utf-8"))
+    assert {path.name for path in weights.iterdir()} == {"tiny_plain", "tiny_gptq"}
+    (saved,) = (tmp_path / "saved").glob("train_CPU_*_1.json")
+    assert json.loads(saved.read_text(encoding="utf-8")) == report
     assert report["ceiling_tflops"] > 0 and report["about"]["versions"]["torch"] and report["about"]["machine"]
     found = {(cell["way"], cell["method"]): cell for cell in report["cells"]}
     assert len(found) == 9
@@ -74,11 +78,32 @@ def test_what_counts_as_work():
 def test_a_process_that_dies_is_a_result(monkeypatch, tmp_path):
     import train
 
-    options = train.argparse.Namespace(samples=2, steps=1, flags="--no_such_flag", timeout=300)
-    cell = train.measure(Cell("ours", "lora", "tiny", 32), str(tmp_path), 1.0, options)
+    words = {"samples": 2, "steps": 1, "flags": "--no_such_flag", "timeout": 300, "checkpoints": tmp_path}
+    options = train.argparse.Namespace(**words)
+    cell = train.measure(Cell("ours", "lora", "tiny", 32), 1.0, options)
     assert cell["status"].startswith("failed: ") and "no_such_flag" in cell["status"]
     options.timeout = 0.01
-    assert "took more than" in train.measure(Cell("ours", "lora", "tiny", 32), str(tmp_path), 1.0, options)["status"]
+    assert "took more than" in train.measure(Cell("ours", "lora", "tiny", 32), 1.0, options)["status"]
+
+
+def test_what_stands_first_is_measured_first():
+    """All lists count the same, and a yardstick does not wait until all of ours are measured."""
+    import train
+
+    lists = {"sizes": ["7B", "1.8B"], "methods": ["lora", "full"], "lengths": [2048, 256], "recompute": ["auto"]}
+    options = train.argparse.Namespace(**lists, ways=["ours", "transformers"], missing=False)
+    found = train.chosen(options, "a GPU")
+    assert len(found) == len(set(found)) == 16
+    assert found[0] == Cell("ours", "lora", "7B", 2048) and found[-1] == Cell("transformers", "full", "1.8B", 256)
+    assert Cell("transformers", "lora", "7B", 2048) in found[:5] and Cell("ours", "lora", "7B", 256) in found[:5]
+
+
+def test_what_cannot_be_measured_is_known_without_a_start(monkeypatch):
+    assert cells.obstacle(Cell("ours", "qlora_gptq", "7B", 512)) is None
+    assert "quantized checkpoint" in cells.obstacle(Cell("transformers", "qlora_gptq", "7B", 512))
+    assert "rounds" in cells.obstacle(Cell("transformers", "full_bf16", "7B", 512))
+    monkeypatch.setitem(cells.WAYS, "liger", "no_such_package")
+    assert cells.obstacle(Cell("liger", "lora", "7B", 512)) == "not installed"
 
 
 def report(machine, date, *found):
@@ -119,9 +144,9 @@ def test_what_has_to_be_measured_again(tmp_path, monkeypatch):
     content = report("NVIDIA H200", "2030-01-01", *(cell(length=at, status=is_) for at, is_ in statuses.items()))
     (tmp_path / "train_1.json").write_text(json.dumps(content), encoding="utf-8")
     stored = cells.stored
-    monkeypatch.setattr(cells, "stored", lambda: stored(tmp_path))
+    monkeypatch.setattr(cells, "stored", lambda folder: stored(tmp_path))
     asked = {"sizes": ["7B"], "methods": ["lora"], "lengths": [*statuses, 8192], "ways": ["ours"], "recompute": ["auto"]}
-    options = train.argparse.Namespace(**asked, missing=True)
+    options = train.argparse.Namespace(**asked, missing=True, save=None)
     assert [left.length for left in train.chosen(options, "NVIDIA H200")] == [1024, 2048, 4096, 8192]
     assert len(train.chosen(options, "another")) == 6
 

@@ -31,6 +31,16 @@ def test_ddp_leaves_out_what_it_is_told_to():
     assert model._ddp_params_and_buffers_to_ignore == ["weight"]  # which DistributedDataParallel reads
 
 
+def test_hooks_are_seen():
+    layer = nn.Linear(2, 2)
+    assert not on_torch.has_forward_hooks(layer)
+    handle = layer.register_forward_pre_hook(lambda *_: None)
+    assert on_torch.has_forward_hooks(layer)
+    handle.remove()
+    layer.register_forward_hook(lambda *_: None)
+    assert on_torch.has_forward_hooks(layer)
+
+
 def test_views_are_told_apart():
     whole = torch.zeros(4, 2)
     assert on_torch.is_view(whole[1:]) and not on_torch.is_view(whole)

@@ -11,11 +11,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from networks import free_port, two_machines
 from safetensors.torch import load_file
 from tiny import small_checkpoint, tiny_gptq, wide_checkpoint
@@ -86,7 +86,7 @@ class Launches:
         self.place, self.machines = place, machines
 
     def environment(self, **more) -> dict:
-        own = {"FINETUNE_PYTHON": sys.executable, "FINETUNE_CACHE": str(self.place / "cache"), "OMP_NUM_THREADS": "1"}
+        own = {"FINETUNE_PYTHON": warm.python(), "FINETUNE_CACHE": str(self.place / "cache"), "OMP_NUM_THREADS": "1"}
         return os.environ | own | {key: str(value) for key, value in more.items()}
 
     def start(self, out: Path, *more: str, model: str = "base", machine: int | None = None, **environment):

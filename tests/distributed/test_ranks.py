@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 
 from finetune.distributed import ranks
 from finetune.errors import UserError
@@ -44,7 +45,7 @@ def together(script: str, count: int = 2, timeout: float = 60, **environment):
     own = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", begin + textwrap.dedent(script)],
+            [warm.python(), "-c", begin + textwrap.dedent(script)],
             env=os.environ | own | {"RANK": str(i), "LOCAL_RANK": str(i)} | environment, cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 
 from finetune.distributed import network, torchrun
 from finetune.errors import UserError
@@ -91,12 +92,12 @@ def adding(tmp_path):
 
 @pytest.fixture
 def agents(tmp_path):
-    """agents(*words, before=(), **environment) starts one in the background; what is left at the end is killed."""
+    """agents(*words, before=(), python=the warm one, **environment) starts one in the background; what is left is killed."""
     running = []
     (tmp_path / "tmp").mkdir()  # a killed agent leaves its temporary folder
 
-    def launch(*words, before=(), **environment):
-        command = [*before, sys.executable, str(TORCHRUN), *map(str, words)]
+    def launch(*words, before=(), python=None, **environment):
+        command = [*before, python or warm.python(), str(TORCHRUN), *map(str, words)]
         inherited = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "SLURM_JOB_ID")}
         inherited["TMPDIR"] = str(tmp_path / "tmp")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -170,9 +171,9 @@ def test_a_busy_port(agents):
         port = listener.getsockname()[1]
         line = f"error: port {port} is in use on this machine - set MASTER_PORT to a free one"
         started = time.monotonic()
-        assert end_of(agents("--master_port", port, "x.py")) == (2, f"{line}, or leave it out\n")
+        assert end_of(agents("--master_port", port, "x.py", python=sys.executable)) == (2, f"{line}, or leave it out\n")
         machine = ("--nnodes", 2, "--master_addr", "10.0.0.1", "--master_port", port)
-        assert end_of(agents(*machine, "x.py", RANK="3")) == (2, f"{line}, the same on all machines\n")
+        assert end_of(agents(*machine, "x.py", python=sys.executable, RANK="3")) == (2, f"{line}, the same on all machines\n")
         assert time.monotonic() < started + 5  # torch has not been imported
 
 
@@ -307,7 +308,7 @@ def test_a_worker_whose_agent_is_gone_does_not_start():
 def test_two_processes(agents, worker):
     """They get the words as they are, a world, and an equal share of the cores; nothing else is printed."""
     words = ["ok", "a  b", "$local_rank", "$$", "${HOME}", "--", "--nnodes", "ä"]
-    assert end_of(agents("--nproc_per_node", 2, worker, *words)) == (0, "")
+    assert end_of(agents("--nproc_per_node", 2, worker, *words, python=sys.executable)) == (0, "")
     first, second = started(worker)
     assert first["arguments"] == second["arguments"] == words
     assert [(note["RANK"], note["LOCAL_RANK"], note["WORLD_SIZE"]) for note in (first, second)] == [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from exports import TRAINED, change_json, lively_checkpoint, published_gptq, some_ids
 from safetensors.torch import load_file, save_file
-from tiny import tiny_gptq, tiny_later_qwen
+from tiny import SAVED_CODE, tiny_gptq, tiny_later_qwen
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 import qwen_model
@@ -29,10 +29,8 @@ CHAT = {"chat_format": "chatml", "eos_token_id": 151643, "pad_token_id": 151643,
 QWEN2_FILES = {
     "README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "training.json",
 }  # fmt: skip
-QWEN_FILES = {
-    "README.md", "attention.py", "chat_template.jinja", "chatml.py", "config.json", "configuration_qwen.py", "fused.py", "fused_kernels.py",
-    "generation_config.json", "generation_qwen.py", "head_loss.py", "head_loss_kernels.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py", "on_triton.py",
-    "qwen.tiktoken", "tokenization_qwen.py", "tokenizer_config.json", "training.json",
+QWEN_FILES = SAVED_CODE | {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json", "training.json",
 }  # fmt: skip
 
 

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from tiny import later_model, tiny_model
 
 SCRIPT = Path(__file__).parent.parent / "steps_on_ranks.py"
@@ -29,7 +29,7 @@ def steps(tmp_path_factory):
             out = place / f"{engine} {method} {base}.json"
             launch = [] if engine == "one" else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
             command = [
-                sys.executable,
+                warm.python(),
                 *launch,
                 str(SCRIPT),
                 str(place / base),

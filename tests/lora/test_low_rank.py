@@ -107,6 +107,38 @@ def test_with_dropout_it_is_the_formula_with_the_mask_that_was_drawn():
     torch.testing.assert_close(layer.lora_B["default"].weight.grad.double(), B.grad, **close)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_one_step_of_autograd_is_what_two_are(p, monkeypatch):
+    """Over a plain base; not where hooks gather its weights, where it trains, or computes in another precision."""
+    _, ours = lora(p)
+    base = ours.train().base_model.model.first.base_layer
+    x, target = torch.randn(4, 5, WIDTHS[0]), torch.randn(4, 5, WIDTHS[0])
+    found, calls = [], []
+    for hooked in (False, True):
+        monkeypatch.setattr(low_rank, "draw_seed", iter(range(9)).__next__)
+        ours.zero_grad()
+        found.append(gradients(ours, x, target))
+        assert low_rank.is_plain(base, x) is not hooked
+        assert grad_fns(found[-1][0]).count("WholeBackward") == (1 if hooked else 2)
+        base.register_forward_hook(lambda *_: calls.append(1))
+    assert len(calls) == 1
+    torch.testing.assert_close(*found)
+    base._forward_hooks.clear()
+    assert low_rank.is_plain(base, x) and not low_rank.is_plain(base, x.bfloat16())
+    base.weight.requires_grad_()
+    assert not low_rank.is_plain(base, x)
+
+
+def grad_fns(out) -> list[str]:
+    """The names of the steps of autograd behind a tensor."""
+    steps, names = [out.grad_fn], []
+    while steps:
+        step = steps.pop()
+        names.append(type(step).__name__)
+        steps += [following for following, _ in step.next_functions if following]
+    return names
+
+
 def test_masks_are_fair_and_no_two_seeds_alike():
     one, other = (dropout.keep_mask((400, 1001), 0.05, seed, "cpu").double() for seed in (1, 2))
     assert abs(one.mean() - 0.95) < 0.002  # five times the deviation of 400,400 draws
@@ -205,6 +237,9 @@ for shape in ((3, 5), (2 * BLOCK + 1, 11), (8 * BLOCK,), (0, 4)):
         assert torch.equal(once, torch.where(once == 0, once, x))
         inside = x.clone()
         assert torch.equal(drop_on_gpu(inside, 13107, 1, inside), once)
+        onto = torch.full_like(x, 3)
+        step = 2**-7 if dtype == torch.bfloat16 else 0  # which the interpreter rounds towards zero
+        torch.testing.assert_close(drop_on_gpu(x, 13107, 1, onto, add=True), once + 3, rtol=step, atol=0)
         if x.numel() > 1000:
             kept = [(y != 0).double() for y in (once, other)]
             assert abs(kept[0].mean() - 0.8) < 0.03 and abs((kept[0] * kept[1]).mean() - 0.64) < 0.04

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import small_checkpoint, tiny_later_qwen
+from tiny import SAVED_CODE, small_checkpoint, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
@@ -254,10 +255,8 @@ def test_a_merge_of_a_merge_is_refused(trained, tmp_path):
         merge.merge(tmp_path / "out", tmp_path / "again")
 
 
-FILES = {
-    "README.md", "attention.py", "chat_template.jinja", "chatml.py", "config.json", "configuration_qwen.py", "fused.py", "fused_kernels.py",
-    "generation_config.json", "generation_qwen.py", "head_loss.py", "head_loss_kernels.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py", "on_triton.py", "qwen.tiktoken",
-    "tokenization_qwen.py", "tokenizer_config.json", "training.json",
+FILES = SAVED_CODE | {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json", "training.json",
 }  # fmt: skip
 
 
@@ -344,7 +343,7 @@ merge.merge(Path(sys.argv[2]), Path(sys.argv[3]))
 @pytest.mark.parametrize("moment", ["frame", "weights", "proof"])
 def test_a_killed_merge_leaves_nothing_that_loads(trained, tmp_path, moment):
     _, adapter, _ = trained
-    command = [sys.executable, "-c", KILLED, moment, str(adapter), str(tmp_path / "out")]
+    command = [warm.python(), "-c", KILLED, moment, str(adapter), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]

@@ -104,6 +104,7 @@ def test_the_kernel_on_a_gpu(bits):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_layer_on_a_gpu_has_the_weights_it_has_on_the_cpu(tmp_path, bits):
+    pytest.importorskip("gptqmodel")
     layers = [layer_of(tmp_path / device, bits, torch.bfloat16, device) for device in ("cpu", "cuda")]
     here, there = (layer.unpack(torch.bfloat16) for layer in layers)
     assert torch.equal(here, there.cpu())

@@ -251,6 +251,18 @@ def test_gradients_are_those_of_lora_over_the_dequantized_weights(folders, token
         assert gradient.norm() > 0 and difference < 1e-4, name
 
 
+def test_what_a_layer_returns_for_rows_may_be_added_to_in_its_place(folders):
+    """No view, which LoRA's product would copy."""
+    loaded = quantized_model.load(folders[4][0], quant_settings.of_folder(folders[4][0]), torch.float32, CPU)
+    for layer in (loaded.transformer.h[0].attn.c_attn, loaded.transformer.h[0].mlp.w1):
+        x = torch.randn(6, layer.in_features, requires_grad=True)
+        out = layer(x)
+        assert not out._is_view()
+        for shape in ((2, 3), (6, 1), (1, 2, 3)):
+            assert torch.equal(layer(x.reshape(*shape, -1)), out.reshape(*shape, -1))
+        assert torch.equal(layer(x[0]), layer(x[:1])[0])
+
+
 def test_no_pass_keeps_an_unpacked_weight(folders, tokenizer):
     """Over all layers they would be the 16-bit model."""
     loaded, kept = steps.load(folders[4][0], tokenizer), set()

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from qwen_model import on_triton
-from qwen_model.fused import describe, gated, rms_norm, rotated_heads
+from qwen_model.fused import describe_kernels, gated, rms_norm, rotated_heads
 
 HALF = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}  # some roundings
 
@@ -235,7 +235,7 @@ def test_computed_again_in_the_backward_pass(use_reentrant):
 
 
 def test_who_computes_is_said():
-    assert describe("cpu") == "plain torch (no CUDA device)"
+    assert describe_kernels("cpu") == "plain torch (no CUDA device)"
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_the_kernels_in_tritons_interpreter():
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_kernels_on_a_gpu(dtype):
     """At a 7B model's widths, against float64 on the same GPU."""
-    assert describe("cuda") == "Triton"
+    assert describe_kernels("cuda") == "Triton"
     on_gpu = [x.cuda() for x in (random(1, 300, 4096), random(4096))]
     x, w = (one.to(dtype) for one in on_gpu)
     close(rms_norm(x, w, 1e-6), norm64(x.double(), w.double(), 1e-6), dtype)

@@ -1,5 +1,6 @@
 """The bundled model against the published one's golden numbers, and against itself where two ways must agree."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,35 @@ def test_attention_choice_says_why(monkeypatch):
     assert attention.choose_attention("auto") == ("sdpa", "flash-attn is not installed")
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
     assert attention.choose_attention("auto")[0] == "flash_attention_2"
+
+
+def test_the_rotary_base_is_no_copy_from_the_host(monkeypatch):
+    """To copy a number to a GPU is to wait for it, in every pass."""
+    rotary, positions, alpha = tiny_model().transformer.rotary, torch.arange(9)[None], torch.full((1, 1), 3.0)
+    want = [rotary(positions, None), rotary(positions, alpha)]
+
+    def copied(*args, **kwargs):
+        raise AssertionError("torch.tensor in a pass")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    for (cos, sin), given in zip(want, (None, alpha)):
+        assert all(map(torch.equal, rotary(positions, given), (cos, sin)))
+
+
+def test_torchs_variable_length_attention_where_it_takes_what_we_give(monkeypatch):
+    """Not before Ampere, where it raises, and not torch 2.10's, which has neither scale nor window."""
+    import types
+
+    from qwen_model import attention
+
+    x = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 7))
+    for capability, fits in (((8, 0), True), ((9, 0), True), ((7, 5), False)):
+        attention.is_ampere.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)  # noqa: B023
+        assert attention.is_half_on_cuda(x) is fits
+    attention.is_ampere.cache_clear()
+    assert attention.torch_has_varlen.__wrapped__()
+    old = types.SimpleNamespace(varlen_attn=lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: 0)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", old)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name)
+    assert not attention.torch_has_varlen.__wrapped__()
