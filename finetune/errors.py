@@ -143,7 +143,7 @@ def check_transformers() -> None:
 
 def wrong_python() -> str | None:
     """The line of launch.sh for a Python without the packages that every run needs; None where it has them all."""
-    missing = ", ".join(name for name in NEEDED if find_spec(name) is None)
+    missing = ", ".join(name for name in NEEDED if name not in sys.modules and find_spec(name) is None)
     if not missing:
         return None
     setup = shlex.quote(str(Path(__file__).resolve().parent.parent / "setup_env.sh"))

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-from ..data import conversations
 from ..errors import UserError, note, run
 from ..model import packages
 from ..quiet import quiet
@@ -53,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(options) -> None:
     """Checks, measures, prints."""
+    from ..data import conversations  # and with it tqdm, which reads quiet()'s settings then
     from . import opened
 
     check_options(options)

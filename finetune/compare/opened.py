@@ -37,11 +37,12 @@ class Opened:
         from ..folders import shards
         from ..model import loading
 
+        tokenizer = self.tokenizer  # first: what is wrong with it is said before weights are read
         if self.adapter is not None:
             loaded = loading.load_tuned(self.folder, self.adapter, dtype or shards.stored_dtype(self.folder))
         else:
             loaded = loading.load_weights(self.folder, dtype or "auto", half_on_cuda=False)
-            loading.set_chat_settings(loaded, self.tokenizer)  # a base model answers too, as well as it can
+            loading.set_chat_settings(loaded, tokenizer)  # a base model answers too, as well as it can
         return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

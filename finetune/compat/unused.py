@@ -1,4 +1,4 @@
-"""Packages that a run does not use. transformers and peft import what is installed, used or not: seconds of CPU, and lines of theirs."""
+"""Packages that a run does not use: transformers and peft import what is installed, which takes seconds and prints lines."""
 
 import sys
 

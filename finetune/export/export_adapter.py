@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+import qwen_model
+
 from ..errors import UserError, note
 from ..folders import adapter_folder, checkpoint, config_files, quant_settings
 from ..folders.new_folder import check_free, hide_config_until_done, new_folder
@@ -32,6 +34,7 @@ TOKENIZER_FILES = (
 
 def export(folder: Path, out: Path, to: str, base: str | None) -> float:
     """Writes the adapter in `folder` to `out`, for its exported base; returns the largest difference of a logit."""
+    qwen_model.register()
     adapter = formulas.Adapter(folder)
     check_adapter(adapter, to)
     base_folder = find_base(folder, to, base)

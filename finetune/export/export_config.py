@@ -10,7 +10,7 @@ from qwen_model.tokenization_qwen import N_RANKS
 
 from ..errors import UserError, note
 from ..folders import config_files, model_folder
-from . import export_checks
+from . import export_checks, layouts
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = N_RANKS, N_RANKS + 1, N_RANKS + 2
 STOPS = [END_OF_TURN, START_OF_TURN, END_OF_TEXT]  # of a chat model; see chatml.stop_ids
@@ -214,7 +214,7 @@ def quantization(settings: dict, layout: str, folder: Path) -> dict:
 
 def across(group: list[str], layout: str, folder: Path, key: str) -> list[str]:
     """Layers that are quantized together, under the names of the other layout."""
-    kinds = export_checks.KINDS[layout]
+    kinds = layouts.KINDS[layout]
     if unknown := [name for name in group if name not in kinds]:
         what = f"{folder}: {key} of its GPTQ settings lists {unknown[0]}, which is no layer of it"
         raise UserError(f"{what} - take the published file")

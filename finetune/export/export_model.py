@@ -7,6 +7,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
+import qwen_model
+
 from ..errors import UserError, note
 from ..folders import checkpoint, config_files, model_folder, model_writer, quant_settings
 from ..folders.new_folder import new_folder
@@ -23,6 +25,7 @@ def export(folder: Path, out: Path, to: str, max_bytes: int) -> float:
 
     Check first: export_checks.check_model(). Raises UserError for what cannot go along.
     """
+    qwen_model.register()
     record = checkpoint.read_record(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     note(f"exporting {folder} from the layout of {OTHER[to]} to that of {to}")

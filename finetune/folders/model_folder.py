@@ -76,7 +76,7 @@ def no_config(folder: Path) -> str:
 def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[str]:
     """A model that this toolkit trains?"""
     kind = config.get("model_type")
-    if kind not in TRAINED_TYPES and kind not in on_transformers.model_types():
+    if kind not in TRAINED_TYPES and not (isinstance(kind, str) and on_transformers.knows_model_type(kind)):
         what = f'model_type "{kind}"' if kind else "no model_type"
         what = f"{folder}/config.json: {what}, which transformers does not know"
         return [f"{what} - give the folder of a Qwen checkpoint"]
@@ -113,9 +113,8 @@ def warn_of_unknown_keys(folder: Path, config: dict) -> None:
 
 
 def trained_length(config: dict) -> int | None:
-    """How many tokens the model's training samples had; None where config.json does not tell."""
-    length = config.get("seq_length" if config.get("model_type") == "qwen" else "max_position_embeddings")
-    return length if isinstance(length, int) else None
+    """How many tokens the model's training samples had."""
+    return config.get("seq_length" if config.get("model_type") == "qwen" else "max_position_embeddings")
 
 
 # ---- weights
@@ -189,7 +188,6 @@ def vocabulary_problems(folder: Path, config: dict) -> list[str]:
     found = shapes(folder)
     rows = next((found[name][0] for name in EMBEDDINGS if name in found), None)
     wanted = config.get("vocab_size")
-    wanted = wanted if isinstance(wanted, int) else None
     if rows is not None and wanted is not None and rows != wanted:
         what = f"{folder}: vocab {rows:,} in weights, {wanted:,} in config.json"
         return [f"{what} - take both from the same checkpoint"]

@@ -8,7 +8,7 @@ from . import optimizers
 
 
 def unused_in_run(args) -> set[str]:
-    """Of a training run. args: of the command line, its training flags as a plain object; quantized weights need what they need."""
+    """Of a training run. args: of the command line, its training flags as a plain object."""
     lora, training = args.lora, args.training
     if lora.q_lora and lora.quant == "none":
         return set()  # gptqmodel imports half of them itself
@@ -26,17 +26,21 @@ def unused_in_run(args) -> set[str]:
 
 
 def leave_out_with(folders, base: str | None = None) -> None:
-    """For a program that loads these folders, models or adapters, and nothing else: to be called before it imports transformers."""
+    """For a program that loads these folders, models or adapters, and nothing else: before it imports transformers."""
     unused.leave_out(unused_with([Path(folder) for folder in folders], Path(base) if base else None))
 
 
 def unused_with(folders: list[Path], base: Path | None = None) -> set[str]:
     """Of a program that computes with these folders. base: of the adapters among them, where it has moved."""
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
-    bases = [base or Path(config_files.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "") for folder in adapters]
+    bases = [base or base_of(folder) for folder in adapters]
     if any(map(may_be_quantized, [*folders, *bases])):
         return set()
     return {"datasets", "deepspeed", "torchao", "gptqmodel", "bitsandbytes"} | ({"peft"} if not adapters else set())
+
+
+def base_of(adapter: Path) -> Path:
+    return Path(config_files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
 
 
 def may_be_quantized(folder: Path) -> bool:

@@ -32,13 +32,13 @@ def asked(tmp_path, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("switch,hub", [(None, "Hugging Face"), ("0", "Hugging Face"), ("1", "ModelScope")])
-def test_an_id_is_fetched_without_code(asked, tmp_path, monkeypatch, switch, hub):
+@pytest.mark.parametrize("switch,source", [(None, "Hugging Face"), ("0", "Hugging Face"), ("1", "ModelScope")])
+def test_an_id_is_fetched_without_code(asked, tmp_path, monkeypatch, switch, source):
     if switch:
         monkeypatch.setenv("USE_MODELSCOPE", switch)
     assert hub.find_folder("Qwen/Qwen-7B", cache_dir="here") == tmp_path
     ((where, name, settings),) = asked
-    assert (where, name, settings["cache_dir"]) == (hub, "Qwen/Qwen-7B", "here")
+    assert (where, name, settings["cache_dir"]) == (source, "Qwen/Qwen-7B", "here")
     assert "*.safetensors" in settings["allow_patterns"]
     assert not any(pattern.endswith((".py", "*")) for pattern in settings["allow_patterns"])
 
