@@ -5,6 +5,8 @@ ago, or published with the checkpoint, does not work on newer versions of transf
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -13,12 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .errors import UserError, note, run
+from .errors import Findings, UserError, note, run
 from .folders.config_files import read_json
 from .folders.model_folder import LATER_TYPES
 from .quiet import quiet
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+HIDDEN = ".refreshing"  # behind the name of the settings, while the code changes
 # opens the folder as somebody without this toolkit would, but for the weights
 PROOF = """
 import sys, torch
@@ -42,47 +45,81 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what would change, and change nothing")
     options = parser.parse_args(argv)
     quiet()
-    run(lambda: [refresh(folder, options.dry_run) for folder in options.folders])
+    run(lambda: refresh_all(options.folders, options.dry_run))
+
+
+def refresh_all(folders: list[Path], dry_run: bool = False) -> None:
+    """Looks at all of them before the first is changed."""
+    findings = Findings()
+    for folder in folders:
+        with findings:
+            check(folder)
+    findings.raise_if_any()
+    for folder in folders:
+        refresh(folder, dry_run)
 
 
 def refresh(folder: Path, dry_run: bool = False) -> list[str]:
     """Brings the folder's code up to date, and returns the names of the files that changed."""
-    finish_interrupted(folder)
     check(folder)
     files = wanted(folder)
-    changed = sorted(name for name, content in files.items() if content_of(folder / name) != content)
-    if not changed:
-        note(f"{folder}: its code is this toolkit's already")
-    elif dry_run:
-        note(f"{folder}: would be replaced or added: {', '.join(changed)}")
-    else:
-        with tempfile.TemporaryDirectory() as place:
+    interrupted = settings_file(folder).name.endswith(HIDDEN)
+    changed = sorted(name for name, content in files.items() if content_of(there(folder, name)) != content)
+    if dry_run and (changed or interrupted):
+        note(f"{folder}: would be replaced or added: {', '.join(changed) or 'what an interrupted refresh has left'}")
+    elif changed or interrupted:
+        with only_one(folder), tempfile.TemporaryDirectory() as place:
             prove(folder, files, Path(place))
-        replace(folder, {name: files[name] for name in changed})
-        note(f"{folder}: replaced or added {', '.join(changed)}; the weights are as they were")
+            replace(folder, {name: files[name] for name in changed})
+        note(f"{folder}: replaced or added {', '.join(changed) or 'nothing'}; the weights are as they were")
         for line in left_over(folder, files):
             note(line)
+    else:
+        note(f"{folder}: its code is this toolkit's already")
     return changed
+
+
+def there(folder: Path, name: str) -> Path:
+    """A file of the folder, under the name that it has while a refresh is at work or was interrupted."""
+    hidden = folder / f"{name}{HIDDEN}"
+    return hidden if hidden.is_file() else folder / name
+
+
+def settings_file(folder: Path) -> Path:
+    """What opens the folder: a model's config.json, an adapter's tokenizer_config.json, under the name that it has."""
+    model = there(folder, CONFIG)
+    return model if model.is_file() else there(folder, TOKENIZER_CONFIG)
 
 
 def check(folder: Path) -> None:
     """Raises UserError for what has no code of first-generation Qwen in it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder - give the folder of a model, or of an adapter")
-    if not (folder / CONFIG).is_file() and not (folder / "adapter_config.json").is_file():
+    if there(folder, CONFIG).is_file():
+        kind = read_json(there(folder, CONFIG)).get("model_type")
+        if kind in LATER_TYPES:
+            raise UserError(f"{folder}: a {kind} model, whose code is part of transformers - there is nothing to refresh")
+        if kind != "qwen":
+            raise UserError(f"{folder}: not a first-generation Qwen (model_type {kind!r}) - only those carry this toolkit's code")
+    elif not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: neither config.json nor adapter_config.json there - give the folder of a model")
-    kind = model_type(folder)
-    if kind in LATER_TYPES:
-        raise UserError(f"{folder}: a {kind} model, whose code is part of transformers - there is nothing to refresh")
-    if kind != "qwen":
-        raise UserError(f"{folder}: not a first-generation Qwen (model_type {kind!r}) - only those carry this toolkit's code")
+    elif not ((folder / "qwen.tiktoken").is_file() and there(folder, TOKENIZER_CONFIG).is_file()):
+        raise UserError(f"{folder}: an adapter without first-generation Qwen's tokenizer carries no code - there is nothing to refresh")
 
 
-def model_type(folder: Path) -> str | None:
-    """The type of the folder's model; of an adapter, which does not say it, by its tokenizer."""
-    if (folder / CONFIG).is_file():
-        return read_json(folder / CONFIG).get("model_type")
-    return "qwen" if (folder / "qwen.tiktoken").is_file() else None
+@contextlib.contextmanager
+def only_one(folder: Path):
+    """While this process changes the folder no other may; UserError if one does now."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another refresh is changing it now - wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def wanted(folder: Path) -> dict[str, bytes]:
@@ -92,12 +129,12 @@ def wanted(folder: Path) -> dict[str, bytes]:
     from qwen_model import modeling_qwen, new_checkpoint, tokenization_qwen
 
     modules, files = [], {}
-    if (folder / CONFIG).is_file():
+    if there(folder, CONFIG).is_file():
         modules.append(modeling_qwen)
-        files[CONFIG] = with_auto_map(folder / CONFIG, new_checkpoint.AUTO_MAP)
-    if (folder / TOKENIZER_CONFIG).is_file():
+        files[CONFIG] = with_auto_map(there(folder, CONFIG), new_checkpoint.AUTO_MAP)
+    if there(folder, TOKENIZER_CONFIG).is_file():
         modules.append(tokenization_qwen)
-        files[TOKENIZER_CONFIG] = with_auto_map(folder / TOKENIZER_CONFIG, new_checkpoint.TOKENIZER["auto_map"])
+        files[TOKENIZER_CONFIG] = with_auto_map(there(folder, TOKENIZER_CONFIG), new_checkpoint.TOKENIZER["auto_map"])
     for module in modules:
         for path in map(Path, (module.__file__, *get_relative_import_files(module.__file__))):
             files[path.name] = path.read_bytes()
@@ -107,9 +144,10 @@ def wanted(folder: Path) -> dict[str, bytes]:
 def with_auto_map(path: Path, auto_map: dict) -> bytes:
     """The settings with this auto_map; byte for byte as they are where they have it."""
     settings = read_json(path)
-    if {name: settings.get("auto_map", {}).get(name) for name in auto_map} == auto_map:
+    stored = settings.get("auto_map") or {}
+    if {name: stored.get(name) for name in auto_map} == auto_map:
         return path.read_bytes()
-    settings["auto_map"] = settings.get("auto_map", {}) | auto_map
+    settings["auto_map"] = stored | auto_map
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -121,6 +159,8 @@ def prove(folder: Path, files: dict[str, bytes], place: Path) -> None:
     """The new code opens the folder's settings and tokenizer in a Python of its own; RuntimeError if it does not."""
     copy = place / "model"
     shutil.copytree(folder, copy, ignore=lambda _, names: [name for name in names if not is_small(folder / name)])
+    for hidden in copy.glob(f"*{HIDDEN}"):
+        hidden.rename(copy / hidden.name.removesuffix(HIDDEN))
     for name, content in files.items():
         (copy / name).write_bytes(content)
     environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -138,32 +178,22 @@ def is_small(path: Path) -> bool:
 
 
 def replace(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes the files beside their places, then renames them. Until the last one is there the folder does not load."""
-    config = folder / (CONFIG if (folder / CONFIG).is_file() else TOKENIZER_CONFIG)
-    hidden = hidden_name(config)
+    """Writes the files beside their places, then renames them. The settings are hidden until the last one is there.
+
+    Killed in between, it leaves a folder that nobody opens, and the same command goes on from there.
+    """
+    config = folder / settings_file(folder).name.removesuffix(HIDDEN)
+    hidden = folder / f"{config.name}{HIDDEN}"
     try:
         for name, content in files.items():
             (folder / f".{name}.new").write_bytes(content)
-        os.replace(config, hidden)
+        if not hidden.is_file():
+            os.replace(config, hidden)
         for name in files:
-            target = hidden if name == config.name else folder / name
-            os.replace(folder / f".{name}.new", target)
+            os.replace(folder / f".{name}.new", hidden if name == config.name else folder / name)
         os.replace(hidden, config)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}) - make it writable, then the same command again") from error
-
-
-def hidden_name(config: Path) -> Path:
-    return config.with_name(f"{config.name}.refreshing")
-
-
-def finish_interrupted(folder: Path) -> None:
-    """Gives the settings their name back that an interrupted refresh has hidden; what it left half-done is done again."""
-    for name in (CONFIG, TOKENIZER_CONFIG):
-        if hidden_name(folder / name).is_file():
-            os.replace(hidden_name(folder / name), folder / name)
-    for left in folder.glob(".*.new"):
-        left.unlink()
 
 
 def left_over(folder: Path, files: dict[str, bytes]) -> list[str]:

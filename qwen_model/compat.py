@@ -39,12 +39,14 @@ def one_cache(cache, past_key_values):
     from transformers import Cache
 
     if cache is not None and past_key_values is not None:
-        raise TypeError("cache and past_key_values are two names of the same: give one of them")
+        raise TypeError(
+            "cache and past_key_values are two names of the same: give one of them (peft's prefix tuning gives both under "
+            "transformers 5.24: take 5.23 for it)"
+        )
     found = past_key_values if cache is None else cache
     if found is not None and not isinstance(found, Cache):
         raise TypeError(
-            f"the cache is a {type(found).__name__}, and must be a transformers Cache (DynamicCache, StaticCache, Int8Cache ...): "
-            "tuples and continuous batching do not go with this model"
+            f"the cache is a {type(found).__name__}, and must be a transformers Cache (DynamicCache, StaticCache, Int8Cache ...)"
         )
     return found
 

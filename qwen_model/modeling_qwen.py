@@ -16,8 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from .attention import attend, choose_attention
-from .compat import CACHE_NAMES, FOR_GENERATE, cache_name, check_generation_inputs, one_cache, overrides, refuse_unknown
+from .compat import CACHE_NAMES, FOR_GENERATE, cache_name, check_generation_inputs, one_cache, overrides
 from .configuration_qwen import QWenConfig
+from .forward_checks import check_forward
 from .fused import gated, rms_norm, rotated_heads
 from .generation_qwen import QWenChatMixin
 from .head_loss import LMHead, summed_loss
@@ -27,8 +28,6 @@ from .positions import QWenRotaryEmbedding, alpha_of_pass, count_on, logn_factor
 logger = logging.get_logger(__name__)
 
 CACHE = cache_name(BaseModelOutputWithPast)
-# what a packed row brings beside its tokens, and attention reads
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "bounds")
 
 
 class QWenRMSNorm(nn.Module):
@@ -173,20 +172,21 @@ class QWenModel(QWenPreTrainedModel):
 
         attention_mask (B, keys): 1 for tokens, 0 for padding, on either side. position_ids default to counting from the row's
         first token, padding included, as the published model does; without a mask and a cache, a sample begins where those
-        that are given do not count on. A packed row (B = 1) brings cu_seq_lens_q and max_length_q (transformers' names), and
+        that are given do not count on. Where nobody says use_cache, there is a cache unless the model trains or positions are
+        given without a mask. A packed row (B = 1) brings cu_seq_lens_q and max_length_q (transformers' names), and
         bounds, the first as a list: samples lie one after another and do not see each other.
         cache: past_key_values is its name before transformers 5.24.
         Raises TypeError for a keyword that nobody would read, ValueError for what does not go together.
         """
-        refuse_unknown("QWenModel.forward", kwargs, PACKING)
-        cache = one_cache(cache, past_key_values)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        self.refuse_contradictions(input_ids, inputs_embeds, attention_mask, cache, use_cache, output_attentions, kwargs)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and cache is None and not (self.checkpoints() or kwargs.get("cu_seq_lens_q") is not None):
+        cache = check_forward(
+            self.config, self.checkpoints(), input_ids, inputs_embeds, attention_mask, position_ids, cache, past_key_values,
+            use_cache, output_attentions, kwargs,
+        )  # fmt: skip
+        if cache is None and (self.usually_caches(position_ids, attention_mask, kwargs) if use_cache is None else use_cache):
             cache = self.new_cache()
         x_BTH = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if torch.is_autocast_enabled(x_BTH.device.type):
@@ -214,6 +214,8 @@ class QWenModel(QWenPreTrainedModel):
         else:
             # by position, because the name of the cache is not the same in all versions
             mask = create_causal_mask(self.config, x_BTH, attention_mask, cache, given_positions)
+            if self.config._attn_implementation == "flash_attention_2" and attention_mask is None and cache is None:
+                kwargs["position_ids"] = given_positions  # in which transformers' function finds samples that begin anew
             if self.config.use_cache_kernel and cache is not None:
                 kwargs["cache_kernel"] = self.cache_kernel(cache, x_BTH, mask)
 
@@ -237,24 +239,10 @@ class QWenModel(QWenPreTrainedModel):
         """Whether the blocks run twice, for the backward pass: a cache would be written twice."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    def refuse_contradictions(self, input_ids, inputs_embeds, attention_mask, cache, use_cache, output_attentions, kwargs):
-        """ValueError for arguments of forward of which one would be passed over."""
-        packed = kwargs.get("cu_seq_lens_q") is not None
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of them")
-        if self.checkpoints() and (cache is not None or use_cache):
-            raise ValueError("a cache does not go with gradient checkpointing: use_cache=False, model.eval() or torch.no_grad()")
-        if packed and kwargs.get("max_length_q") is None:
-            raise ValueError("cu_seq_lens_q comes with max_length_q, the tokens of the longest sample")
-        if packed and (attention_mask is not None or cache is not None or use_cache):
-            raise ValueError("a packed row (cu_seq_lens_q) has no padding and no cache: leave out attention_mask, cache and use_cache")
-        if packed and (input_ids if inputs_embeds is None else inputs_embeds).shape[0] != 1:
-            raise ValueError("cu_seq_lens_q describes one packed row: the batch must be 1")
-        if output_attentions and (packed or self.config._attn_implementation != "eager"):
-            raise ValueError(
-                f'output_attentions takes attn_implementation="eager" and rows that are not packed; it is '
-                f"{self.config._attn_implementation}, whose kernels do not keep the weights"
-            )
+    def usually_caches(self, position_ids, attention_mask, kwargs) -> bool:
+        """Whether a cache is made where nobody says: not in training, nor for a row that may hold several samples."""
+        several = kwargs.get("cu_seq_lens_q") is not None or (position_ids is not None and attention_mask is None)
+        return self.config.use_cache and not self.training and not several
 
     def new_cache(self) -> Cache:
         """The cache that the config asks for: int8, through which no gradient flows, or transformers' usual one."""
@@ -315,7 +303,8 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is not None:
             raise ValueError("labels and shift_labels say the same in two ways: give one of them")
         cache = one_cache(cache, past_key_values)
-        out = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
+        given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
+        out = self.transformer(*given, return_dict=True, **kwargs)
         x_BTH, loss, logits = out.last_hidden_state, None, None
         if labels is not None or shift_labels is not None:
             loss = self.loss(x_BTH, labels, shift_labels, logits_to_keep, num_items_in_batch)
@@ -351,7 +340,10 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
     @overrides(GenerationMixin, "generation_config", "model_kwargs")
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """The int8 cache where the config asks for it and the user brings none."""
-        brought = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
+        for name in CACHE_NAMES:  # either is taken; transformers looks for its own
+            if name != CACHE and model_kwargs.get(name) is not None:
+                model_kwargs[CACHE] = one_cache(model_kwargs.get(CACHE), model_kwargs.pop(name))
+        brought = model_kwargs.get(CACHE) is not None
         if self.config.use_cache_quantization and generation_config.use_cache and not brought:
             if generation_config.cache_implementation is not None:
                 raise ValueError(
@@ -362,10 +354,18 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    @overrides(GenerationMixin, "input_ids")
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        """transformers' own, and a look whether the cache came along: without it the answer would be nonsense."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    @overrides(GenerationMixin)
+    def init_continuous_batching(self, *args, **kwargs):
+        """transformers' way for many requests at once, generate_batch too: its paged cache knows neither NTK nor int8."""
+        raise NotImplementedError("continuous batching does not go with first-generation Qwen: chat_batch, or generate with padding")
+
+    @overrides(GenerationMixin, "input_ids", "inputs_embeds")
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        """transformers' own, and a look whether the cache came along: without it the answer would be nonsense.
+
+        inputs_embeds by its name: transformers looks in this signature whether generation can begin with it.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         check_generation_inputs(inputs, input_ids.shape[1])
         return {name: value for name, value in inputs.items() if name not in FOR_GENERATE}
 

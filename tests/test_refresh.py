@@ -27,6 +27,13 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """The proof takes seconds; two tests are about it."""
+    if "by_itself" not in request.node.name and "not_put_there" not in request.node.name:
+        monkeypatch.setattr(refresh, "prove", lambda *_: None)
+
+
 @pytest.fixture
 def old(saved, tmp_path):
     """The same with code of other days, published files beside it, and a weight file that is a link, as in a hub's cache."""
@@ -83,6 +90,9 @@ def test_settings_that_name_no_code_or_a_hubs(old):
         settings["auto_map"] = {"AutoConfig": "Qwen/Qwen-7B-Chat--configuration_qwen.QWenConfig", "AutoModel": "x.Y"}
         (old / name).write_text(json.dumps(settings))
     assert {"config.json", "tokenizer_config.json"} <= set(refresh.refresh(old))
+    settings = json.loads((old / "tokenizer_config.json").read_text()) | {"auto_map": None}
+    (old / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert refresh.refresh(old) == ["tokenizer_config.json"]
     assert json.loads((old / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_qwen.QWenConfig",
         "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
@@ -90,13 +100,21 @@ def test_settings_that_name_no_code_or_a_hubs(old):
     }
 
 
-def test_an_adapter_has_the_tokenizers_code_alone(saved, tmp_path):
+@pytest.fixture
+def adapter(saved, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     for name in ("tokenizer_config.json", "qwen.tiktoken"):
         (folder / name).write_bytes((saved / name).read_bytes())
     (folder / "adapter_config.json").write_text("{}")
-    assert refresh.refresh(folder) == ["compat.py", "tokenization_qwen.py", "versions.py"]
+    return folder
+
+
+def test_an_adapter_has_the_tokenizers_code_alone(adapter):
+    assert refresh.refresh(adapter) == ["compat.py", "tokenization_qwen.py", "versions.py"]
+    (adapter / "qwen.tiktoken").unlink()
+    with pytest.raises(UserError, match="an adapter without first-generation Qwen's tokenizer carries no code"):
+        refresh.refresh(adapter)
 
 
 def test_dry_run_changes_nothing(old, capsys):
@@ -105,11 +123,9 @@ def test_dry_run_changes_nothing(old, capsys):
     assert "would be replaced or added: compat.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("at", range(4))
-def test_interrupted_it_does_not_load_and_is_done_again(old, monkeypatch, at):
-    """Killed between any two files: no config.json, so nobody opens a mixture; the same command goes on."""
-    before, calls, move = digests(old), [], os.replace
-    monkeypatch.setattr(refresh, "prove", lambda *_: None)
+def interrupted(folder: Path, monkeypatch, at: int) -> None:
+    """A refresh that is killed before its renaming number `at`."""
+    calls, move = [], os.replace
 
     def dies(source, target):
         if len(calls) == at:
@@ -119,13 +135,58 @@ def test_interrupted_it_does_not_load_and_is_done_again(old, monkeypatch, at):
 
     monkeypatch.setattr(refresh.os, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
-        refresh.refresh(old)
-    assert (old / "config.json").is_file() == (at == 0)
+        refresh.refresh(folder)
     monkeypatch.setattr(refresh.os, "replace", move)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_interrupted_it_does_not_load_and_is_done_again(old, monkeypatch, capsys, at):
+    """Killed between any two files: no config.json, so nobody opens a mixture; the same command goes on."""
+    before = digests(old)
+    interrupted(old, monkeypatch, at)
+    assert (old / "config.json").is_file() == (at == 0)
+    left = digests(old)
+    refresh.refresh(old, dry_run=True)
+    assert digests(old) == left and "would be replaced" in capsys.readouterr().err
+    with monkeypatch.context() as killed_again:
+
+        def dies(*_):
+            raise KeyboardInterrupt
+
+        killed_again.setattr(refresh, "prove", dies)
+        with pytest.raises(KeyboardInterrupt):
+            refresh.refresh(old)
+    assert (old / "config.json").is_file() == (at == 0)
     refresh.refresh(old)
     after = digests(old)
     assert after["config.json"] == before["config.json"] and not list(old.glob(".*")) and not list(old.glob("*.refreshing"))
     assert refresh.refresh(old) == []
+
+
+def test_an_adapters_refresh_is_gone_on_with_too(adapter, monkeypatch):
+    interrupted(adapter, monkeypatch, 1)
+    assert not (adapter / "tokenizer_config.json").is_file()
+    assert refresh.refresh(adapter) == ["compat.py", "tokenization_qwen.py", "versions.py"]
+    assert (adapter / "tokenizer_config.json").is_file() and refresh.refresh(adapter) == []
+
+
+def test_two_at_once(old, capsys):
+    with refresh.only_one(old), pytest.raises(UserError, match="another refresh is changing it now"):
+        refresh.refresh(old)
+    assert refresh.refresh(old)
+
+
+def test_somebody_elses_files_stay(tmp_path):
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    for name in (".notes.new", "tokenizer_config.json.refreshing"):
+        (folder / name).write_text("mine")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    before = digests(folder)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match="not a first-generation Qwen"):
+            refresh.refresh(folder, dry_run)
+    assert digests(folder) == before
 
 
 def test_code_that_does_not_open_the_folder_is_not_put_there(old):
@@ -146,8 +207,8 @@ def test_what_has_no_such_code(tmp_path, capsys):
         with pytest.raises(UserError, match=what):
             refresh.refresh(tmp_path / folder)
     with pytest.raises(SystemExit) as stopped:
-        refresh.main([str(tmp_path / "nowhere")])
-    assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
+        refresh.main([str(tmp_path / "nowhere"), str(tmp_path / "other")])
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("error: ") == 2  # all of them together
 
 
 def test_a_base_checkpoint_with_no_code_gets_some(tmp_path):

@@ -59,7 +59,7 @@ versions_of() {
     "$1" -c 'import importlib.metadata as m; print(", ".join(f"{p} {m.version(p)}" for p in ("transformers", "peft", "accelerate")))'
 }
 
-# part PYTHON LOG COMMAND...: "ok" or what the last line says
+# part LOG COMMAND...: prints "ok" or "FAILED"; what the command says goes to the log
 part() {
     local log=$1
     shift

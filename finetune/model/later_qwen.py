@@ -17,13 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen_model.attention import choose_attention, packed_attention
 from qwen_model.compat import one_cache, refuse_unknown
+from qwen_model.forward_checks import PACKING
 from qwen_model.head_loss import LMHead, summed_loss
 from qwen_model.tokenization_qwen import CHAT_TEMPLATE
 
 from ..errors import note
 
-# what a packed row brings beside its tokens; bounds are the first as a list
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "bounds")
 PACKED = "packed"  # our name among transformers' attention implementations
 SLIDING = "some layers attend within a window: one mask for the whole row"
 
@@ -82,6 +81,8 @@ class PackedRows:
         """
         cache = one_cache(cache, past_key_values)
         if shift_labels is None:
+            if skip_logits or kwargs.get("cu_seq_lens_q") is not None and self.config._attn_implementation == PACKED:
+                raise ValueError("cu_seq_lens_q and skip_logits belong to a packed row, which comes with shift_labels")
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             # by position: the fourth is past_key_values up to transformers 5.23, then cache

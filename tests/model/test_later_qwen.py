@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import later_config, later_model, packed, random_samples, tiny_later_qwen
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 from finetune.folders import checkpoint, hub, shards
 from finetune.merge import __main__ as merge
@@ -232,3 +232,39 @@ def test_the_model_to_train_keeps_the_name_that_it_was_given(tmp_path, monkeypat
 
 def test_layers_without_a_window_are_known():
     assert not later_qwen.has_sliding_layers(later_config("qwen3"))
+
+
+# ---- no keyword is passed over
+
+
+def test_what_belongs_to_a_packed_row_needs_one_and_the_other_way_round():
+    prepared, row = later_qwen.prepare(later_model()), packed(SAMPLES, LABELS)
+    ids = row["input_ids"]
+    for more in ({"skip_logits": True}, {"cu_seq_lens_q": row["cu_seq_lens_q"], "max_length_q": 3}):
+        with pytest.raises(ValueError, match="comes with shift_labels"):
+            prepared(ids, **more)
+    for more in ({"attention_mask": torch.ones_like(ids)}, {"labels": ids}, {"use_cache": True}, {"cache": DynamicCache()}):
+        with pytest.raises(ValueError, match="takes no attention_mask, cache, use_cache or labels"):
+            prepared(**row, **more)
+    with pytest.raises(TypeError, match="a packed row does not know output_hidden_states"):
+        prepared(**row, output_hidden_states=True)
+
+
+def test_a_window_in_packed_attention_is_an_error():
+    heads = torch.randn(1, 2, 6, 16)
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+    packing = {"bounds": [0, 2, 6], "cu_seq_lens_q": bounds, "max_length_q": 4}
+    module = SimpleNamespace(num_key_value_groups=1)
+    assert later_qwen.attention(module, heads, heads, heads, None, 0.25, **packing)[0].shape == (1, 6, 2, 16)
+    with pytest.raises(TypeError, match="attention on packed rows does not know sliding_window"):
+        later_qwen.attention(module, heads, heads, heads, None, 0.25, sliding_window=2, **packing)
+
+
+def test_without_a_packed_row_it_is_transformers_own():
+    """num_items_in_batch too, by which gradient accumulation divides."""
+    plain = later_model()
+    ids = torch.tensor([SAMPLES[0]])
+    wanted = [plain(ids, labels=ids, num_items_in_batch=count).loss.item() for count in (None, 100)]
+    prepared = later_qwen.prepare(plain)
+    found = [prepared(ids, labels=ids, num_items_in_batch=count).loss.item() for count in (None, 100)]
+    assert found == pytest.approx(wanted) and wanted[0] != pytest.approx(wanted[1])

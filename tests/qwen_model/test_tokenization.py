@@ -230,10 +230,11 @@ def test_auto_tokenizer_opens_a_published_folder(folder):
 def test_saved_folder_opens_elsewhere(tokenizer, tmp_path, monkeypatch):
     """In another Python, which does not find this toolkit: the folder carries the code."""
     # a class that nobody has registered
-    spec = importlib.util.spec_from_file_location("tokenization_qwen", tokenization_qwen.__file__)
-    fresh = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "tokenization_qwen", fresh)
-    spec.loader.exec_module(fresh)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("tokenization_qwen.py", "compat.py", "versions.py"):
+        shutil.copy(Path(tokenization_qwen.__file__).with_name(name), tmp_path / "elsewhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    fresh = importlib.import_module("elsewhere.tokenization_qwen")
     named = fresh.QWenTokenizer(find_vocabulary(), pad_token="<|extra_0|>", padding_side="left", errors="ignore")
     saved = tmp_path / "saved model 1.0"
     named.save_pretrained(saved)

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import packed, random_samples, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.generation.utils import GenerationMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.errors import run
 from qwen_model import compat, versions
-from qwen_model.kv_cache import Int8Layer
+from qwen_model.kv_cache import Int8Cache, Int8Layer
 from qwen_model.modeling_qwen import CACHE, QWenLMHeadModel, QWenModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,9 +60,28 @@ def test_two_caches_and_things_that_are_none(model):
 
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 1}])
 def test_generation_is_what_it_is_without_a_cache(model, settings):
-    assert torch.equal(model.generate(IDS, **settings, **GREEDY), one_at_a_time(model))
-    model.config.use_cache_quantization = not settings
-    assert model.generate(IDS, **settings, **GREEDY).shape == (1, 20)
+    expected = one_at_a_time(model)
+    assert torch.equal(model.generate(IDS, **settings, **GREEDY), expected)
+    embedded = model.get_input_embeddings()(IDS)
+    assert torch.equal(model.generate(inputs_embeds=embedded, **settings, **GREEDY), expected[:, IDS.shape[1] :])
+
+
+def test_the_int8_cache_is_made_where_a_cache_is_asked_for(model):
+    model.config.use_cache_quantization = True
+    returned = {"return_dict_in_generate": True}
+    assert type(model.generate(IDS, **GREEDY, **returned)[CACHE]) is Int8Cache
+    assert model.generate(IDS, use_cache=False, **GREEDY, **returned).get(CACHE) is None
+    assert type(model(IDS)[CACHE]) is Int8Cache and type(model.train()(IDS, use_cache=True)[CACHE]) is DynamicCache
+
+
+def test_where_nobody_says_a_cache_is_made_or_not(model):
+    """Not in training, and not for what may be several samples in a row."""
+    positions, row = torch.arange(12)[None], packed(*random_samples(3))
+    assert model(IDS)[CACHE] is not None and model(IDS, position_ids=positions, use_cache=True)[CACHE] is not None
+    for absent in (model(IDS, position_ids=positions), model(**row), model.train()(IDS)):
+        assert CACHE not in absent
+    with pytest.raises(ValueError, match="several samples in a row"):
+        model(IDS, position_ids=positions % 5, use_cache=True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -124,10 +146,61 @@ def test_an_unknown_keyword_is_an_error_that_says_the_versions(model):
         Int8Layer().update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16), sliding_window=4)
 
 
+def test_a_mask_covers_the_cache_and_the_pass(model):
+    for columns in (5, 13):
+        with pytest.raises(ValueError, match=f"attention_mask has {columns} columns for 12 tokens .0 of them in the cache"):
+            model(IDS, attention_mask=torch.ones(1, columns))
+    cache = model(IDS[:, :7])[CACHE]
+    with pytest.raises(ValueError, match="5 columns for 12 tokens .7 of them"):
+        model(IDS[:, 7:], cache=cache, attention_mask=torch.ones(1, 5))
+    static = StaticCache(config=model.config, max_cache_len=32)
+    wide = model(IDS, cache=static, attention_mask=torch.ones(1, 12)).logits
+    torch.testing.assert_close(wide, model(IDS).logits, atol=1e-5, rtol=0)
+    for shape in ((1, 1), (1, 13), (12,), (2, 12)):
+        with pytest.raises(ValueError, match="position_ids must be"):
+            model(IDS, position_ids=torch.zeros(shape, dtype=torch.long))
+
+
+def test_attention_of_others_is_handed_its_keywords(model):
+    """transformers' AttentionInterface: what is registered there may read more than we know."""
+    seen = {}
+
+    def listens(module, query, key, value, attention_mask, instances=None, **kwargs):
+        seen.update(instances=instances)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("listens", listens)
+    AttentionMaskInterface.register("listens", sdpa_mask)
+    expected = model(IDS).logits
+    model.set_attn_implementation("listens")
+    torch.testing.assert_close(model(IDS, instances="here").logits, expected, atol=1e-5, rtol=0)
+    assert seen == {"instances": "here"}
+
+
+def test_flash_attention_is_told_of_samples_by_their_positions(model, monkeypatch):
+    """transformers' function for it finds them in position_ids; that it is handed them needs no GPU to be seen."""
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, position_ids=None, **kwargs):
+        seen.append(position_ids)
+        return value.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    positions = torch.arange(12)[None] % 5
+    model(IDS, position_ids=positions)
+    assert len(seen) == 2 and all(given is positions for given in seen)
+
+
 def test_what_is_asked_for_comes_or_is_an_error(model):
     plain = model(IDS)
     as_tuple = model(IDS, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], plain.logits)
+    model.config.return_dict = False
+    assert isinstance(model(IDS), tuple) and torch.equal(model(IDS)[0], plain.logits)
+    model.config.return_dict = True
+    with pytest.raises(NotImplementedError, match="chat_batch"):
+        model.generate_batch([[1, 2, 3]])
     with pytest.raises(ValueError, match='attn_implementation="eager"'):
         model(IDS, output_attentions=True)
     model.set_attn_implementation("eager")
@@ -146,6 +219,8 @@ def test_a_packed_row_takes_no_mask_and_no_cache():
             model(**row, **more)
     with pytest.raises(ValueError, match="max_length_q"):
         model(**{name: value for name, value in row.items() if name != "max_length_q"})
+    with pytest.raises(ValueError, match="cu_seq_lens_k, max_length_q: belong to a packed row"):
+        model(row["input_ids"], max_length_q=3, cu_seq_lens_k=row["cu_seq_lens_k"])
     with pytest.raises(ValueError, match="the batch must be 1"):
         model(row["input_ids"].repeat(2, 1), cu_seq_lens_q=row["cu_seq_lens_q"], max_length_q=row["max_length_q"])
     with pytest.raises(ValueError, match="output_attentions"):
@@ -156,7 +231,7 @@ def test_positions_that_begin_anew_begin_a_sample(model):
     """transformers' way to pack without cu_seq_lens: DataCollatorWithFlattening."""
     samples, _ = random_samples(3)
     positions = torch.cat([torch.arange(len(sample)) for sample in samples])[None]
-    row = model(torch.tensor([sum(samples, [])]), position_ids=positions, use_cache=False).logits
+    row = model(torch.tensor([sum(samples, [])]), position_ids=positions).logits
     alone = torch.cat([model(torch.tensor([sample])).logits for sample in samples], dim=1)
     torch.testing.assert_close(row, alone, atol=1e-5, rtol=0)
 
