@@ -24,7 +24,7 @@ FORMS = ("conversations", "messages", "instruction")  # the last one is alpaca's
 KNOWN = {"id", "system", *FORMS}
 KNOWN_ALPACA = {"id", "system", "instruction", "input", "output", "history"}
 SURROGATE = re.compile("[\ud800-\udfff]")
-BEGINNING_BYTES = 16 << 20  # a fifth of a second of work
+BEGINNING_BYTES = 8 << 20  # a tenth to half a second of work
 SHOWN = 20  # findings of one file that are printed
 KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
