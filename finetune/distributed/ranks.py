@@ -83,8 +83,19 @@ class Meeting:
         self.restarted = any(told)
         watcher = threading.Thread(target=self.watch, daemon=True)
         watcher.start()
+        atexit.register(self.leave, watcher)
+
+    def leave(self, watcher: threading.Thread) -> None:
+        """At the end of this process. Where rank 0 keeps the store (no torchrun), it stays until the others have read what they wait for."""
         # A thread that the interpreter's end finds inside the store's C++ code would abort the process (SIGABRT).
-        atexit.register(lambda: (self.over.set(), watcher.join(LEAVE_SECONDS)))
+        self.over.set()
+        watcher.join(LEAVE_SECONDS)
+        with contextlib.suppress(Exception):  # the store may be gone with the process that kept it
+            self.store.add("finetune/left", 1)
+            if rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                end = time.monotonic() + LEAVE_SECONDS  # a rank that was killed does not come
+                while self.store.add("finetune/left", 0) < count() and time.monotonic() < end:
+                    time.sleep(0.02)
 
     def watch(self) -> None:
         """Ends this rank when another has failed: otherwise it would wait in a collective operation until the time-out."""
