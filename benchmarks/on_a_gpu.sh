@@ -12,6 +12,13 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -o pipefail
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." || exit 1
+case ${1:-} in -h | --help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"; exit ;; esac
+fail() { printf 'error: %s\n' "$1" >&2; exit 2; }
+(($#)) || set -- tests cells profile cache
+for name in "$@"; do
+    case $name in tests | cells | profile | cache) ;; *) fail "$name: unknown part - give tests, cells, profile or cache" ;; esac
+done
+[[ ${MINUTES:-600} =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES: give a whole number"
 python=$(bash setup_env.sh) || exit
 read -ra sizes <<<"${SIZES:-7B 1.8B}"
 read -ra methods <<<"${METHODS:-lora qlora_gptq full qlora_nf4 full_bf16 lora_emb}"
@@ -23,7 +30,8 @@ failed=()
 if [ -n "${CHECKPOINTS:-}" ]; then
     checkpoints=$CHECKPOINTS
 else
-    checkpoints=$(mktemp -d) && trap 'rm -rf "$checkpoints"' EXIT
+    checkpoints=$(mktemp -d) || exit
+    trap 'rm -rf "$checkpoints"' EXIT
 fi
 
 # part NAME COMMAND...: within the minutes that are left, shown and kept. Who is out of time is asked to end, and 10 s later made to.
@@ -50,7 +58,9 @@ tests() { part tests "$python" -m pytest -q -m gpu tests; }
 cells() {
     part cells "$python" benchmarks/train.py --sizes "${sizes[@]}" --methods "${methods[@]}" --lengths "${lengths[@]}" \
         --ways "${ways[@]}" --steps "${STEPS:-5}" --missing --checkpoints "$checkpoints" --save "$results"
+    ends=$((ends + 60)) # the tables are made in any case
     [ -n "${RESULTS:-}" ] || part table "$python" benchmarks/table.py
+    ends=$((ends - 60))
 }
 profile() {
     part profile "$python" benchmarks/step_profile.py --size "${sizes[0]}" --length 2048 --checkpoints "$checkpoints" \
@@ -58,15 +68,6 @@ profile() {
 }
 cache() { part cache "$python" benchmarks/kv_cache.py --timed 64 --save "$results"; }
 
-(($#)) || set -- tests cells profile cache
-for name in "$@"; do
-    case $name in
-        tests | cells | profile | cache) "$name" ;;
-        *)
-            printf 'error: %s: unknown part - give tests, cells, profile or cache\n' "$name" >&2
-            exit 2
-            ;;
-    esac
-done
+for name in "$@"; do "$name"; done
 ((${#failed[@]} == 0)) || printf '\nnot to the end: %s - see %s\n' "${failed[*]}" "$logs"
 exit "${#failed[@]}"

@@ -30,7 +30,7 @@ NO_WORK = "Command Buffer Full"  # what the profiler calls waiting for room to l
 PARTS = {
     "attention": ("scaled_dot_product", "ScaledDotProduct", "varlen", "flash_attn", "FlashAttn", "efficient_attention"),
     "norms, rotary, gate": ("RMSNorm", "RotatedHeads", "Gated"),
-    "LoRA": ("DroppedProduct", "AddedProduct", "Whole"),
+    "LoRA": ("DroppedProduct", "AddedProduct", "LoraLinear"),
     "head and loss": ("HeadLoss",),
     "quantized layers": ("Unpacked", "MatMul4Bit", "dequantize"),
     "optimizer": ("Optimizer.step", "Optimizer.zero_grad", "clip_grad"),

@@ -90,6 +90,8 @@ def parse():
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.lengths = options.lengths or ([64, 128] if options.sizes == ["tiny"] else LENGTHS)
+    if options.save and options.sizes != ["tiny"] and (options.samples != 8 or options.flags):
+        parser.error("--save keeps cells of 8 samples, without other flags: use --json")  # they would pass for the README's
     return options
 
 

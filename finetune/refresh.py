@@ -95,6 +95,9 @@ def check(folder: Path) -> None:
     """Raises UserError for what has no code of first-generation Qwen in it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder - give the folder of a model, or of an adapter")
+    for name in (CONFIG, TOKENIZER_CONFIG):
+        if there(folder, CONFIG).is_file() and (folder / name).is_file() and (folder / f"{name}{HIDDEN}").is_file():
+            raise UserError(f"{folder}: has both {name} and {name}{HIDDEN}, of an interrupted refresh - delete the one that is wrong")
     if there(folder, CONFIG).is_file():
         kind = read_json(there(folder, CONFIG)).get("model_type")
         if kind in LATER_TYPES:
@@ -156,7 +159,7 @@ def content_of(path: Path) -> bytes | None:
 
 
 def prove(folder: Path, files: dict[str, bytes], place: Path) -> None:
-    """The new code opens the folder's settings and tokenizer in a Python of its own; RuntimeError if it does not."""
+    """The new code opens the folder's settings and tokenizer in a Python of its own; UserError if it does not."""
     copy = place / "model"
     shutil.copytree(folder, copy, ignore=lambda _, names: [name for name in names if not is_small(folder / name)])
     for hidden in copy.glob(f"*{HIDDEN}"):
@@ -180,7 +183,7 @@ def is_small(path: Path) -> bool:
 def replace(folder: Path, files: dict[str, bytes]) -> None:
     """Writes the files beside their places, then renames them. The settings are hidden until the last one is there.
 
-    Killed in between, it leaves a folder that nobody opens, and the same command goes on from there.
+    Killed in between, it leaves a folder whose model (or, of an adapter, tokenizer) nobody opens; the same command goes on.
     """
     config = folder / settings_file(folder).name.removesuffix(HIDDEN)
     hidden = folder / f"{config.name}{HIDDEN}"

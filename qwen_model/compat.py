@@ -66,15 +66,27 @@ def overrides(base: type, *parameters: str):
     """
 
     def check(method):
-        name = getattr(method, "__func__", method).__name__
-        if not hasattr(base, name):
-            raise ImportError(words(CHANGED, what=f"{base.__name__}.{name} is gone"))
-        taken = inspect.signature(getattr(base, name)).parameters
-        if missing := [parameter for parameter in parameters if parameter not in taken]:
-            raise ImportError(words(CHANGED, what=f"{base.__name__}.{name} takes no {', '.join(missing)}"))
+        require(base, getattr(method, "__func__", method).__name__, *parameters)
         return method
 
     return check
+
+
+def require(base: type, name: str, *parameters: str) -> None:
+    """ImportError unless a class of another package has this method or property, and the method takes these parameters."""
+    if not hasattr(base, name):
+        raise ImportError(changed(base, f"{base.__name__}.{name} is gone"))
+    taken = inspect.signature(getattr(base, name)).parameters if parameters else ()
+    if missing := [parameter for parameter in parameters if parameter not in taken]:
+        raise ImportError(changed(base, f"{base.__name__}.{name} takes no {', '.join(missing)}"))
+
+
+def changed(base: type, what: str) -> str:
+    """What to tell the user of a package that is not as it was."""
+    package = base.__module__.partition(".")[0]
+    if package == "transformers":
+        return words(CHANGED, what=what)
+    return f"{package} has changed what this code builds on ({what}) - pip install the version of requirements.txt"
 
 
 def check_generation_inputs(inputs: dict, length: int) -> None:

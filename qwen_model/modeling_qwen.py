@@ -171,8 +171,8 @@ class QWenModel(QWenPreTrainedModel):
         """input_ids (B, T) or inputs_embeds (B, T, H) -> hidden states (B, T, H).
 
         attention_mask (B, keys): 1 for tokens, 0 for padding, on either side. position_ids default to counting from the row's
-        first token, padding included, as the published model does; without a mask and a cache, a sample begins where those
-        that are given do not count on. Where nobody says use_cache, there is a cache unless the model trains or positions are
+        first token, padding included, as the published model does; without a mask and a cache, position_ids that restart mark
+        the beginning of another sample. Where nobody says use_cache, there is a cache unless the model trains or positions are
         given without a mask. A packed row (B = 1) brings cu_seq_lens_q and max_length_q (transformers' names), and
         bounds, the first as a list: samples lie one after another and do not see each other.
         cache: past_key_values is its name before transformers 5.24.

@@ -10,7 +10,18 @@
 # Each part's output goes to .venv/versions/NAME.PART.log. Exit code 1 where a part failed.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
+shopt -s inherit_errexit # also within $(...)
 cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
+rows=() parts_wanted=all
+for word in "$@"; do
+    case $word in
+        --saved_folder) parts_wanted=none ;;
+        oldest | pinned | newest) rows+=("$word") ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit ;;
+        *) printf 'error: %s: give oldest, pinned, newest or --saved_folder\n' "$word" >&2; exit 2 ;;
+    esac
+done
+((${#rows[@]})) || rows=(oldest pinned newest)
 pinned=$(bash setup_env.sh)
 pinned=$(readlink -f "$(dirname "$pinned")")/$(basename "$pinned")
 place=$PWD/.venv/versions
@@ -24,20 +35,11 @@ declare -A packages=(
 )
 declare -A parts=(
     [model]="tests/qwen_model tests/compat"
-    [trainer]="tests/steps tests/model tests/lora tests/folders tests/test_finetune.py"
+    [trainer]="tests/flags tests/steps tests/model tests/lora tests/folders tests/test_finetune.py"
     [merging]="tests/merge tests/test_refresh.py"
 )
-order=(model trainer merging)
-rows=() failed=0
-for word in "$@"; do
-    case $word in
-        --saved_folder) order=() ;;
-        oldest | pinned | newest) rows+=("$word") ;;
-        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit ;;
-        *) printf 'error: %s: give oldest, pinned, newest or --saved_folder\n' "$word" >&2; exit 2 ;;
-    esac
-done
-((${#rows[@]})) || rows=(oldest pinned newest)
+order=(model trainer merging) failed=0
+[ "$parts_wanted" = all ] || order=()
 
 # python_of ROW: the Python of that row, made if need be. pip installs over the pinned packages only what differs.
 python_of() {
@@ -50,6 +52,10 @@ python_of() {
         "$pinned" -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' >"$place/constraints.txt"
         # shellcheck disable=SC2086  # words
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$place/constraints.txt" ${packages[$1]} >&2
+        if [ "$1" = oldest ] && [[ "$(versions_of "$venv/bin/python")" != "transformers $oldest,"* ]]; then
+            printf 'error: transformers %s was not installed into %s\n' "$oldest" "$venv" >&2
+            return 1
+        fi
         printf '%s' "${packages[$1]}" >"$venv/made"
     fi
     printf '%s\n' "$venv/bin/python"

@@ -70,5 +70,8 @@ def restore_settings() -> None:
 
 def stop(server: subprocess.Popen, folder: Path) -> None:
     """The server ends when its standard input does, also where this process was killed."""
-    server.communicate()
+    try:
+        server.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        server.kill()
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,7 @@
 """accelerate, beyond its public API: its states, which all of a process share."""
 
+from . import patches
+
 
 def forget_state() -> None:
     """As if nothing had asked for a device or a process group yet."""
@@ -8,12 +10,12 @@ def forget_state() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def be_multi_gpu() -> None:
+def pretend_multi_gpu() -> None:
     """For FSDP on CPUs, which accelerate does not know and torch can do."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    patches.put(PartialState._shared_state, "distributed_type", DistributedType.MULTI_GPU)
 
 
 def set_last_pass(accelerator, last: bool) -> None:

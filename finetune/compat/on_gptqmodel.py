@@ -11,7 +11,9 @@ from . import patches
 
 @contextlib.contextmanager
 def contained():
-    """While gptqmodel is imported or at work: it prints nothing, and leaves the environment and the log as they were.
+    """While gptqmodel is imported or at work: it prints nothing, and leaves the log and the environment as they were.
+
+    But for GPTQMODEL_CPU_WORKERS, which it reads later, too.
 
     It would print a banner and its steps, move Hugging Face's folders under /tmp for child processes, and renumber GPUs.
     """

@@ -12,7 +12,8 @@ LINEARS = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "
 def check_names() -> None:
     """RuntimeError where peft has moved a class of LINEARS: its layers would be slow and large, in silence."""
     for module, _, name in (path.rpartition(".") for path in LINEARS):
-        if module in sys.modules and not hasattr(sys.modules[module], name):
+        needed = module == LINEARS[0].rpartition(".")[0]  # where there are adapters it is imported
+        if (needed or module in sys.modules) and not hasattr(sys.modules.get(module), name):
             raise RuntimeError(f"{module}.{name} is gone: another version of peft than requirements.txt has?")
 
 

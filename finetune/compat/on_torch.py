@@ -9,8 +9,8 @@ def ignore_in_ddp(model, names: list[str]) -> None:
 
 
 def has_forward_hooks(module) -> bool:
-    """Whether somebody listens to a module's forward, or gathers its weights for it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether calling the module runs more than its forward: hooks of ZeRO-3 or of a user, a forward that accelerate has put there."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def is_view(tensor) -> bool:

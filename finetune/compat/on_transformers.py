@@ -45,9 +45,13 @@ def knows_model_type(kind: str) -> bool:
 
 
 def class_body(file: str, name: str) -> list:
-    """The statements of a class; [] where it is not in the file."""
+    """The statements of a class; [] where it is not in the file, or has fields elsewhere: of a base, under a condition."""
     tree = source(file)
-    return next((node.body for node in tree.body if getattr(node, "name", "") == name), []) if tree else []
+    found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None) if tree else None
+    if found is None or found.bases:
+        return []
+    inner = [node for part in found.body if isinstance(part, ast.If) for node in ast.walk(part)]
+    return [] if any(isinstance(node, ast.AnnAssign) for node in inner) else found.body
 
 
 def source(file: str) -> ast.Module | None:

@@ -13,6 +13,13 @@ def replace(owner, name: str, value):
     return before
 
 
+def put(entries: dict, key: str, value) -> None:
+    """entries[key] = value. RuntimeError where there is no such entry."""
+    if key not in entries:
+        raise RuntimeError(f"there is no entry {key} any more: another version of its package than requirements.txt has?")
+    entries[key] = value
+
+
 @contextlib.contextmanager
 def replaced(owner, name: str, value):
     """The same for a while."""

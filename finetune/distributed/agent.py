@@ -238,6 +238,11 @@ class Agent(LocalElasticAgent):
         """Nothing: all_finished() has waited for the others."""
 
 
+for _name in ("_initialize_workers", "_monitor_workers", "_exit_barrier"):
+    if not hasattr(LocalElasticAgent, _name):  # torch would go on without ours, in silence
+        raise ImportError(f"torch's LocalElasticAgent.{_name} is gone - pip install the version of torch in requirements.txt")
+
+
 # ---- what has happened, in a line
 
 

@@ -98,7 +98,7 @@ def connect(training) -> None:
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that is there
     training.distributed_state = PartialState(cpu=training.use_cpu)
     if engine == FSDP and training.use_cpu:  # accelerate knows FSDP on GPUs only; torch's runs on CPUs, too
-        on_accelerate.be_multi_gpu()
+        on_accelerate.pretend_multi_gpu()
 
 
 def alone() -> None:

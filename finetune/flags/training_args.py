@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import torch
 import transformers
 
+from qwen_model.compat import require
+
 from ..distributed import engines, ranks
 from ..errors import note
 from . import training_values
@@ -95,6 +97,10 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         if self.warmup_steps == 0 and self.warmup_ratio:
             return math.ceil(num_training_steps * self.warmup_ratio)
         return super().get_warmup_steps(num_training_steps)
+
+
+for _name in ("_setup_devices", "world_size", "process_index", "local_process_index", "get_warmup_steps"):
+    require(transformers.TrainingArguments, _name)  # else transformers would go on without ours, in silence
 
 
 def build(values: dict):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import UserError, note
-from . import adapter_folder, hub, model_folder, quant_settings
+from . import adapter_folder, config_files, hub, model_folder, quant_settings
 
 RECORD = "training.json"
 
@@ -20,7 +20,7 @@ def fingerprint(folder: Path) -> dict:
 
     Sharding and file format do not matter, nor does a type that holds the same values.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config_files.read_json(folder / "config.json")
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     found = {key: config.get(key) for key in keys} | {"sha256": hash_of_tensors(folder)}
     quantization = quant_settings.as_record(quant_settings.of_folder(folder))
@@ -37,7 +37,7 @@ def hash_of_tensors(folder: Path) -> str:
 
 def hash_of_adapter(folder: Path) -> str:
     """Of its tensors and its settings, but for where its base lay."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = config_files.read_json(folder / "adapter_config.json")
     settings["base_model_name_or_path"] = None
     return hashlib.sha256((hash_of_tensors(folder) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
 
@@ -67,7 +67,7 @@ def describe_fingerprint(print_: dict) -> str:
 def read_record(folder: Path) -> dict:
     """What a run wrote about itself, or {} for a folder from elsewhere."""
     path = folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config_files.read_json(path) if path.is_file() else {}
 
 
 def check_base(adapter: Path, base: Path, remedy: str = "give that one with --base") -> None:
@@ -87,7 +87,7 @@ def check_base(adapter: Path, base: Path, remedy: str = "give that one with --ba
 
 def find_base(adapter: Path, name: str | None = None) -> Path:
     """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
-    stored = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    stored = config_files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     name = name or stored
     folder, why = None, ""
     try:

@@ -122,7 +122,7 @@ def trained_length(config: dict) -> int | None:
 
 def weight_problems(folder: Path) -> list[str]:
     """All files that the index lists, each as long as its header says?"""
-    files = weight_files(folder)
+    files = tensor_files.weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -135,17 +135,6 @@ def weight_problems(folder: Path) -> list[str]:
         except UserError as error:
             findings += error.findings
     return findings
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, whether they are there or not; UserError where nothing names any."""
-    try:
-        return tensor_files.weight_files(folder)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{folder}: its index of shards (*.index.json) cannot be read ({error!r})"
-        raise UserError(f"{what} - download it again") from error
 
 
 def tensors_of(path: Path) -> dict[str, list[int]]:
@@ -170,7 +159,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     """The shape of each of the folder's tensors; {} where headers do not tell."""
     found = {}
     try:
-        for path in weight_files(folder):
+        for path in tensor_files.weight_files(folder):
             found |= tensors_of(path)
     except (UserError, OSError):
         return {}

@@ -1,10 +1,10 @@
 """Which files hold a folder's weights, and how large they may be. What is in them, shards.py reads."""
 
-import json
 import re
 from pathlib import Path
 
 from ..errors import UserError
+from . import config_files
 
 MAX_SHARD_SIZE = "2GB"  # of the files that are written
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -15,8 +15,10 @@ def weight_files(folder: Path) -> list[Path]:
     for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [folder / shard for shard in sorted(shards)]
+            try:
+                return [folder / shard for shard in sorted(set(config_files.read_json(index)["weight_map"].values()))]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index}: is no index of shards ({error!r}) - download it again") from error
         if (folder / name).is_file():
             return [folder / name]
     raise UserError(

@@ -36,6 +36,8 @@ def drop(x: torch.Tensor, p: float, seed: int, out: torch.Tensor | None = None, 
     if has_kernel(x):
         from .dropout_kernel import drop_on_gpu
 
+        assert out is None or out.is_contiguous()
+
         return drop_on_gpu(x, threshold(p), seed, torch.empty_like(x) if out is None else out, add)
     kept = keep_mask(x.shape, p, seed, x.device)
     if add:

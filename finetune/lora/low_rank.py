@@ -3,7 +3,7 @@
 Storage, files, merging and everything unusual (DoRA, several adapters, mixed batches) stay peft's. What differs in the usual
 case: x is read in the precision of the pass, instead of a copy in float32; the product with B is added to the base layer's
 output where that lies, in one matrix product; and dropout keeps no mask. Over a plain linear layer all of it is one step of
-autograd (Whole), over others two. For the backward pass there are kept x, which the base layer or its neighbours keep anyway, and
+autograd (LoraLinear), over others two. For the backward pass there are kept x, which the base layer or its neighbours keep anyway, and
 x A^T, of r numbers a token.
 
 Shapes: N tokens (rows), I input and O output features, r the rank.
@@ -90,7 +90,7 @@ class AddedProduct(torch.autograd.Function):
         return gradient, grad_low, grad_B, None
 
 
-class Whole(torch.autograd.Function):
+class LoraLinear(torch.autograd.Function):
     """x W^T + bias + s dropout(x) A^T B^T for x (N, I), W (O, I) frozen, A (r, I), B (O, r): the gradient of x is added up in one place."""
 
     @staticmethod
@@ -123,7 +123,7 @@ class Whole(torch.autograd.Function):
 
 
 def is_plain(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether Whole may take a base layer's weight past its forward: frozen, as x is, and nobody gathers it or listens."""
+    """Whether a base layer's weight may be read without calling the layer: a plain frozen nn.Linear in x's type, without hooks."""
     if type(layer) is not nn.Linear or on_torch.has_forward_hooks(layer):
         return False
     if type(layer.weight) is not nn.Parameter or layer.weight.dtype != x.dtype:
@@ -153,7 +153,7 @@ class FusedLora:
         p = dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0
         if is_plain(base := self.base_layer, x_NI):
             A, B, seed = self.lora_A[adapter].weight, self.lora_B[adapter].weight, draw_seed() if p else 0
-            out = Whole.apply(x_NI, base.weight, base.bias, A, B, p, seed, self.scaling[adapter])
+            out = LoraLinear.apply(x_NI, base.weight, base.bias, A, B, p, seed, self.scaling[adapter])
             return out.unflatten(0, x.shape[:-1])
         out = base(x_NI)
         low_NR = self.lora_A[adapter](x_NI, p)

@@ -19,6 +19,7 @@ from qwen_model.attention import choose_attention, packed_attention
 from qwen_model.compat import one_cache, refuse_unknown
 from qwen_model.forward_checks import PACKING
 from qwen_model.head_loss import LMHead, summed_loss
+from qwen_model.positions import count_on
 from qwen_model.tokenization_qwen import CHAT_TEMPLATE
 
 from ..errors import note
@@ -111,7 +112,7 @@ class PackedRows:
         else:
             mask["sliding_attention"] = None  # flash-attn reads cu_seq_lens and knows windows
         if position_ids is None:
-            position_ids = positions(bounds)
+            position_ids = count_on(input_ids if inputs_embeds is None else inputs_embeds, 0, bounds)
         return self.model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -120,13 +121,6 @@ class PackedRows:
             use_cache=False,
             **kwargs,
         ).last_hidden_state
-
-
-def positions(cu_seq_lens):
-    """(1, T): counting from 0 in each sample."""
-    lengths = cu_seq_lens.diff()
-    index = torch.arange(int(cu_seq_lens[-1]), device=cu_seq_lens.device)
-    return (index - cu_seq_lens[:-1].repeat_interleave(lengths))[None]
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout: float = 0.0, bounds=None, **kwargs):

@@ -147,6 +147,5 @@ def versions(training, quantization) -> dict[str, str]:
     packages += quantized_model.PACKAGES.get(quantization.method, ()) if quantization else ()
     optim = optim_of(training)
     packages += ["torchao"] if optim in optimizers.ROUNDING else []
-    elsewhere = optim not in optimizers.ROUNDING and any(word in optim for word in ("8bit", "paged", "bnb"))
-    packages += ["bitsandbytes"] if elsewhere else []
+    packages += ["bitsandbytes"] if optimizers.is_of_bitsandbytes(optim) else []
     return {package: metadata.version(package) for package in dict.fromkeys(packages) if quantized_model.installed(package)}

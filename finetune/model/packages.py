@@ -34,18 +34,20 @@ def unused_with(folders: list[Path], base: Path | None = None) -> set[str]:
     """Of a program that computes with these folders. base: of the adapters among them, where it has moved."""
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
     bases = [base or base_of(folder) for folder in adapters]
-    if any(map(may_be_quantized, [*folders, *bases])):
+    if None in bases or any(map(may_be_quantized, [*folders, *bases])):
         return set()
     return {"datasets", "deepspeed", "torchao", "gptqmodel", "bitsandbytes"} | ({"peft"} if not adapters else set())
 
 
-def base_of(adapter: Path) -> Path:
-    return Path(config_files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+def base_of(adapter: Path) -> Path | None:
+    """The base that an adapter names, if it does."""
+    name = config_files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    return Path(name) if name else None
 
 
 def may_be_quantized(folder: Path) -> bool:
     """Are there few bits in it, or under it? An adapter's record says so; of a model on a hub nothing is known yet."""
     if not folder.is_dir():
         return True
-    over = checkpoint.read_record(folder).get("method", {}).get("quantization")
+    over = (checkpoint.read_record(folder).get("method") or {}).get("quantization")
     return bool(over or quant_settings.of_folder(folder))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..compat import on_torch
 from ..errors import UserError
-from ..folders import config_files, quant_settings
+from ..folders import checkpoint, config_files, quant_settings
 from ..folders.quant_settings import NF4, Quantization
 
 PACKAGES = {"gptq": ("gptqmodel", "optimum"), "nf4": ("bitsandbytes",)}
@@ -67,9 +67,7 @@ def check_packages(quantization: Quantization) -> None:
 
 def of_adapter(adapter: Path) -> Quantization | None:
     """NF4 if an adapter's record says that it was trained over that. (A GPTQ base says so itself.)"""
-    from ..folders import checkpoint  # which imports torch
-
-    over = checkpoint.read_record(adapter).get("method", {}).get("quantization") or {}
+    over = (checkpoint.read_record(adapter).get("method") or {}).get("quantization") or {}
     return NF4 if over.get("method") == "nf4" else None
 
 

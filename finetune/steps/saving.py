@@ -23,8 +23,8 @@ from ..lora import pissa
 from ..model.loading import compute_dtype
 
 
-class SavesWhole:
-    """Mixin for a Trainer: its checkpoints, the optimizer's state in them, and its result. All ranks take part.
+class SavesCheckpoints:
+    """Mixin for a Trainer: its checkpoints and its result. All ranks take part. What is in a checkpoint beside the model, transformers writes.
 
     Where ranks hold shards, these are put together. The others wait at the store while the first writes, which may take longer than
     a collective operation waits.

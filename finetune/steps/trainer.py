@@ -35,7 +35,7 @@ class FollowEpoch(TrainerCallback):
         self.sampler.epoch = state.global_step // len(self.sampler)
 
 
-class PlannedTrainer(saving.SavesWhole, Trainer):
+class PlannedTrainer(saving.SavesCheckpoints, Trainer):
     """Trains on packed rows. `plan` and `samples` (and `eval_*`) take the place of a data set and a collator.
 
     The loss of a step is the sum of its token losses over its supervised tokens, all passes and ranks together: a number

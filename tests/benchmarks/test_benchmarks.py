@@ -56,7 +56,7 @@ def test_memory_counts_the_bundled_model():
         adapted = get_peft_model(model, LoraConfig(r=64, target_modules=["c_attn", "c_proj", "w1", "w2"]))
     assert adapted.get_nb_trainable_parameters()[0] == adapters
     done = subprocess.run([sys.executable, "benchmarks/memory.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert done.returncode == 0 and done.stdout and done.stdout in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_scripts_say_what_the_arithmetic_says():

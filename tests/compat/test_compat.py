@@ -25,6 +25,14 @@ def test_what_is_gone_is_not_replaced_in_silence():
         patches.replace(Owner, "gone", 2)
 
 
+def test_an_entry_that_is_gone_is_not_made():
+    entries = {"there": 1}
+    patches.put(entries, "there", 2)
+    with pytest.raises(RuntimeError, match="no entry gone any more"):
+        patches.put(entries, "gone", 2)
+    assert entries == {"there": 2}
+
+
 def test_ddp_leaves_out_what_it_is_told_to():
     model = nn.Linear(2, 2)
     on_torch.ignore_in_ddp(model, ["weight"])
@@ -37,7 +45,10 @@ def test_hooks_are_seen():
     handle = layer.register_forward_pre_hook(lambda *_: None)
     assert on_torch.has_forward_hooks(layer)
     handle.remove()
-    layer.register_forward_hook(lambda *_: None)
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert on_torch.has_forward_hooks(layer)
+    handle.remove()
+    layer.forward = layer.forward
     assert on_torch.has_forward_hooks(layer)
 
 
@@ -53,7 +64,7 @@ def test_accelerates_state():
     try:
         on_accelerate.forget_state()
         assert PartialState(cpu=True).distributed_type == DistributedType.NO
-        on_accelerate.be_multi_gpu()
+        on_accelerate.pretend_multi_gpu()
         assert PartialState(cpu=True).distributed_type == DistributedType.MULTI_GPU
     finally:
         on_accelerate.forget_state()
@@ -123,7 +134,7 @@ def test_peft_reads_the_first_values_of_rows_where_we_do():
 
 
 def test_gptqmodel_leaves_the_environment_and_the_log(capsys, monkeypatch):
-    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # which is set for good
     environment, handlers = dict(os.environ), list(logging.getLogger().handlers)
     with on_gptqmodel.contained():
         print("a banner")
@@ -143,3 +154,14 @@ def test_gptqmodel_has_what_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(logger, "_suppress_live_renderables", logger._suppress_live_renderables)
     on_gptqmodel.keep_to(tmp_path)
     assert loop_processor._PROJECT_LOG_DIR == tmp_path and logger._suppress_live_renderables()
+
+
+@pytest.mark.parametrize("body, whole", [
+    ("class T:\n    a: int = 1\n", True), ("class T:\n    a: int = 1\n    if x:\n        b = 2\n", True),
+    ("class T(Base):\n    a: int = 1\n", False), ("class T:\n    a: int = 1\n    if x:\n        b: int = 2\n", False), ("", False),
+])  # fmt: skip
+def test_a_class_that_has_fields_elsewhere_is_not_read_in_part(monkeypatch, body, whole):
+    import ast
+
+    monkeypatch.setattr(on_transformers, "source", lambda file: ast.parse(body))
+    assert bool(on_transformers.class_body("t.py", "T")) is whole

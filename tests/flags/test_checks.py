@@ -114,7 +114,9 @@ def test_a_shard_is_missing(world):
     write_safetensors(world.model / shards[2], {name: SHAPES[name] for j, name in enumerate(SHAPES) if j % 3 == 2})
     assert found(world) == []
     (world.model / "model.safetensors.index.json").write_text("{")
-    assert "index of shards" in only(world)
+    assert "model.safetensors.index.json: cannot be read" in only(world)
+    (world.model / "model.safetensors.index.json").write_text("{}")
+    assert "is no index of shards" in only(world)
 
 
 def test_a_file_that_was_cut_short(world):

@@ -82,6 +82,9 @@ def test_every_mask_of_a_pass_is_drawn_the_same_way(monkeypatch):
     A = torch.randn(2, 6, requires_grad=True)
     low_rank.DroppedProduct.apply(x, A, 0.3, 7).sum().backward()
     assert not x.is_contiguous() and drawn == [True] * 3
+    W, B = torch.randn(4, 6), torch.randn(4, 2, requires_grad=True)
+    low_rank.LoraLinear.apply(x, W, None, A, B, 0.3, 7, 1.0).sum().backward()
+    assert drawn == [True] * 6
 
 
 def test_with_dropout_it_is_the_formula_with_the_mask_that_was_drawn():
@@ -107,6 +110,24 @@ def test_with_dropout_it_is_the_formula_with_the_mask_that_was_drawn():
     torch.testing.assert_close(layer.lora_B["default"].weight.grad.double(), B.grad, **close)
 
 
+def test_with_dropout_in_half_precision_gradients_come_in_their_own():
+    """x and the base in bfloat16, A and B in float32: against float64, within bfloat16's rounding."""
+    torch.manual_seed(1)
+    x = torch.randn(50, 16).bfloat16().requires_grad_()
+    W, A, B = torch.randn(8, 16).bfloat16(), torch.randn(4, 16, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    target = torch.randn(50, 8)
+    out = low_rank.LoraLinear.apply(x, W, None, A, B, 0.3, 11, 0.5)
+    (out.float() * target).sum().backward()
+    kept = dropout.keep_mask(x.shape, 0.3, 11, "cpu").double() * 65536 / (65536 - dropout.threshold(0.3))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]
+    expected = wide[0] @ W.double().T + 0.5 * (wide[0] * kept) @ wide[1].T @ wide[2].T
+    (expected * target.double()).sum().backward()
+    assert (x.grad.dtype, A.grad.dtype, B.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert relative(out.double(), expected) < 0.02
+    for got, exact in zip((x, A, B), wide):
+        assert relative(got.grad.double(), exact.grad) < 0.02
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_one_step_of_autograd_is_what_two_are(p, monkeypatch):
     """Over a plain base; not where hooks gather its weights, where it trains, or computes in another precision."""
@@ -119,7 +140,7 @@ def test_one_step_of_autograd_is_what_two_are(p, monkeypatch):
         ours.zero_grad()
         found.append(gradients(ours, x, target))
         assert low_rank.is_plain(base, x) is not hooked
-        assert grad_fns(found[-1][0]).count("WholeBackward") == (1 if hooked else 2)
+        assert grad_fns(found[-1][0]).count("LoraLinearBackward") == (1 if hooked else 2)
         base.register_forward_hook(lambda *_: calls.append(1))
     assert len(calls) == 1
     torch.testing.assert_close(*found)
