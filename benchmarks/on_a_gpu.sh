@@ -5,7 +5,7 @@
 #   bash benchmarks/on_a_gpu.sh cells profile          # some parts: tests, cells, profile, cache
 #   MINUTES=9 bash benchmarks/on_a_gpu.sh              # what goes into nine minutes; cells that a file has are not measured again
 #
-# MINUTES (for all parts together, 600); SIZES ("7B 1.8B"), METHODS (all), LENGTHS (the published six), WAYS (trainers: all), STEPS
+# MINUTES (for all parts together, 600); SIZES ("7B 1.8B"; tiny, on a CPU too), METHODS (all), LENGTHS (the published six), WAYS (trainers: all), STEPS
 # (timed ones of a cell, 5); CHECKPOINTS: a folder for random weights (7B: 15 GB), kept for the next call - else made anew and deleted;
 # RESULTS: where files of figures go (benchmarks/results), LOGS: where each part's output goes, too (benchmarks/logs);
 # FINETUNE_PYTHON: an interpreter that has everything; DRY_RUN=1 shows the commands.
@@ -18,7 +18,10 @@ fail() { printf 'error: %s\n' "$1" >&2; exit 2; }
 for name in "$@"; do
     case $name in tests | cells | profile | cache) ;; *) fail "$name: unknown part - give tests, cells, profile or cache" ;; esac
 done
-[[ ${MINUTES:-600} =~ ^[1-9][0-9]*$ ]] || fail "MINUTES=$MINUTES: give a whole number"
+[[ ${MINUTES:-600} =~ ^[0-9]+$ ]] || fail "MINUTES=$MINUTES: give a whole number"
+if [ -z "${DRY_RUN:-}" ] && [ "${SIZES:-}" != tiny ] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! [ -e /dev/kfd ]; then
+    fail "no GPU on this machine - SIZES=tiny runs on a CPU, DRY_RUN=1 shows the commands"
+fi
 python=$(bash setup_env.sh) || exit
 read -ra sizes <<<"${SIZES:-7B 1.8B}"
 read -ra methods <<<"${METHODS:-lora qlora_gptq full qlora_nf4 full_bf16 lora_emb}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -122,7 +123,7 @@ def test_the_kv_cache_benchmark_says_what_does_not_fit(monkeypatch):
 
 def on_a_gpu(*parts, **environment) -> subprocess.CompletedProcess:
     program = ["bash", str(ROOT / "benchmarks" / "on_a_gpu.sh"), *parts]
-    environment = os.environ | {"FINETUNE_PYTHON": sys.executable} | environment
+    environment = os.environ | {"FINETUNE_PYTHON": sys.executable, "SIZES": "tiny"} | environment
     return subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -150,6 +151,15 @@ def test_on_a_gpu_goes_on_after_a_failure_and_says_so(tmp_path):
     assert done.returncode == 1 and "== cache: no time is left" in done.stdout
     done = on_a_gpu("everything", FINETUNE_PYTHON=str(stub))
     assert (done.returncode, done.stderr) == (2, "error: everything: unknown part - give tests, cells, profile or cache\n")
+
+
+def test_on_a_gpu_checks_its_words_first(tmp_path):
+    done = on_a_gpu("cache", MINUTES="soon")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: MINUTES=soon: give a whole number\n")
+    if not warm.HAS_GPU:
+        done = on_a_gpu("cache", SIZES="7B")
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: no GPU on this machine - SIZES=tiny")
+    assert "MINUTES=9 bash" in on_a_gpu("--help").stdout
 
 
 def test_on_a_gpu_writes_where_it_is_told_to(tmp_path):
