@@ -71,5 +71,5 @@ if __name__ == "__main__":
     from finetune.quiet import quiet
 
     quiet()
-    stopped = "stopped; --resume_from_checkpoint auto goes on from the newest checkpoint"
+    stopped = "stopped; --resume_from_checkpoint auto goes on from the newest checkpoint, if --save_steps has written one"
     run(main, when_stopped=stopped, speak=meeting.speak)

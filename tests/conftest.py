@@ -1,5 +1,6 @@
 """Puts the repository root on the path, and holds the tokenizer that all tests share (do not change it in a test)."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 import warm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -79,9 +79,8 @@ def ask(folder: str, words: list[str]):
 def follow(link) -> None:
     """Hands signals on by the link, which the server reads; ends as the fork does."""
     for name in PASSED_ON:
-        number = getattr(signal, name)
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: link.send(bytes([number])))
+        # one that is ignored here is handed on too: the program may listen to it all the same
+        signal.signal(getattr(signal, name), lambda number, frame: link.send(bytes([number])))
     status = b""
     while len(status) < 4 and (more := link.recv(4 - len(status))):
         status += more

@@ -14,6 +14,7 @@ import os
 import runpy
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -180,6 +181,7 @@ def become(request: dict):
     """Makes this process what the program would find itself in; -> a function that runs it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed server leaves nothing behind
     os.setpgid(0, 0)
+    atexit.unregister(shutil.rmtree)  # a temporary folder of the imports' (matplotlib's, without a HOME to write to) is the server's
     *standard, place, network = request["files"]
     for number, file in enumerate(standard):
         os.dup2(file, number)

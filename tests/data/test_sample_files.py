@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,8 +128,9 @@ def test_other_encodings_and_the_command_that_repairs_them(tmp_path, codec, name
     new = tmp_path / "小 talk.utf8.json"
     command = f"iconv -f {named} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(new))}"
     assert message == f"not UTF-8 (looks like {named}): {command}"
-    subprocess.run(["bash", "-c", command], check=True)
-    assert len(read(new)) == 40
+    if shutil.which("iconv"):
+        subprocess.run(["bash", "-c", command], check=True)
+        assert len(read(new)) == 40
 
 
 @pytest.mark.parametrize("front", [b"", b"\xef\xbb\xbf"])

@@ -300,6 +300,12 @@ def test_pissa_with_dropout_is_warned_of(world, capsys):
     assert "warning: --lora_dropout 0.05 with --init_lora_weights pissa: what is dropped" in capsys.readouterr().err
 
 
+@pytest.fixture
+def compiler(monkeypatch):
+    """torchao's optimizers compile their step: CC says with what, also on a machine without it."""
+    monkeypatch.setenv("CC", "cc")
+
+
 def test_lora_plus(world):
     assert found(world, "--use_lora", "--loraplus_lr_ratio", "16") == []
     for ratio in ("0.5", "-1", "inf", "nan"):
@@ -308,7 +314,7 @@ def test_lora_plus(world):
         )
 
 
-def test_weights_in_bf16(world):
+def test_weights_in_bf16(world, compiler):
     right = ["--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit"]
     assert found(world, *right) == []
     assert found(world, *right[:3], "adamw_torch_4bit") == []
@@ -340,7 +346,7 @@ def test_optimizers_of_packages_that_are_not_here(world, monkeypatch):
     assert found(world, "--optim", "adafactor") == []
 
 
-def test_weights_in_bf16_on_several_processes(world, monkeypatch):
+def test_weights_in_bf16_on_several_processes(world, monkeypatch, compiler):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = only(world, "--bf16_weights", "--bf16", "--optim", "adamw_torch_8bit")
     assert "would drift apart - train in one process" in line
@@ -537,7 +543,7 @@ def with_room(monkeypatch, free: int) -> None:
         ),
     ],
 )
-def test_too_little_room(world, monkeypatch, flags, needed):
+def test_too_little_room(world, monkeypatch, compiler, flags, needed):
     with_room(monkeypatch, needed)
     assert found(world, *flags) == []
     with_room(monkeypatch, needed - 1)

@@ -113,7 +113,8 @@ def test_the_content_of_deepspeeds_file_must_be_alike(asked, tmp_path):
     assert "deepspeed" in cards[0]["versions"]
 
 
-def test_packages_of_the_run_must_be_alike(asked, tmp_path):
+def test_packages_of_the_run_must_be_alike(asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "cc")  # torchao's optimizers ask for a compiler
     usual, torchao = card(asked(), tmp_path / "out"), card(asked("--optim", "adamw_torch_8bit"), tmp_path / "out")
     assert torchao["versions"].keys() - usual["versions"].keys() == {"torchao"}
     nf4 = arguments.parse(["--use_lora", "--q_lora", "--quant", "nf4"])
