@@ -15,6 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from finetune.quiet import quiet  # noqa: E402
+
+quiet()  # before anything imports transformers
+
 from finetune.distributed.engines import ZERO3  # noqa: E402
 from finetune.steps.memory_model import Run, Sizes, estimate, standing  # noqa: E402
 

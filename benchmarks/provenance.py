@@ -4,10 +4,16 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from finetune.quiet import quiet  # noqa: E402
+
+quiet()  # before anything imports transformers: every benchmark comes here first
 
 
 def about(packages: tuple[str, ...] = ("torch", "transformers", "triton")) -> dict:
