@@ -116,6 +116,7 @@ def imported(place: Path, result: str, *words) -> tuple[set[str], str]:
     return set(json.loads((place / "told.json").read_text())), done.stderr
 
 
+@pytest.mark.slow
 def test_a_program_imports_what_it_uses(place):
     """And what other packages would say when they are imported is not heard: notes are ours, and a bar begins its line."""
     train = ["-m", place / "model", "-d", place / "good.json", "--max_steps", "1", "--model_max_length", "512", "--save_strategy", "no"]

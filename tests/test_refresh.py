@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from tiny import small_checkpoint, tiny_later_qwen
 
 from finetune import refresh
@@ -23,7 +24,7 @@ OLD = "class QWenLMHeadModel:\n    def forward(self, past_key_values=None, **kwa
 def saved(tmp_path_factory):
     """A model folder as a run saves it."""
     folder = tmp_path_factory.mktemp("saved") / "model"
-    subprocess.run([sys.executable, PROGRAM, "make", folder], check=True, capture_output=True)
+    subprocess.run([warm.python(), PROGRAM, "make", folder], check=True, capture_output=True)
     return folder
 
 
@@ -69,6 +70,7 @@ def test_the_code_and_nothing_else(saved, old, capsys):
     assert refresh.refresh(old) == [] and "this toolkit's already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_refreshed_folder_answers_by_itself(saved, old, tmp_path):
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, PROGRAM, "answer"]
@@ -189,6 +191,7 @@ def test_somebody_elses_files_stay(tmp_path):
     assert digests(folder) == before
 
 
+@pytest.mark.slow
 def test_code_that_does_not_open_the_folder_is_not_put_there(old):
     settings = json.loads((old / "config.json").read_text()) | {"kv_channels": 7}
     (old / "config.json").write_text(json.dumps(settings))
