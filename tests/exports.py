@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_gptq
 
+from finetune.export import __main__ as export
 from qwen_model.new_checkpoint import new_checkpoint
 
 TRAINED = 48  # tokens: the trained length
@@ -43,3 +45,13 @@ def change_json(path: Path, **changes) -> None:
 def some_ids(length: int, seed: int = 0) -> torch.Tensor:
     """(1, length)"""
     return torch.randint(0, 151851, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def refused(capsys, *words) -> str:
+    """The one error line of a command that is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        export.main([str(word) for word in words])
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from networks import free_port
+from networks import free_port, two_machines
 
 from finetune.distributed import network, torchrun
 
@@ -372,39 +372,22 @@ def test_a_number_given_twice(agents, worker):
 
 @pytest.fixture
 def machines():
-    """Two network namespaces with a cable between them: [(words before a command, address), ...]."""
-    names = [f"finetune{os.getpid()}{end}" for end in "ab"]
-    # machine 0 has the address that sorts last: ranks must not follow addresses
-    addresses = ["10.77.0.2", "10.77.0.1"]
-    cables = [f"ft{os.getpid()}{end}" for end in "ab"]
-    commands = [f"netns add {name}" for name in names]
-    commands += [f"link add {cables[0]} type veth peer name {cables[1]}"]
-    for name, cable, address in zip(names, cables, addresses):
-        commands += [f"link set {cable} netns {name}", f"-n {name} addr add {address}/24 dev {cable}"]
-        commands += [f"-n {name} link set {cable} up", f"-n {name} link set lo up"]
-    try:
-        for command in commands:
-            try:
-                subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError):
-                pytest.skip("network namespaces cannot be made here")
-        yield [(["ip", "netns", "exec", name], address) for name, address in zip(names, addresses)]
-    finally:
-        for name in names:
-            with contextlib.suppress(OSError):
-                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+    with two_machines() as found:
+        if not found[0].prefix:
+            pytest.skip("network namespaces cannot be made here")
+        yield found
 
 
 def machine(agents, machines, rank, *words):
-    flags = ["--nnodes", 2, "--node_rank", rank, "--master_addr", machines[0][1], "--master_port", 6001]
-    return agents(*flags, "--max_restarts", 3, *words, before=machines[rank][0], NODE=str(rank))
+    flags = ["--nnodes", 2, "--node_rank", rank, "--master_addr", machines[0].address, "--master_port", 6001]
+    return agents(*flags, "--max_restarts", 3, *words, before=machines[rank].prefix, NODE=str(rank))
 
 
 @pytest.mark.slow
 def test_an_address_on_the_cable_where_nobody_is(agents, machines):
     begin = time.monotonic()
     flags = ["--nnodes", 2, "--node_rank", 1, "--master_addr", "10.77.0.9", "--master_port", 6001]
-    code, told = end_of(agents(*flags, "x.py", before=machines[1][0]))
+    code, told = end_of(agents(*flags, "x.py", before=machines[1].prefix))
     assert code == 2 and told.startswith("error: machine 0 cannot be reached at 10.77.0.9:6001 (")
     assert time.monotonic() < begin + 15
 
@@ -436,7 +419,7 @@ def test_machine_0_is_off_for_a_while(agents, machines, adding):
     """Its agent is killed and the cable taken out: the other machine gets no answer at all, and waits for it."""
 
     def cable(state):
-        [name] = (word for word in machines[0][0] if word.startswith("finetune"))
+        [name] = (word for word in machines[0].prefix if word.startswith("finetune"))
         listed = subprocess.run(["ip", "-n", name, "-o", "link"], check=True, capture_output=True, text=True).stdout
         [own] = (line.split()[1].partition("@")[0] for line in listed.splitlines() if ": ft" in line)
         subprocess.run(["ip", "-n", name, "link", "set", own, state], check=True)

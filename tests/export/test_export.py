@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import TRAINED, change_json, lively_checkpoint, published_gptq, some_ids
+from exports import TRAINED, change_json, lively_checkpoint, published_gptq, refused, some_ids
 from safetensors.torch import load_file, save_file
 from tiny import SAVED_CODE, tiny_gptq, tiny_later_qwen
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
@@ -267,15 +267,6 @@ def test_the_settings_of_gptq_name_the_new_layers(tmp_path):
 
 
 # ---- refusals: a line, exit code 2, and no folder
-
-
-def refused(capsys, *words) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        export.main([str(word) for word in words])
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize(

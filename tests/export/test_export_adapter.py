@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from exports import change_json, lively_checkpoint, published_gptq, some_ids
+from exports import change_json, lively_checkpoint, published_gptq, refused, some_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -247,15 +247,6 @@ def test_the_whole_way_and_back(bases, adapter, tmp_path, capsys):
     settings = [json.loads((place / "generation_config.json").read_text()) for place in (folder, back)]
     assert settings[0] == settings[1] and settings[1]["chat_format"] == "chatml"
     assert checkpoint.find_base(back) == bases["qwen"].resolve()
-
-
-def refused(capsys, *words) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        export.main([str(word) for word in words])
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize(

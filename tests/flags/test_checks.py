@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,14 @@ from command_lines import (
     only,
     read,
     write_adapter,
-    write_checkpoint,
     write_config,
     write_safetensors,
 )
 
 from finetune.errors import UserError
 from finetune.flags import args as arguments
-from finetune.flags import checks, definitions
+from finetune.flags import checks
 from finetune.folders import model_folder
-from finetune.steps import preparation
 
 
 @pytest.fixture
@@ -352,86 +349,6 @@ def test_weights_in_bf16_on_several_processes(world, monkeypatch, compiler):
     assert "would drift apart - train in one process" in line
 
 
-# ---- the output folder
-
-
-def test_output_over_an_input(world, tmp_path):
-    assert "is the folder of --model_name_or_path" in only(world, "-o", str(world.model), "--overwrite_output_dir")
-    assert "is the folder of --model_name_or_path" in only(world, "-o", str(world.model / ".." / world.model.name))
-    adapter = write_adapter(tmp_path / "adapter")
-    line = only(world, "--use_lora", "--lora_weight_path", str(adapter), "-o", str(adapter))
-    assert "is the folder of --lora_weight_path" in line
-
-
-def test_output_that_cannot_be_written(world, monkeypatch):
-    assert only(world, "-o", str(world.data)).endswith("is a file - give a folder")
-    assert "cannot be written to" in only(world, "-o", str(world.data / "below"))
-    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
-    assert f"{world.out.parent} cannot be written to" in only(world)
-
-
-def test_output_of_an_earlier_run(world):
-    write_checkpoint(world.out / "checkpoint-9")
-    write_checkpoint(world.out / "checkpoint-10")
-    line = only(world)
-    assert line.startswith(f"--output_dir {world.out}: has checkpoint-10 - ")
-    assert "--resume_from_checkpoint auto" in line and "--overwrite_output_dir" in line
-    assert found(world, "--overwrite_output_dir") == []
-    assert found(world, "--resume_from_checkpoint", "auto") == []
-
-
-@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
-def test_output_that_holds_a_model(world, name):
-    world.out.mkdir()
-    (world.out / "notes.txt").write_text("mine")
-    assert found(world) == []
-    (world.out / name).write_text("{}")
-    for flags in ([], ["--resume_from_checkpoint", "auto"]):
-        assert only(world, *flags).startswith(f"--output_dir {world.out}: holds a finished model - ")
-    assert found(world, "--overwrite_output_dir") == []
-
-
-def test_no_checkpoint_to_resume_from(world):
-    assert only(world, "--resume_from_checkpoint", "checkpoint-3").startswith(
-        "--resume_from_checkpoint checkpoint-3: no "
-    )
-    line = only(world, "--resume_from_checkpoint", "True")
-    assert line.startswith(f"--resume_from_checkpoint True: no checkpoint in {world.out} - ")
-    assert found(world, "--resume_from_checkpoint", "auto") == []
-    assert found(world, "--resume_from_checkpoint", "False") == []
-
-
-def test_resuming_with_another_method(world):
-    lora = write_checkpoint(world.out / "checkpoint-5", adapter={"r": 8})
-    line = only(world, "--resume_from_checkpoint", str(lora))
-    assert line.startswith(f"{lora} is LoRA r=8 alpha=16") and "this run is full-parameter - " in line
-    line = only(world, "--resume_from_checkpoint", "auto", "--use_lora")
-    assert "is LoRA r=8" in line and "this run is LoRA r=64" in line
-    assert found(world, "--resume_from_checkpoint", "auto", "--use_lora", "--lora_r", "8") == []
-    full = write_checkpoint(world.out / "checkpoint-6")
-    line = only(world, "--resume_from_checkpoint", str(full), "--use_lora")
-    assert line.startswith(f"{full} is full-parameter, this run is LoRA r=64")
-
-
-def test_resuming_from_a_hubs_model_that_is_not_here_yet(world):
-    """Its layers are not known before it is downloaded: then it is checked again. Another method is told at once."""
-    write_checkpoint(world.out / "checkpoint-5", adapter={"r": 64})
-    flags = ["-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto"]
-    assert found(world, *flags, "--use_lora") == []
-    assert "this run is full-parameter" in only(world, *flags)
-    here = definitions.on_folder(read(world, *flags, "--use_lora", "--lora_r", "8"), world.model)
-    with pytest.raises(UserError, match="this run is LoRA r=8"):
-        checks.check_flags(here)
-
-
-def test_a_hubs_run_goes_on(world, monkeypatch):
-    """The whole way of preparation, with a hub that only has this model."""
-    write_checkpoint(world.out / "checkpoint-2", adapter={"r": 64})
-    monkeypatch.setattr("finetune.folders.hub.fetch", lambda name, cache_dir=None: world.model)
-    args = read(world, "-m", "Qwen/Qwen-7B-Chat", "--resume_from_checkpoint", "auto", "--use_lora")
-    assert preparation.check_and_download(args) == world.model
-
-
 def test_layers_are_not_guessed():
     assert model_folder.block_layers(None) == model_folder.block_layers("llama") == []
     assert "down_proj" in model_folder.block_layers("qwen3") and "w1" in model_folder.block_layers("qwen")
@@ -508,53 +425,3 @@ def test_the_wrong_base_is_called_that(world, tmp_path):
     assert "the adapter was made for another base" in line and line.endswith("give that one with -m")
     (world.model / "model.safetensors").write_bytes(b"cut")  # then the model is what is wrong
     assert "not a whole safetensors file" in only(world, "--use_lora", "--lora_weight_path", str(adapter))
-
-
-# ---- room on the disk
-
-PARAMETERS = 300 * 32 * 2 + 32 + 96 * 32 + 96 + 32 * 32 + 2 * 48 * 32 + 32 * 48
-LORA_PARAMETERS = 64 * ((96 + 32) + (32 + 32) + 2 * (48 + 32) + (32 + 48))
-
-
-def with_room(monkeypatch, free: int) -> None:
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(free))
-
-
-@pytest.mark.parametrize(
-    "flags, needed",
-    [
-        (["--bf16"], PARAMETERS * (4 + 8) + PARAMETERS * 2),  # float32 weights and two moments; the result in bfloat16
-        ([], PARAMETERS * (4 + 8) + PARAMETERS * 4),
-        (["--save_strategy", "no"], PARAMETERS * 4),
-        (["--save_only_model"], PARAMETERS * 4 * 2),
-        (["--use_lora", "--bf16"], LORA_PARAMETERS * (4 + 8) + LORA_PARAMETERS * 4),
-        (
-            ["--use_lora", "--train_embeddings", "all"],
-            (LORA_PARAMETERS + 2 * 300 * 32) * (4 + 8) + (LORA_PARAMETERS + 2 * 300 * 32) * 4,
-        ),
-        (
-            ["--use_lora", "--init_lora_weights", "pissa", "--lora_dropout", "0"],
-            LORA_PARAMETERS * (4 + 8) + 2 * LORA_PARAMETERS * 4,
-        ),
-        (["--bf16", "--deepspeed", "ds_config_zero2.json"], PARAMETERS * (2 * 4 + 8) + PARAMETERS * 2),
-        (
-            ["--bf16", "--bf16_weights", "--optim", "adamw_torch_8bit"],
-            PARAMETERS * (2 + 2) + PARAMETERS * 2,
-        ),
-    ],
-)
-def test_too_little_room(world, monkeypatch, compiler, flags, needed):
-    with_room(monkeypatch, needed)
-    assert found(world, *flags) == []
-    with_room(monkeypatch, needed - 1)
-    assert only(world, *flags).startswith(f"--output_dir {world.out}: too little room (a checkpoint takes about ")
-
-
-def test_little_room_is_warned_of(world, monkeypatch, capsys):
-    checkpoint, result = PARAMETERS * 12, PARAMETERS * 4
-    with_room(monkeypatch, 6 * checkpoint + result)
-    assert found(world, "--save_total_limit", "5") == []
-    assert "may not last" not in capsys.readouterr().err
-    with_room(monkeypatch, 6 * checkpoint + result - 1)
-    assert found(world, "--save_total_limit", "5") == []
-    assert "with --save_total_limit 5 that may not last" in capsys.readouterr().err
