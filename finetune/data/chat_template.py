@@ -1,198 +1,229 @@
 """Conversations laid out by the model's own chat template, as later Qwens bring one (Jinja, in their tokenizer's files).
 
-The template runs twice. With marks in place of the contents it shows the frame around them, for a whole family of
-conversations (same roles, same form). With the contents themselves it shows what this conversation must look like: every
-content has to stand between the same pieces of frame, or the conversation is refused. So a template may say what it likes,
-a default system message or an empty block of thoughts, and nothing is lost unseen.
-
-Then the pieces are tokenized one by one: the frame as the tokenizer does, with its control tokens; contents as ordinary
-text, so that no character of theirs can become a control token. Of an answer everything is learned from where a generation
-prompt ends up to the token that ends the turn.
+The ids are those of the text that the template returns, tokenized as the tokenizer does, with one difference: special tokens
+that people have written are text (control_text.py). What stands between two control tokens is tokenized in one piece, and
+labels are divided by where a token begins. Which samples a conversation makes, and where its answers begin, says
+template_shapes.py. A text that the template drops or changes is refused: nothing is lost unseen.
 """
 
-import json
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import UserError
+from .control_text import ControlText
 from .data_notes import Seen, counted
+from .messages import Conversation
+from .rendering import PROBE, Rendering, identity_of, unlearned_results
+from .template_shapes import (
+    Conversing, Headers, Learned, NotLearnable, Part, Sample, has_thoughts, marked, parts_of, shape_of, thoughts_of
+)  # fmt: skip
 
-MARK = re.compile("\ue000([0-9]+)\ue001")  # from a private area of Unicode
-TAGGED = re.compile(r"(<\w+>).*(</\w+>)", re.DOTALL)
-TRIMS = (str.strip, str.lstrip, str.rstrip, *(lambda s, f=f: f(s, "\n") for f in (str.strip, str.lstrip, str.rstrip)))
-PROBE = "It's 1984, don't\r\n\tpanic!  é é Å 你好，世界 👩‍👩‍👧 <|im_start|><|endoftext|>  \n\n x"  # two ways to write é
+SHAPES = 4096  # of conversations, remembered
 FIRST_GENERATION_MASK = (
     "--supervise chatml: is the published mask of first-generation Qwen, and this model's conversations are laid out by its "
     "own chat template - leave it out: every answer and the token that ends it are learned"
 )
+TO_TEMPLATE = ("role", "content", "reasoning_content", "tool_calls", "name")
+PLACES = {
+    "thoughts": 'thoughts ("reasoning_content"): remove them, or train a model that thinks',
+    "call": 'tool calls ("tool_calls"): train a model that knows tools',
+    "result": 'results of tools (role "tool"): train a model that knows tools',
+    "tools": 'tools ("tools"): train a model that knows tools',
+}
 
 
-def renderer_of(tokenizer, path: str = ""):
-    """What lays out conversations for this tokenizer. path: of the file they come from, for messages.
+class Stretch(NamedTuple):
+    """Text to be tokenized in one piece (special: a control token). cuts: (place in the text, the weight from there on)."""
 
-    It has render_batch(conversations, **settings), as chatml.render_batch takes and returns them; supervised_frame, ids that
-    are supervised without being content; notes(), lines about what was rendered so far; identity(), text that tells it apart.
-    """
-    return ChatML(tokenizer) if hasattr(tokenizer, "encode_ordinary") else ChatTemplate(tokenizer, path)
-
-
-class ChatML:
-    """First-generation Qwen's format, which has no template: chatml.py."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.supervised_frame = {tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")}
-
-    def render_batch(self, conversations: list[list[dict]], **settings):
-        from qwen_model import chatml  # reading data does without torch until it is rendered
-
-        return chatml.render_batch(self.tokenizer, conversations, **settings)
-
-    def notes(self) -> list[str]:
-        return []
-
-    def identity(self) -> str:
-        tokenizer = self.tokenizer
-        special = [
-            tokenizer.im_start_id,
-            tokenizer.im_end_id,
-            *sorted(getattr(tokenizer, "special_tokens", {}).items()),
-        ]
-        return json.dumps([special, tokenizer.encode_ordinary(PROBE)])
-
-
-class Part(NamedTuple):
-    """A stretch of a conversation's text that the template is to lay out as it is.
-
-    kind: "text", a whole content; "thoughts" of an answer, or the "answer" behind them.
-    """
-
-    message: int
     text: str
-    kind: str = "text"
-
-
-class Piece(NamedTuple):
-    """Frame (text) or content (part, its number). answer: the message that it is to be learned with, if any."""
-
-    text: str | None
-    part: int | None
-    answer: int | None
+    special: bool
+    cuts: list[tuple[int, float]]
 
 
 @dataclass
-class Frame:
-    """texts: what stands before, between and behind the parts that are laid out; shown: the numbers of those."""
+class Counts:
+    """What the template did, and which samples it concerns."""
 
-    texts: list[str]
-    shown: list[int]
-    pieces: list[Piece]
+    forgotten: Seen = field(default_factory=Seen)
+    trimmed: Seen = field(default_factory=Seen)
+    special: Seen = field(default_factory=Seen)
+    unrolled: Seen = field(default_factory=Seen)
+    results: Seen = field(default_factory=Seen)
+    skipped: Seen = field(default_factory=Seen)
+    emptied: int = 0
+    answers: int = 0
+    more: int = 0  # samples that unrolling added
+    tokens: list[int] = field(default_factory=lambda: [0, 0])  # of unrolled conversations: all, and the longest sample alone
 
 
 class ChatTemplate:
     """Renders through tokenizer.apply_chat_template. Counts samples over all its batches, for notes and messages."""
 
-    def __init__(self, tokenizer, path: str = ""):
-        self.tokenizer, self.path, self.number = tokenizer, path, 0
-        self.forgotten, self.trimmed = Seen(), Seen()
-        self.supervised_frame: set[int] = set()
-        self._frames: dict[tuple, Frame] = {}
-        self._frame_ids: dict[str, list[int]] = {}
-        self._special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._ends = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
+    def __init__(self, tokenizer, path: str = "", rendering: Rendering = Rendering()):
+        if rendering.supervise != "assistant":
+            raise UserError(FIRST_GENERATION_MASK)
+        self.tokenizer, self.path, self.rendering, self.number = tokenizer, path, rendering, 0
+        self.counts = Counts()
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control = ControlText(special)
+        self.as_tokens = set(special if rendering.allow_special else rendering.train_tokens)
+        self.ids_of = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._shapes: dict[tuple, list[Sample]] = {}
         try:
-            self.template = tokenizer.get_chat_template()
+            self.template_text = tokenizer.get_chat_template()
         except ValueError as error:
             what = f"{tokenizer.name_or_path}: its tokenizer has no chat template, which lays out the conversations"
             raise UserError(f"{what} - add the chat_template.jinja of the chat model of its family") from error
-        self._header = self._generation_prompt()
+        self.headers = Headers(self._template, self.control)
+
+    @property
+    def supervised_frame(self) -> set[int]:
+        """Ids that are supervised without being content: of an answer that is cut off behind them, nothing is learned."""
+        frame = [self.headers.empty_thoughts, *self.control.special.findall(self._template([{"role": "user", "content": ""}], None))]
+        return {index for ids in self._encode(frame) for index in ids} | {self.ids_of[token] for token in frame[1:]}
 
     def identity(self) -> str:
         """Everything beside the vocabulary that a rendering depends on."""
-        return json.dumps([self.template, sorted(self._special), self._encode([PROBE], as_text=True)])
-
-    def notes(self) -> list[str]:
-        """A line for each thing that the template did to contents."""
-        lines = []
-        if self.forgotten.samples:
-            what = f"thoughts (<think>) before an answer that is not the last (first: {self.forgotten.first})"
-            why = "the model's chat template leaves them out; to learn them, end a conversation with that answer"
-            lines.append(f"{counted(self.forgotten.samples)} with {what}: {why}")
-        if self.trimmed.samples:
-            what = f"blanks or newlines around a text (first: {self.trimmed.first})"
-            lines.append(f"{counted(self.trimmed.samples)} with {what}: the model's chat template trims them")
-        return lines
+        return identity_of(self.template_text, sorted(self.control.texts), self._encode([PROBE])[0])
 
     # ---- rendering
 
-    def render_batch(
-        self,
-        conversations: list[list[dict]],
-        *,
-        supervise: str = "assistant",
-        allow_special: bool = False,
-        max_length: int | None = None,
-    ):
-        """Conversations as (ids, labels), as chatml.render_batch returns them.
+    def render_batch(self, conversations: list[Conversation]) -> list[list]:
+        """The samples of each conversation, as chatml.Rendered (ids, labels, weights).
 
-        Raises UserError for supervise "chatml", and naming the sample where the template fails or does not keep a content.
+        Raises UserError naming the sample where the template fails or does not keep a text.
         """
-        from qwen_model.chatml import Sequences
+        from qwen_model.chatml import Sequences  # reading data does without torch until it is rendered
 
-        if supervise != "assistant":
-            raise UserError(FIRST_GENERATION_MASK)
-        laid_out = [self._lay_out(messages) for messages in conversations]
-        ids = iter(self._encode([text for _, texts in laid_out for text in texts], as_text=not allow_special))
-        sequences = Sequences()
-        for messages, (frame, texts) in zip(conversations, laid_out):
-            contents = dict(zip(frame.shown, [next(ids) for _ in texts]))
-            for piece in frame.pieces:
-                learned = piece.answer is not None and messages[piece.answer].get("train", True)
-                tokens = contents[piece.part] if piece.text is None else self._frame_tokens(piece.text, learned)
-                sequences.add(tokens, learned)
-            sequences.end_sequence()
-        return sequences.arrays(max_length)
+        laid_out = [list(self._lay_out(conversation)) for conversation in conversations]
+        texts = {stretch.text: [] for samples in laid_out for sample in samples for stretch in sample if not stretch.special}
+        for text, ids in zip(texts, self._encode(list(texts))):
+            texts[text] = ids
+        sequences, ends = Sequences(), [0]
+        for samples in laid_out:
+            for sample in samples:
+                weight = 0.0
+                for stretch in sample:
+                    weight = self._add(sequences, stretch, texts, weight)
+                sequences.end_sequence()
+            ends.append(ends[-1] + len(samples))
+        rendered = sequences.arrays(None)
+        found = [rendered[begin:end] for begin, end in zip(ends, ends[1:])]
+        for samples in found:
+            if len(samples) > 1:
+                lengths = [len(sample.ids) for sample in samples]
+                self.counts.tokens[0] += sum(lengths)
+                self.counts.tokens[1] += max(lengths)
+        return found
 
-    def _encode(self, texts: list[str], as_text: bool) -> list[list[int]]:
-        """as_text: control tokens (added tokens that are special) in a text are ordinary characters."""
-        if not texts:
-            return []
-        settings = {"add_special_tokens": False, "split_special_tokens": as_text, "return_attention_mask": False}
-        return self.tokenizer(texts, verbose=False, **settings)["input_ids"]
+    def _add(self, sequences, stretch: Stretch, texts: dict[str, list[int]], weight: float) -> float:
+        """Adds a stretch's ids; returns the weight that holds behind it."""
+        ids = [self.ids_of[stretch.text]] if stretch.special else texts[stretch.text]
+        at = 0
+        for place, following in stretch.cuts:
+            if place:  # a token that begins before the cut belongs to what stands before it
+                cut = self._tokens_before(stretch.text, place, ids, texts)
+                sequences.add(ids[at:cut], weight)
+                at = cut
+            weight = following
+        sequences.add(ids[at:] if at else ids, weight)
+        return weight
 
-    def _frame_tokens(self, text: str, learned: bool) -> list[int]:
-        if text not in self._frame_ids:
-            (self._frame_ids[text],) = self._encode([text], as_text=False)
-        if learned:
-            self.supervised_frame.update(self._frame_ids[text])
-        return self._frame_ids[text]
+    def _tokens_before(self, text: str, place: int, ids: list[int], texts: dict[str, list[int]]) -> int:
+        """How many of the ids of `text` begin before `place`."""
+        before = text[:place]
+        if before not in texts:
+            texts[before] = self._encode([before])[0]
+        count = len(texts[before])
+        if ids[:count] == texts[before]:  # the same tokens: they hold just that text
+            return count
+        offsets = self._backend().encode(text, add_special_tokens=False).offsets
+        return sum(begin < place for begin, _ in offsets)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts, in which special tokens are ordinary characters."""
+        backend = self._backend()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+
+    def _backend(self):
+        """The tokenizer below transformers' own, which costs a third of its time; set as its last caller may not have."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend
 
     # ---- one conversation
 
-    def _lay_out(self, messages: list[dict]) -> tuple[Frame, list[str]]:
-        """The frame of a conversation, and the texts of its parts as the template shows them."""
+    def _lay_out(self, conversation: Conversation) -> Iterator[list[Stretch]]:
+        """The samples of a conversation, as stretches of text."""
         self.number += 1
-        wanted = self._template(messages)
-        ways, misplaced = [parts_of(messages)], None
-        if any(thoughts_of(message) for message in messages):
-            ways.append(parts_of(messages, apart=True))
-        for parts, marked in ways:
-            frame = self._frame(marked, parts)
-            texts, misplaced = fill(frame, parts, wanted)
-            if texts is not None:
-                self._check_answers(frame, messages)
-                self._take_note(frame, parts, texts, messages)
-                return frame, texts
-        self._refuse(f"the model's chat template drops or changes {shown(messages, parts, misplaced)}")
+        given, tools = conversation
+        messages, tools = unlearned_results([self.control.hide(message) for message in given]), self.control.hide(tools)
+        if any(map(self.control.holds, given)):
+            self.counts.special.add(self.number)
+        if any("unlearned" in message for message in messages):
+            self.counts.results.add(self.number)
+        wanted = self.rendering.wanted(messages)
+        if not wanted:
+            self.counts.skipped.add(self.number)
+            return
+        try:
+            samples = self._samples(messages, tools, wanted)
+            yielded = [self._sample(messages, tools, sample) for sample in samples]
+            if None in yielded:  # the template looks at something else, too
+                samples = self._conversing(messages, tools).samples(wanted, *self._ways())
+                yielded = [self._sample(messages, tools, sample) for sample in samples]
+        except NotLearnable as error:
+            self._refuse(f"the model's chat template cannot be learned from: {error}")
+        assert None not in yielded
+        self._count(messages, samples)
+        yield from yielded
 
-    def _template(self, messages: list[dict], **settings) -> str:
+    def _ways(self) -> tuple[str, bool]:
+        multi_turn = self.rendering.multi_turn
+        return "unroll" if multi_turn == "last" else multi_turn, self.rendering.empty_thoughts == "learn"
+
+    def _samples(self, messages: list[dict], tools: list[dict], wanted: list[int]) -> list[Sample]:
+        """The samples that teach the wanted answers, by the shape of the conversation."""
+        shape = shape_of(messages, tools, wanted)
+        if shape not in self._shapes:
+            if len(self._shapes) == SHAPES:
+                self._shapes.clear()
+            with_marks, marked_tools, kinds = marked(messages, tools)
+            conversing = self._conversing(with_marks, marked_tools)
+            samples = conversing.samples(wanted, *self._ways())
+            self._check_places(conversing, samples, kinds)
+            self._shapes[shape] = samples
+        return self._shapes[shape]
+
+    def _conversing(self, messages: list[dict], tools: list[dict]) -> Conversing:
+        return Conversing(self._template, messages, tools, self.headers)
+
+    def _check_places(self, conversing: Conversing, samples: list[Sample], kinds: list[str]) -> None:
+        """Has the template a place for everything that is to be learned, or to be learned from?"""
+        marks = [f"\ue002{number}\ue003" for number in range(len(kinds))]
+        shown = "".join(conversing.laid_out(sample.length)[0] for sample in samples)
+        used = max(sample.length for sample in samples)
+        as_is = self.rendering.multi_turn == "as_is"
+        learned = {each.message for sample in samples for each in sample.learned}
+        for number, message in enumerate(conversing.messages[:used]):
+            for kind, mark in zip(kinds, marks):
+                stands_here = mark in str([message[key] for key in TO_TEMPLATE if key in message])
+                optional = kind == "thoughts" and (as_is or number not in learned)
+                if stands_here and mark not in shown and kind in PLACES and not optional:
+                    self._refuse(f"the model's chat template has no place for {PLACES[kind]}")
+        if "tools" in kinds and marks[-1] not in shown:
+            self._refuse(f"the model's chat template has no place for {PLACES['tools']}")
+
+    def _template(self, messages: list[dict], tools: list[dict] | None, **settings) -> str:
         """The conversation as text."""
         from jinja2 import TemplateError
 
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        plain = [{key: message[key] for key in TO_TEMPLATE if key in message} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(plain, tokenize=False, **settings)
+            return self.tokenizer.apply_chat_template(plain, tools=tools or None, tokenize=False, **settings)
         except (TemplateError, TypeError, ValueError, LookupError) as error:  # a template is a program
             self._refuse(f"the model's chat template fails on it ({' '.join(str(error).split())})", error)
 
@@ -200,153 +231,124 @@ class ChatTemplate:
         where = f"{self.path}: sample {self.number}: " if self.number else f"{self.tokenizer.name_or_path}: "
         raise UserError(f"{where}{what} - change the text, or the template in the model's folder") from cause
 
-    def _check_answers(self, frame: Frame, messages: list[dict]) -> None:
-        """Each answer to be learned has a place in the frame where it begins and ends."""
-        found = {piece.answer for piece in frame.pieces}
+    def _sample(self, messages: list[dict], tools: list[dict], sample: Sample) -> list[Stretch] | None:
+        """A sample's stretches; None where the template does not do as it did with the marks."""
+        text = self._template(messages[: sample.length], tools)
+        places = self.headers.find(text, sum(message["role"] == "assistant" for message in messages[: sample.length]))
+        cuts = []
+        for learned in sample.learned:
+            begin, end = places[learned.answer]
+            if not text.startswith(learned.prompt, begin):
+                return None
+            cuts += [(begin + len(learned.prompt), messages[learned.message].get("weight", 1.0)), (end, 0.0)]
+        found = self._check_texts(messages[: sample.length], text, places, {each.message for each in sample.learned})
+        for learned in sample.learned:
+            for begin, end in messages[learned.message].get("unlearned", ()):
+                at = found[learned.message]
+                cuts += [(at + begin, 0.0), (at + end, messages[learned.message].get("weight", 1.0))]
+        return list(self._stretches(text, sorted(cuts, key=lambda cut: cut[0])))
+
+    def _check_texts(self, messages: list[dict], text: str, places: list[tuple[int, int]], learned: set[int]) -> dict[int, int]:
+        """Finds every text of the messages in what the template returned, in order; returns where each one's last one begins."""
+        at, found = 0, {}
+        answers = iter([*places, (len(text), len(text))])
+        begin, end = next(answers)  # of the next answer
         for number, message in enumerate(messages):
-            if message["role"] == "assistant" and message.get("train", True) and number not in found:
-                what = "it does not show where an answer begins (its generation prompt) or ends (a special token)"
-                self._refuse(f"the model's chat template cannot be learned from: {what}")
+            is_answer = message["role"] == "assistant"
+            at, limit = (begin, end) if is_answer else (at, begin)
+            for part in parts_of(message, number):
+                place, length = self._find(part, text, at, limit)
+                if place >= 0:
+                    at, found[number] = place + length, place
+                elif part.kind != "thoughts" or number in learned and self.rendering.multi_turn != "as_is":
+                    self._refuse(f"the model's chat template drops or changes {shown(messages, part, self.control)}")
+                elif number in learned:
+                    self.counts.forgotten.add(self.number)
+            if is_answer:
+                at = end
+                begin, end = next(answers)
+        return found
 
-    def _take_note(self, frame: Frame, parts: list[Part], texts: list[str], messages: list[dict]) -> None:
-        """Counts what the template leaves out. Thoughts before the last answer may not be lost: they are to be learned."""
-        for number in set(range(len(parts))) - set(frame.shown):
-            if parts[number].message == len(messages) - 1 and messages[-1].get("train", True):
-                self._refuse(f"the model's chat template drops {shown(messages, parts, number)}")
-            self.forgotten.add(self.number)
-        for number, text in zip(frame.shown, texts):
-            part = parts[number]  # newlines between thoughts and answer are the template's
-            if text != part.text and (part.kind == "text" or text.strip("\n") != part.text.strip("\n")):
-                self.trimmed.add(self.number)
+    def _find(self, part: Part, text: str, begin: int, end: int) -> tuple[int, int]:
+        """(place, length) of a part in text[begin:end], with its blanks or without; place -1: it is not there."""
+        whole = part.text if part.kind == "text" else part.text.strip("\n")  # newlines around thoughts are the template's
+        place = text.find(whole, begin, end)
+        if place < 0:
+            whole = whole.strip()
+            place = text.find(whole, begin, end)
+            if place >= 0:
+                self.counts.trimmed.add(self.number)
+        return place, len(whole)
 
-    # ---- frames
+    def _stretches(self, text: str, cuts: list[tuple[int, float]]) -> Iterator[Stretch]:
+        """What stands between two control tokens in one piece, with the cuts that fall into it."""
+        piece, own = "", []  # the piece so far; its cuts
+        cuts = iter([*cuts, (len(text) + 1, 0.0)])
+        place, weight = next(cuts)
+        for begin, end, part, whose in self.control.split(text):
+            special = whose == "frame" or whose == "data" and part in self.as_tokens
+            if special and piece:
+                yield Stretch(piece, False, own)
+                piece, own = "", []
+            while place <= begin or (not special and place < end):
+                own.append((len(piece) + max(place - begin, 0), weight))
+                place, weight = next(cuts)
+            if special:
+                yield Stretch(part, True, own)
+                own = []
+            else:
+                piece += part
+        if piece:
+            yield Stretch(piece, False, own)
 
-    def _generation_prompt(self) -> str:
-        """What the template puts before an answer."""
-        question = [{"role": "user", "content": "?"}]
-        without, with_ = (self._template(question, add_generation_prompt=asked) for asked in (False, True))
-        return with_[len(without) :] if with_.startswith(without) else ""
+    # ---- notes
 
-    def _frame(self, marked: tuple[tuple[str, str], ...], parts: list[Part]) -> Frame:
-        """The frame around the marks. marked: role and content of each message; equal ones have equal parts, but for text."""
-        if marked not in self._frames:
-            text = self._template([{"role": role, "content": content} for role, content in marked])
-            for role, content in marked:
-                if role == "user" and (tagged := TAGGED.fullmatch(content)):
-                    text = text.replace(content, content[tagged.end(1) : tagged.start(2)])
-            texts = MARK.split(text)
-            shown_parts = [int(number) for number in texts[1::2]]
-            pieces = self._pieces(texts[::2], shown_parts, [part.message for part in parts], marked)
-            self._frames[marked] = Frame(texts[::2], shown_parts, pieces)
-        return self._frames[marked]
+    def _count(self, messages: list[dict], samples: list[Sample]) -> None:
+        learned: list[Learned] = [each for sample in samples for each in sample.learned]
+        self.counts.emptied += sum(each.emptied for each in learned)
+        self.counts.answers += len(learned)
+        if len(samples) > 1:
+            self.counts.unrolled.add(self.number)
+            self.counts.more += len(samples) - 1
 
-    def _pieces(self, texts: list[str], shown_parts: list[int], owner: list[int], marked) -> list[Piece]:
-        """Frame and contents in their order, each answer's together with what frames it."""
-        pieces, answer = [], None
-        for text, part in zip(texts, [*shown_parts, None]):
-            following = None if part is None else owner[part]
-            if answer is not None and following != answer:
-                text = self._close(pieces, text, answer)
-                answer = None
-            if following is not None and answer is None and marked[following][0] == "assistant":
-                answer = self._open(pieces, text, following)
-            elif text:
-                pieces.append(Piece(text, None, answer))
-            if part is not None:
-                pieces.append(Piece(None, part, answer))
-        return pieces
-
-    def _open(self, pieces: list[Piece], text: str, answer: int) -> int | None:
-        """Divides the frame before an answer where the generation prompt ends. None if it is not there."""
-        at = text.rfind(self._header) if self._header else -1
-        length = len(self._header)
-        while at < 0 and length > 1:  # a prompt may go on beyond what stands before earlier answers
-            length -= 1
-            if text.endswith(self._header[:length]) and self._ends.search(self._header[:length]):
-                at = len(text) - length
-        if at < 0:
-            pieces.append(Piece(text, None, None))
-            return None
-        before, behind = text[: at + length], text[at + length :]
-        pieces.append(Piece(before, None, None))
-        if behind:
-            pieces.append(Piece(behind, None, answer))
-        return answer
-
-    def _close(self, pieces: list[Piece], text: str, answer: int) -> str:
-        """Adds what belongs to the answer before `text`, up to its first special token; returns the rest."""
-        end = self._ends.search(text)
-        if end is None:  # nothing tells the model to stop
-            pieces[:] = [piece._replace(answer=None) if piece.answer == answer else piece for piece in pieces]
-            return text
-        pieces.append(Piece(text[: end.end()], None, answer))
-        return text[end.end() :]
-
-
-# ---- parts of a conversation
-
-
-def mark(number: int) -> str:
-    return f"\ue000{number}\ue001"
-
-
-def parts_of(messages: list[dict], apart: bool = False) -> tuple[list[Part], tuple[tuple[str, str], ...]]:
-    """The parts of all contents; and (role, content) of each message with marks in their place. What is empty stays empty.
-
-    apart: thoughts and the answer behind them are parts of their own. A mark keeps the tags that a user's content begins and
-    ends with: templates know the results of tools by them.
-    """
-    parts, marked = [], []
-    for number, message in enumerate(messages):
-        role, text = message["role"], message["content"]
-        pieces = [("", text, "text", "")]
-        if apart and (found := thoughts_of(message)):
-            opening, thoughts, rest = found
-            pieces = [(opening, thoughts, "thoughts", "</think>"), ("", rest, "answer", "")]
-        elif role == "user" and (tagged := TAGGED.fullmatch(text)):
-            pieces = [(tagged[1], text, "text", tagged[2])]
-        content = ""
-        for before, part, kind, behind in pieces:
-            if is_there := bool(part if kind == "text" else part.strip()):
-                parts.append(Part(number, part, kind))
-            content += before + (mark(len(parts) - 1) if is_there else "") + behind
-        marked.append((role, content))
-    return parts, tuple(marked)
+    def notes(self) -> list[str]:
+        """A line for each thing that the template did to contents."""
+        counts, lines = self.counts, []
+        if counts.special.samples:
+            lines.append(special_note(counts.special, self.rendering.allow_special))
+        if counts.unrolled.samples:
+            whole, longest = counts.tokens
+            what = f"{counted(counts.unrolled.samples)} unrolled into {counts.more + counts.unrolled.samples:,}"
+            why = "each answer behind the prompt that it will be asked for with"
+            lines.append(f"{what}, {why}: {whole / longest:.1f} times their tokens; --multi_turn last or as_is to change")
+        if counts.forgotten.samples:
+            what = f"thoughts before an answer that is not the last (first: {counts.forgotten.first})"
+            lines.append(f"{counted(counts.forgotten.samples)} with {what}: the model's chat template leaves them out")
+        if counts.skipped.samples:
+            what = f"whose last answer is not to be learned (first: {counts.skipped.first})"
+            lines.append(f"{counted(counts.skipped.samples)} left out {what}")
+        if counts.emptied:
+            done = "learned" if self.rendering.empty_thoughts == "learn" else "context, not learned"
+            what = f"{counts.emptied:,} of {counts.answers:,} answers have no thoughts"
+            lines.append(f"{what}: the empty block of thoughts that the template adds is {done} (--empty_thoughts)")
+        if counts.results.samples:
+            what = "ReAct answers: the results in them (Observation) are not learned"
+            lines.append(f"{counted(counts.results.samples)} with {what}")
+        if counts.trimmed.samples:
+            what = f"blanks or newlines around a text (first: {counts.trimmed.first})"
+            lines.append(f"{counted(counts.trimmed.samples)} with {what}: the model's chat template trims them")
+        return lines
 
 
-def thoughts_of(message: dict) -> tuple[str, str, str] | None:
-    """("<think>" or "", thoughts, the answer behind </think>) of an answer that begins with thoughts; None for others.
-
-    Models whose generation prompt holds the <think> leave it out.
-    """
-    before, closing, rest = message["content"].partition("</think>")
-    head, opening, thoughts = before.rpartition("<think>")
-    return None if message["role"] != "assistant" or not closing or head.strip() else (opening, thoughts, rest)
+def special_note(seen: Seen, allowed: bool) -> str:
+    """The note on special-token text."""
+    what = "it becomes control tokens" if allowed else "it is encoded as plain text. --allow_special to change"
+    contain = "contains" if seen.samples == 1 else "contain"
+    return f"{counted(seen.samples)} {contain} special-token text (first: {seen.first}); {what}"
 
 
-def fill(frame: Frame, parts: list[Part], wanted: str) -> tuple[list[str] | None, int | None]:
-    """(the texts of the parts that `frame` shows, as they stand in `wanted`, None); or (None, the part that fails)."""
-    lost = [number for number, part in enumerate(parts) if number not in frame.shown and part.kind != "thoughts"]
-    if lost or frame.shown != sorted(set(frame.shown)) or not wanted.startswith(frame.texts[0]):
-        return None, lost[0] if lost else None
-    at, texts = len(frame.texts[0]), []
-    for number, behind in zip(frame.shown, frame.texts[1:]):
-        text = parts[number].text
-        forms = (trim(text) for trim in (str, *TRIMS))
-        form = next((form for form in forms if wanted.startswith(form + behind, at)), None)
-        if form is None:  # a text that is there is followed by what the frame does not foresee
-            later = [other for other in frame.shown if other > number]
-            return None, later[0] if later and wanted.startswith(text, at) else number
-        texts.append(form)
-        at += len(form) + len(behind)
-    return (texts, None) if at == len(wanted) else (None, None)
-
-
-def shown(messages: list[dict], parts: list[Part], number: int | None) -> str:
+def shown(messages: list[dict], part: Part, control: ControlText) -> str:
     """A part in words."""
-    if number is None:
-        return "what stands in the turns"
-    part = parts[number]
-    text = " ".join(part.text.split())
+    text = " ".join(control.restore(part.text).split())
     text = text if len(text) <= 40 else text[:39] + "…"
     return f'the {part.kind} of message {part.message + 1}, by {messages[part.message]["role"]} ("{text}")'

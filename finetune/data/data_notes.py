@@ -107,8 +107,9 @@ def _unread(unread: dict[str, Seen]) -> str:
     return ", ".join(shown) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
 
 
-def too_long(full: np.ndarray, max_length: int, long_samples: str) -> list[str]:
-    """Notes on samples longer than max_length. full: int[n], tokens of every sample before cutting or dropping."""
+def too_long(full: np.ndarray, source: np.ndarray, max_length: int, long_samples: str) -> list[str]:
+    """Notes on samples longer than max_length. full: int[n], tokens of every sample before cutting or dropping; source: their
+    numbers in the file."""
     long = np.flatnonzero(full > max_length)
     if not len(long):
         return []
@@ -119,7 +120,7 @@ def too_long(full: np.ndarray, max_length: int, long_samples: str) -> list[str]:
     lines = [f"{counted(len(long))} {done} ({share}), longest {full[at]:,}; {lost:,} tokens lost"]
     if full[at] >= WHOLE_CORPUS * max_length:
         times = f"{full[at]:,} tokens = {full[at] / max_length:.0f} × max length"
-        lines.append(f"sample {at + 1} has {times}; one sample should be one conversation")
+        lines.append(f"sample {source[at]} has {times}; one sample should be one conversation")
     return lines
 
 

@@ -1,8 +1,9 @@
 """From a conversation file to training samples: rendered once, kept in a cache folder, memory-mapped from there.
 
 A folder of the cache holds one data set: ids and labels of all samples one behind the other (int32), where each begins
-(offsets, int64), how many of its tokens are supervised (int64), and meta.json. Its name is a hash over everything that
-its content depends on. Such a folder may be deleted at any time; a file of conversations is then rendered again.
+(offsets, int64), how many of its tokens are supervised (int64) and the sum of their weights (float64), and meta.json; the
+weights of all tokens (float32) only where some are not 1. Its name is a hash over everything that its content depends on.
+Such a folder may be deleted at any time; a file of conversations is then rendered again.
 """
 
 import hashlib
@@ -20,30 +21,33 @@ from tqdm import tqdm
 
 from ..distributed.ranks import one_at_a_time
 from ..errors import UserError, note, on_first_rank
-from .chat_template import renderer_of
 from .conversations import Conversations, read
 from .data_notes import too_long
+from .messages import Conversation
+from .renderers import renderer_of
+from .rendering import Rendering
 from .sample_files import SampleFile
-
-__all__ = ["Conversations", "Samples", "load", "read"]
 
 BATCH_CHARS, BATCH_SAMPLES = 1 << 20, 2048  # of one tokenizer call: enough for its threads, little enough for memory
 ABANDONED_SECONDS = 3600  # a temporary folder that nobody has written to for so long belongs to a killed run
-ARRAYS = {"ids": np.int32, "labels": np.int32, "offsets": np.int64, "supervised": np.int64}
+ARRAYS = {"ids": np.int32, "labels": np.int32, "offsets": np.int64, "supervised": np.int64, "weight_sums": np.float64}
+WEIGHTS = {"weights": np.float32}  # beside them, where some are not 1
 
 
 class Samples:
     """The rendered samples of one file: samples[i] is (ids, labels), read-only int32 arrays, at most max_length long.
 
     lengths, supervised: int64[n], tokens of each sample, and those of them with a label (not position 0, which nothing
-    predicts). total_tokens, total_supervised: their sums. notes: lines to print. fingerprint: a hash of all ids, labels
-    and lengths, thus equal wherever the samples are the same ones.
+    predicts). weight_sums: float64[n], the sum of the weights of those. total_tokens, total_supervised: sums over the
+    samples. notes: lines to print. fingerprint: a hash of all ids, labels, weights and lengths, thus equal wherever the
+    samples are the same ones.
     """
 
     def __init__(self, path: str, max_length: int, arrays: dict[str, np.ndarray], meta: dict):
         self.path, self.max_length = path, max_length
         self._ids, self._labels, self._offsets = arrays["ids"], arrays["labels"], arrays["offsets"]
-        self.supervised = arrays["supervised"]
+        self.supervised, self.weight_sums = arrays["supervised"], arrays["weight_sums"]
+        self._weights = arrays.get("weights")
         self.lengths = np.diff(self._offsets)
         self.total_tokens, self.total_supervised = int(self._offsets[-1]), int(self.supervised.sum())
         self.fingerprint = meta["fingerprint"]
@@ -58,6 +62,14 @@ class Samples:
         begin, end = self._offsets[i % len(self)], self._offsets[i % len(self) + 1]
         return self._ids[begin:end], self._labels[begin:end]
 
+    def token_weights(self, i: int) -> np.ndarray | None:
+        """What each token of sample i counts in the loss, float32[T]; None where all that are supervised count 1."""
+        if self._weights is None:
+            return None
+        _, labels = self[i]
+        weights = self._weights[self._offsets[i % len(self)] :][: len(labels)]
+        return None if (weights[labels >= 0] == 1).all() else weights
+
     def describe(self) -> str:
         """One line for people."""
         share = f"{self.total_supervised:,} of them supervised ({self.total_supervised / self.total_tokens:.0%})"
@@ -70,24 +82,22 @@ def load(
     tokenizer,
     *,
     max_length: int,
-    supervise: str = "assistant",
-    allow_special: bool = False,
     cache_dir: str | os.PathLike | None = None,
     long_samples: str = "cut",
     flag: str = "--data_path",
+    **rendering,
 ) -> Samples:
     """Reads, checks and renders a file of conversations, or opens what an earlier call rendered from the same content.
 
     max_length: tokens per sample; what is longer is cut on the right (long_samples "cut") or left out ("drop").
-    supervise, allow_special: see qwen_model.chatml.render_batch. cache_dir: default FINETUNE_CACHE or the user's cache
-    folder. flag: the option that named the file.
+    rendering: see rendering.Rendering. cache_dir: default FINETUNE_CACHE or the user's cache folder. flag: the option that
+    named the file.
     Of several processes that call it together, one renders and the others wait for its result.
     Raises UserError with everything that is wrong with the file, and where samples have no answer left to learn from.
     """
     assert long_samples in ("cut", "drop"), long_samples
     file = SampleFile(path, flag)
-    rendering = {"supervise": supervise, "allow_special": allow_special}
-    settings = {"max_length": max_length, "long_samples": long_samples, **rendering}
+    settings = {"max_length": max_length, "long_samples": long_samples, "rendering": Rendering(**rendering)}
     root = Path(cache_dir or os.environ.get("FINETUNE_CACHE") or _user_cache_dir() / "finetune").expanduser()
     folder = root / _key(file.path, tokenizer, settings)
     if stored := _open(folder):
@@ -97,7 +107,7 @@ def load(
         with one_at_a_time(f"rendering-{folder.name[:16]}"):
             if stored := _open(folder):  # another process of this machine has just done it
                 return Samples(file.path, max_length, *stored)
-            conversations = read(path, allow_special=allow_special, flag=flag)
+            conversations = read(path, flag=flag)
             with _temporary_folder(root) as temporary:
                 _render(conversations, tokenizer, temporary, **settings)
                 file.check_unchanged()  # since it was hashed
@@ -108,7 +118,7 @@ def load(
         reason = error.strerror or error
         note(f"the cache folder {root} cannot be written ({reason}): the data will be rendered again next time")
     if conversations is None:
-        conversations = read(path, allow_special=allow_special, flag=flag)
+        conversations = read(path, flag=flag)
     try:
         with tempfile.TemporaryDirectory() as temporary:  # its files live on as long as they are mapped
             _render(conversations, tokenizer, Path(temporary), **settings)
@@ -119,51 +129,93 @@ def load(
 
 
 def _render(
-    conversations: Conversations, tokenizer, folder: Path, *, max_length: int, long_samples: str, **rendering
+    conversations: Conversations, tokenizer, folder: Path, *, max_length: int, long_samples: str, rendering: Rendering
 ) -> None:
-    """Writes the samples of conversations into folder, cut or dropped as long_samples says. rendering: of render_batch."""
-    from qwen_model.chatml import IGNORE
+    """Writes the samples of conversations into folder, cut or dropped as long_samples says."""
+    from qwen_model.chatml import IGNORE  # reading data does without torch until it is rendered
 
-    renderer = renderer_of(tokenizer, conversations.path)
-    full, kept, answered, supervised = [], [], [], []
-    digest = hashlib.sha256()
+    renderer = renderer_of(tokenizer, conversations.path, rendering)
+    unseen = {token: tokenizer.convert_tokens_to_ids(token) for token in rendering.train_tokens}
+    full, source, kept, answered, number = [], [], [], [], 0  # source: of each sample in full, its number in the file
     bar = {"desc": "rendering data", "unit": " samples", "delay": 2, "disable": not on_first_rank()}
-    progress = tqdm(total=len(conversations), **bar)
-    with open(folder / "ids", "wb") as ids_file, open(folder / "labels", "wb") as labels_file, progress:
+    with _Writer(folder) as writer, tqdm(total=len(conversations), **bar) as progress:
         for batch in _batches(conversations):
-            rendered = renderer.render_batch(batch, **rendering)
-            frame_ids = [IGNORE, *renderer.supervised_frame]
-            full += [len(ids) for ids, _ in rendered]
-            if long_samples == "drop":
-                rendered = [pair for pair in rendered if len(pair[0]) <= max_length]
-            for ids, labels in rendered:
-                was_cut = len(ids) > max_length
-                ids, labels = ids[:max_length], labels[:max_length]
-                kept.append(len(ids))
-                supervised.append(np.count_nonzero(labels[1:] != IGNORE))
-                answered.append(not was_cut or not np.isin(labels[1:], frame_ids).all())
-                for file, values in ((ids_file, ids), (labels_file, labels)):
-                    values = np.ascontiguousarray(values, np.int32)
-                    file.write(values)
-                    digest.update(values)
+            frame_ids = None
+            for samples in renderer.render_batch(batch):
+                number += 1
+                frame_ids = frame_ids or [IGNORE, *renderer.supervised_frame]
+                for ids, labels, weights in samples:
+                    full.append(len(ids))
+                    source.append(number)
+                    was_cut = len(ids) > max_length
+                    if was_cut and long_samples == "drop":
+                        continue
+                    ids, labels = ids[:max_length], labels[:max_length]
+                    kept.append(len(ids))
+                    answered.append(not was_cut or not np.isin(labels[1:], frame_ids).all())
+                    writer.add(ids, labels, None if weights is None else weights[:max_length])
+                    unseen = {token: index for token, index in unseen.items() if index not in ids}
             progress.update(len(batch))
-    full = np.array(full)
-    _check_left(full, np.array(answered, bool), max_length, long_samples, conversations.path)
-    notes = conversations.notes + renderer.notes() + too_long(full, max_length, long_samples)
-    offsets = np.concatenate(([0], np.cumsum(kept)))
-    digest.update(np.ascontiguousarray(offsets, np.int64))
-    offsets.astype(np.int64).tofile(folder / "offsets")
-    np.array(supervised, np.int64).tofile(folder / "supervised")
-    meta = {"samples": len(kept), "tokens": int(offsets[-1]), "fingerprint": digest.hexdigest(), "notes": notes}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    full, source = np.array(full, np.int64), np.array(source, np.int64)
+    _check_left(full, source, np.array(answered, bool), max_length, long_samples, conversations.path)
+    notes = conversations.notes + renderer.notes() + too_long(full, source, max_length, long_samples)
+    notes += [f"--train_tokens {token}: stands in no conversation, so its row learns nothing from them" for token in unseen]
+    writer.finish({"notes": notes})
 
 
-def _batches(conversations: Iterable[list[dict]]) -> Iterator[list[list[dict]]]:
+class _Writer:
+    """Writes samples into a folder of the cache, one behind the other."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.digest, self.tokens = folder, hashlib.sha256(), 0
+        self.lengths, self.supervised, self.weight_sums = [], [], []
+        self.files = {name: open(folder / name, "wb") for name in ("ids", "labels")}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def add(self, ids: np.ndarray, labels: np.ndarray, weights: np.ndarray | None) -> None:
+        """ids, labels int32[T], weights float32[T] or None for 1 everywhere."""
+        if weights is not None and "weights" not in self.files:  # the first: all that came before count 1
+            self.files["weights"] = open(self.folder / "weights", "wb")
+            for begin in range(0, self.tokens, 1 << 20):
+                self._write("weights", np.ones(min(1 << 20, self.tokens - begin), np.float32))
+        self._write("ids", np.ascontiguousarray(ids, np.int32))
+        self._write("labels", np.ascontiguousarray(labels, np.int32))
+        counts = labels[1:] >= 0
+        self.tokens += len(ids)
+        self.lengths.append(len(ids))
+        self.supervised.append(np.count_nonzero(counts))
+        self.weight_sums.append(self.supervised[-1] if weights is None else weights[1:][counts].sum(dtype=np.float64))
+        if "weights" in self.files:
+            self._write("weights", np.ones(len(ids), np.float32) if weights is None else np.ascontiguousarray(weights, np.float32))
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        self.files[name].write(values)
+        self.digest.update(values)
+
+    def finish(self, meta: dict) -> None:
+        """Writes what is known at the end."""
+        offsets = np.concatenate(([0], np.cumsum(self.lengths))).astype(np.int64)
+        self.digest.update(offsets)
+        offsets.tofile(self.folder / "offsets")
+        np.array(self.supervised, np.int64).tofile(self.folder / "supervised")
+        np.array(self.weight_sums, np.float64).tofile(self.folder / "weight_sums")
+        meta |= {"samples": len(self.lengths), "tokens": self.tokens, "weighted": "weights" in self.files}
+        meta |= {"fingerprint": self.digest.hexdigest()}
+        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     """Groups conversations by the amount of text."""
     batch, chars = [], 0
-    for messages in conversations:
-        batch.append(messages)
-        chars += sum(len(message["content"]) for message in messages)
+    for conversation in conversations:
+        batch.append(conversation)
+        chars += sum(len(message["content"]) for message in conversation.messages)
         if chars >= BATCH_CHARS or len(batch) >= BATCH_SAMPLES:
             yield batch
             batch, chars = [], 0
@@ -171,18 +223,23 @@ def _batches(conversations: Iterable[list[dict]]) -> Iterator[list[list[dict]]]:
         yield batch
 
 
-def _check_left(full: np.ndarray, answered: np.ndarray, max_length: int, long_samples: str, path: str) -> None:
+def _check_left(
+    full: np.ndarray, source: np.ndarray, answered: np.ndarray, max_length: int, long_samples: str, path: str
+) -> None:
     """A UserError where cutting or dropping leaves nothing to learn.
 
-    full: int[n], tokens of every sample before cutting; answered: bool, of every sample kept, has it an answer token?
+    full, source: int[n], tokens of every sample before cutting, and its number in the file; answered: bool, of every sample
+    kept, has it an answer token?
     """
+    if not len(full):
+        raise UserError(f"{path}: no sample whose last answer is to be learned, so --multi_turn last leaves none")
     if not len(answered):
         what = f"all samples are longer than {max_length:,} tokens (shortest {full.min():,})"
         raise UserError(f"{path}: {what}, so --long_samples drop leaves none; raise --model_max_length")
     if not answered.all():
         assert long_samples == "cut"
-        numbers = np.flatnonzero(~answered) + 1
-        first = ", ".join(str(number) for number in numbers[:5]) + ", …" * (len(numbers) > 5)
+        numbers = source[~answered]
+        first = ", ".join(map(str, dict.fromkeys(numbers.tolist()[:5]))) + ", …" * (len(numbers) > 5)
         what = f"{len(numbers):,} of {len(full):,} samples have no answer token within {max_length:,}"
         raise UserError(f"{path}: {what}: sample {first}; raise --model_max_length or --long_samples drop")
 
@@ -197,8 +254,7 @@ def _user_cache_dir() -> Path:
 def _key(path: str, tokenizer, settings: dict) -> str:
     """A hash over what the rendered samples depend on: the file's bytes, our code, the tokenizer, the settings."""
     here = Path(__file__).parent
-    code = [here / f"{name}.py" for name in ("sample_files", "conversations", "data_notes", "rendered_samples", "chat_template")]
-    code.append(here.parents[1] / "qwen_model" / "chatml.py")
+    code = sorted(here.glob("*.py")) + [here.parents[1] / "qwen_model" / f"{name}.py" for name in ("chatml", "react")]
     parts = [_file_hash(path), *(_file_hash(source) for source in code), _tokenizer_hash(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
@@ -228,8 +284,10 @@ def _open(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         samples, tokens = meta["samples"], meta["tokens"]
         sizes = {"ids": tokens, "labels": tokens, "offsets": samples + 1, "supervised": samples}
+        sizes |= {"weight_sums": samples} | ({"weights": tokens} if meta["weighted"] else {})
+        kinds = ARRAYS | WEIGHTS
         # a plain array over the mapping: slicing it costs a tenth of slicing a memmap
-        arrays = {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in ARRAYS.items()}
+        arrays = {name: np.asarray(np.memmap(folder / name, kinds[name], "r")) for name in sizes}
         return (arrays, meta) if all(len(arrays[name]) == size for name, size in sizes.items()) else None
     except (OSError, ValueError, KeyError):
         return None
@@ -253,7 +311,7 @@ def _temporary_folder(root: Path) -> Iterator[Path]:
 
 def _publish(temporary: Path, folder: Path) -> None:
     """Gives a finished folder its name, unless another process was faster; what is on disk then is complete."""
-    for name in (*ARRAYS, "meta.json"):
+    for name in [path.name for path in temporary.iterdir()]:
         with open(temporary / name, "rb") as file:
             os.fsync(file.fileno())
     try:

@@ -49,8 +49,19 @@ class DataArguments:
     )
     allow_special: bool = flag(
         False,
-        "Let <|im_start|>, <|im_end|>, <|endoftext|> and <|extra_N|> inside a conversation's text become control "
-        "tokens. Without it, text is text.",
+        "Let special tokens (<|im_start|>, <|im_end|>, <|endoftext|>, <|extra_N|>, those of the model at hand) inside a "
+        "conversation's text become control tokens. Without it, text is text, but for --train_tokens.",
+    )
+    multi_turn: Literal["unroll", "last", "as_is"] = flag(
+        "unroll",
+        "Conversations of several answers. unroll: each answer is learned as, and behind the prompt with which, the model will "
+        "be asked for it; where the chat template lays out earlier answers otherwise (Qwen3 drops their thoughts), it gets a "
+        "sample of its own. last: only the answer to the last question, with its tool calls. as_is: one sample a conversation.",
+    )
+    empty_thoughts: Literal["context", "learn"] = flag(
+        "context",
+        "For models that think: whether the empty block of thoughts, which the chat template puts before an answer without "
+        "thoughts, is learned.",
     )
     max_tokens_per_pass: str = flag(
         "auto",
@@ -70,6 +81,11 @@ class DataArguments:
                 self.max_tokens_per_pass = "auto"
                 return [f"--max_tokens_per_pass {given}: is no number of tokens - give one, or auto"]
         return []
+
+    def rendering(self) -> dict:
+        """How conversations become ids and labels, but for --train_tokens."""
+        names = ("supervise", "allow_special", "multi_turn", "empty_thoughts")
+        return {name: getattr(self, name) for name in names}
 
     def files(self) -> dict[str, str]:
         """The files of conversations, by the flag that named them."""

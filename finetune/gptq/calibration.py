@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.chat_template import renderer_of
 from ..data.conversations import Conversations
+from ..data.messages import Conversation
+from ..data.renderers import renderer_of
+from ..data.rendering import Rendering
 from ..folders import config_files, model_folder
 
 ENOUGH = (64, 512)  # samples: with fewer the statistics are poor, with more nothing is gained but hours
@@ -71,16 +73,17 @@ def draw(conversations: Conversations, tokenizer, count: int, seed: int, max_len
     """
     given = len(conversations)
     chosen = set(random.Random(seed).sample(range(given), min(count, given)))
-    renderer, samples, cut = renderer_of(tokenizer, conversations.path), [], 0
-    messages = (messages for number, messages in enumerate(conversations) if number in chosen)
-    for ids, labels in rendered(renderer, messages):
+    renderer, samples, cut = renderer_of(tokenizer, conversations.path, Rendering(multi_turn="as_is")), [], 0
+    drawn = (conversation for number, conversation in enumerate(conversations) if number in chosen)
+    for ids, labels in rendered(renderer, drawn):
         cut += len(ids) > max_length
         samples.append((ids[:max_length].copy(), labels[:max_length].copy()))  # not a view of the whole batch
     notes = [f"{conversations.path}: {line}" for line in conversations.notes + renderer.notes()]
     return Calibration(conversations.path, samples, given, seed, max_length, cut, notes)
 
 
-def rendered(renderer, conversations: Iterator[list[dict]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, labels) of each conversation, as training has them."""
+def rendered(renderer, conversations: Iterator[Conversation]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, labels) of each conversation, as one sample."""
     while batch := list(islice(conversations, BATCH)):
-        yield from renderer.render_batch(batch, supervise="assistant", allow_special=False)
+        for samples in renderer.render_batch(batch):
+            yield from ((sample.ids, sample.labels) for sample in samples)

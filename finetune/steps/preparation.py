@@ -101,7 +101,7 @@ def resolve_adapter_flags(args, folder: Path, tokenizer) -> None:
 def load_data(args, tokenizer) -> list:
     """[samples, evaluation samples or None], rendered; prints what is worth knowing about them."""
     wish, findings, loaded = args.data, Findings(), []
-    settings = {"supervise": wish.supervise, "allow_special": wish.allow_special, "long_samples": wish.long_samples}
+    settings = wish.rendering() | {"train_tokens": tuple(args.lora.train_tokens), "long_samples": wish.long_samples}
     for flag, path in args.data.files().items():
         with findings:
             length = args.training.model_max_length

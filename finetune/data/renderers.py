@@ -1,0 +1,112 @@
+"""What lays out conversations for a tokenizer: first-generation Qwen's ChatML, or the chat template of a later Qwen."""
+
+import re
+
+from ..errors import UserError
+from .chat_template import ChatTemplate, special_note
+from .data_notes import Seen, counted
+from .messages import Conversation
+from .rendering import PROBE, Rendering, identity_of, unlearned_results
+
+NO_THOUGHTS = (
+    'the thoughts of an answer ("reasoning_content") have no place in first-generation Qwen\'s format - '
+    "remove them, or train a later Qwen"
+)
+
+
+def renderer_of(tokenizer, path: str = "", rendering: Rendering = Rendering()):
+    """What lays out conversations for this tokenizer. path: of the file they come from, for messages.
+
+    It has render_batch(conversations), which returns the samples of each, chatml.Rendered; supervised_frame, ids that are
+    supervised without being content; notes(), lines about what was rendered so far; identity(), text that tells it apart.
+    """
+    kind = ChatML if hasattr(tokenizer, "encode_ordinary") else ChatTemplate
+    return kind(tokenizer, path, rendering)
+
+
+class ChatML:
+    """First-generation Qwen's format, which has no template: qwen_model/chatml.py, and react.py where there are tools."""
+
+    def __init__(self, tokenizer, path: str = "", rendering: Rendering = Rendering()):
+        self.tokenizer, self.path, self.rendering, self.number = tokenizer, path, rendering, 0
+        self.supervised_frame = {tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")}
+        names = sorted(getattr(tokenizer, "special_tokens", {}), key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.special, self.unrolled, self.results, self.skipped, self.more = Seen(), Seen(), Seen(), Seen(), 0
+
+    def render_batch(self, conversations: list[Conversation]) -> list[list]:
+        """The samples of each conversation. Raises UserError for what the format has no place for."""
+        from qwen_model import chatml  # reading data does without torch until it is rendered
+
+        laid_out = [self._lay_out(conversation) for conversation in conversations]
+        settings = {"supervise": self.rendering.supervise, "allow_special": self.rendering.allow_special}
+        if self.rendering.train_tokens:
+            settings["tokens"] = frozenset(self.rendering.train_tokens)
+        flat = iter(chatml.render_batch(self.tokenizer, [each for samples in laid_out for each in samples], **settings))
+        return [[next(flat) for _ in samples] for samples in laid_out]
+
+    def _lay_out(self, conversation: Conversation) -> list[list[dict]]:
+        """ChatML's messages of each sample that a conversation makes."""
+        self.number += 1
+        messages, tools = conversation
+        if any("<|" in message["content"] and self._special_text.search(message["content"]) for message in messages):
+            self.special.add(self.number)
+        wanted = self.rendering.wanted(messages)
+        if not wanted:
+            self.skipped.add(self.number)
+            return []
+        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            return self._react(messages, tools, wanted)
+        if any("reasoning_content" in message for message in messages):
+            raise UserError(f"{self.path}: sample {self.number}: {NO_THOUGHTS}")
+        marked = unlearned_results(messages)
+        if any("unlearned" in message for message in marked):
+            self.results.add(self.number)
+        return [only(marked, wanted) if self.rendering.multi_turn == "last" else marked]
+
+    def _react(self, messages: list[dict], tools: list[dict], wanted: list[int]) -> list[list[dict]]:
+        """With tools: what is being asked carries the instruction, and no earlier question, so each answer has its own sample."""
+        from qwen_model import react
+
+        questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
+        spans = list(zip(questions, [*questions[1:], len(messages)]))
+        if self.rendering.multi_turn == "as_is":
+            spans = [(0, len(messages))]
+        samples = []
+        for begin, end in spans:
+            learned = [number for number in wanted if begin <= number < end]
+            if learned:
+                try:
+                    samples.append(react.render(only(messages[:end], learned), tools))
+                except ValueError as error:
+                    raise UserError(f"{self.path}: sample {self.number}: {error}") from error
+        if len(samples) > 1:
+            self.unrolled.add(self.number)
+            self.more += len(samples) - 1
+        return samples
+
+    def notes(self) -> list[str]:
+        """A line for each thing worth knowing."""
+        lines = [special_note(self.special, self.rendering.allow_special)] if self.special.samples else []
+        if self.unrolled.samples:
+            what = f"{counted(self.unrolled.samples)} unrolled into {self.more + self.unrolled.samples:,}"
+            why = "the list of tools stands in the question that is being answered, and in no earlier one"
+            lines.append(f"{what}: {why}; --multi_turn last or as_is to change")
+        if self.skipped.samples:
+            lines.append(f"{counted(self.skipped.samples)} left out whose last answer is not to be learned (first: {self.skipped.first})")
+        if self.results.samples:
+            lines.append(f"{counted(self.results.samples)} with ReAct answers: the results in them (Observation) are not learned")
+        return lines
+
+    def identity(self) -> str:
+        tokenizer = self.tokenizer
+        special = [tokenizer.im_start_id, tokenizer.im_end_id, *sorted(getattr(tokenizer, "special_tokens", {}).items())]
+        return identity_of(special, tokenizer.encode_ordinary(PROBE))
+
+
+def only(messages: list[dict], learned: list[int]) -> list[dict]:
+    """The messages, of which the other answers are context."""
+    return [
+        message if message["role"] != "assistant" or number in learned else message | {"weight": 0.0}
+        for number, message in enumerate(messages)
+    ]

@@ -1,0 +1,44 @@
+"""How conversations become ids and labels: what a user may choose, and what every renderer has in common."""
+
+import json
+from typing import NamedTuple
+
+PROBE = "It's 1984, don't\r\n\tpanic!  é é Å 你好，世界 👩‍👩‍👧 <|im_start|><|endoftext|>  \n\n x"  # two ways to write é
+
+
+class Rendering(NamedTuple):
+    """supervise: "assistant", or "chatml" for the published mask of first-generation Qwen.
+
+    allow_special: special tokens that stand in a text become control tokens; without it those of train_tokens alone do.
+    multi_turn: "unroll" (each answer as, and behind the prompt with which, it will be asked for, in a sample of its own where
+    the chat template lays it out otherwise in a longer conversation), "last" (the answer to the last question alone) or
+    "as_is" (each conversation is one sample).
+    empty_thoughts: "context" or "learn", for the empty block of thoughts that a template puts before an answer without any.
+    """
+
+    supervise: str = "assistant"
+    allow_special: bool = False
+    train_tokens: tuple[str, ...] = ()
+    multi_turn: str = "unroll"
+    empty_thoughts: str = "context"
+
+    def wanted(self, messages: list[dict]) -> list[int]:
+        """The numbers of the messages that are to be learned."""
+        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
+        if self.multi_turn != "last":
+            return numbers
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        return [number for number in numbers if not questions or number > questions[-1]]
+
+
+def unlearned_results(messages: list[dict]) -> list[dict]:
+    """The messages; results inside answers that are ReAct text are marked as context ("unlearned")."""
+    if not any("Observation:" in message["content"] for message in messages):
+        return messages
+    from qwen_model.react import observation_spans
+
+    return observation_spans(messages)
+
+
+def identity_of(*parts) -> str:
+    return json.dumps(parts)
