@@ -1,6 +1,7 @@
 """Chat templates in the manner of each later Qwen, written for the tests from what their formats are known to be, and a
 small tokenizer of their kind."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -98,3 +99,51 @@ def later_tokenizer(folder: Path, kind: str = "qwen2", base: bool = False):
 
     make_tokenizer(OF_KIND[kind], "<|endoftext|>" if base else "<|im_end|>").save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+# ---- the real ones
+
+FOLDER = Path(__file__).parent / "templates"
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
+    "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()
+NOT_SPECIAL = (
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+).split()
+SINCE_QWEN3 = "<tool_response> </tool_response> <think> </think>".split()
+REAL = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_thinking_2507", "qwen3_5_think", "qwen3_5_nothink")
+
+
+def real_template(name: str) -> str:
+    """A published template; that of Qwen3-Thinking-2507 is Qwen3's, but its prompt opens the thoughts."""
+    if name != "qwen3_thinking_2507":
+        return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    text = real_template("qwen3")
+    prompt = text[text.index("{%- if add_generation_prompt %}") :]
+    return text.replace(prompt, "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}")
+
+
+@functools.cache
+def published_tokenizer(since_qwen3: bool):
+    """The tokenizer of later Qwens as published: the byte pairs are first-generation Qwen's, the added tokens their own."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import Qwen2Tokenizer
+
+    from finetune.export import export_tokenizer
+    from qwen_model.tokenization_qwen import read_ranks
+    from qwen_model.vocabulary import find_vocabulary
+
+    definition = export_tokenizer.definition(read_ranks(find_vocabulary()), {})
+    backend = Tokenizer.from_str(json.dumps(definition))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    plain = NOT_SPECIAL + SINCE_QWEN3 * since_qwen3
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    return Qwen2Tokenizer(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def real_tokenizer(name: str):
+    """A published tokenizer with its published template."""
+    tokenizer = copy.copy(published_tokenizer(name != "qwen2_5"))
+    tokenizer.chat_template = real_template(name)
+    return tokenizer

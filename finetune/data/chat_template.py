@@ -16,10 +16,11 @@ from .data_notes import Seen, counted
 from .messages import Conversation
 from .rendering import PROBE, Rendering, identity_of, unlearned_results
 from .template_shapes import (
-    Conversing, Headers, Learned, NotLearnable, Part, Sample, has_thoughts, marked, parts_of, shape_of, thoughts_of
+    Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, before_marks, marked, parts_of, shape_of
 )  # fmt: skip
 
 SHAPES = 4096  # of conversations, remembered
+TRIMS = (str, str.rstrip, str.lstrip, str.strip, *(lambda s, f=f: f(s, "\n") for f in (str.rstrip, str.lstrip, str.strip)))
 FIRST_GENERATION_MASK = (
     "--supervise chatml: is the published mask of first-generation Qwen, and this model's conversations are laid out by its "
     "own chat template - leave it out: every answer and the token that ends it are learned"
@@ -67,7 +68,7 @@ class ChatTemplate:
         self.counts = Counts()
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.control = ControlText(special)
-        self.as_tokens = set(special if rendering.allow_special else rendering.train_tokens)
+        self.as_tokens = rendering.tokens_in_text(special)
         self.ids_of = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
         self._shapes: dict[tuple, list[Sample]] = {}
         try:
@@ -171,19 +172,11 @@ class ChatTemplate:
             return
         try:
             samples = self._samples(messages, tools, wanted)
-            yielded = [self._sample(messages, tools, sample) for sample in samples]
-            if None in yielded:  # the template looks at something else, too
-                samples = self._conversing(messages, tools).samples(wanted, *self._ways())
-                yielded = [self._sample(messages, tools, sample) for sample in samples]
         except NotLearnable as error:
             self._refuse(f"the model's chat template cannot be learned from: {error}")
-        assert None not in yielded
-        self._count(messages, samples)
-        yield from yielded
-
-    def _ways(self) -> tuple[str, bool]:
-        multi_turn = self.rendering.multi_turn
-        return "unroll" if multi_turn == "last" else multi_turn, self.rendering.empty_thoughts == "learn"
+        self._count(samples)
+        for sample in samples:
+            yield self._sample(messages, tools, sample)
 
     def _samples(self, messages: list[dict], tools: list[dict], wanted: list[int]) -> list[Sample]:
         """The samples that teach the wanted answers, by the shape of the conversation."""
@@ -191,31 +184,31 @@ class ChatTemplate:
         if shape not in self._shapes:
             if len(self._shapes) == SHAPES:
                 self._shapes.clear()
-            with_marks, marked_tools, kinds = marked(messages, tools)
-            conversing = self._conversing(with_marks, marked_tools)
-            samples = conversing.samples(wanted, *self._ways())
-            self._check_places(conversing, samples, kinds)
-            self._shapes[shape] = samples
+            with_marks, marked_tools, marks = marked(messages, tools)
+            conversing = Conversing(self._template, with_marks, marked_tools, self.headers)
+            # "last" has said already what is wanted
+            multi_turn = "as_is" if self.rendering.multi_turn == "as_is" else "unroll"
+            samples = conversing.samples(wanted, multi_turn, self.rendering.empty_thoughts == "learn")
+            self._check_places(conversing, samples, marks)
+            self._shapes[shape] = [self._with_before(sample, conversing, marks) for sample in samples]
         return self._shapes[shape]
 
-    def _conversing(self, messages: list[dict], tools: list[dict]) -> Conversing:
-        return Conversing(self._template, messages, tools, self.headers)
+    def _with_before(self, sample: Sample, conversing: Conversing, marks: list[Mark]) -> Sample:
+        text, _ = conversing.laid_out(sample.length)
+        hidden = {mark.message for mark in marks if mark.kind == "thoughts" and mark.text not in text}
+        learned = [each._replace(forgotten=each.message in hidden) for each in sample.learned]
+        return Sample(sample.length, learned, before_marks(text, marks, sample.length, self.control))
 
-    def _check_places(self, conversing: Conversing, samples: list[Sample], kinds: list[str]) -> None:
+    def _check_places(self, conversing: Conversing, samples: list[Sample], marks: list[Mark]) -> None:
         """Has the template a place for everything that is to be learned, or to be learned from?"""
-        marks = [f"\ue002{number}\ue003" for number in range(len(kinds))]
         shown = "".join(conversing.laid_out(sample.length)[0] for sample in samples)
-        used = max(sample.length for sample in samples)
-        as_is = self.rendering.multi_turn == "as_is"
+        length = max(sample.length for sample in samples)
         learned = {each.message for sample in samples for each in sample.learned}
-        for number, message in enumerate(conversing.messages[:used]):
-            for kind, mark in zip(kinds, marks):
-                stands_here = mark in str([message[key] for key in TO_TEMPLATE if key in message])
-                optional = kind == "thoughts" and (as_is or number not in learned)
-                if stands_here and mark not in shown and kind in PLACES and not optional:
-                    self._refuse(f"the model's chat template has no place for {PLACES[kind]}")
-        if "tools" in kinds and marks[-1] not in shown:
-            self._refuse(f"the model's chat template has no place for {PLACES['tools']}")
+        for text, number, kind in marks:
+            left_out = number is not None and number >= length
+            left_out |= kind == "thoughts" and (number not in learned or self.rendering.multi_turn == "as_is")
+            if kind in PLACES and text not in shown and not left_out:
+                self._refuse(f"the model's chat template has no place for {PLACES[kind]}")
 
     def _template(self, messages: list[dict], tools: list[dict] | None, **settings) -> str:
         """The conversation as text."""
@@ -231,54 +224,44 @@ class ChatTemplate:
         where = f"{self.path}: sample {self.number}: " if self.number else f"{self.tokenizer.name_or_path}: "
         raise UserError(f"{where}{what} - change the text, or the template in the model's folder") from cause
 
-    def _sample(self, messages: list[dict], tools: list[dict], sample: Sample) -> list[Stretch] | None:
-        """A sample's stretches; None where the template does not do as it did with the marks."""
-        text = self._template(messages[: sample.length], tools)
-        places = self.headers.find(text, sum(message["role"] == "assistant" for message in messages[: sample.length]))
-        cuts = []
+    def _sample(self, messages: list[dict], tools: list[dict], sample: Sample) -> list[Stretch]:
+        """A sample's stretches of text."""
+        messages = messages[: sample.length]
+        text = self._template(messages, tools)
+        try:
+            places = self.headers.find(text, sum(message["role"] == "assistant" for message in messages))
+        except NotLearnable as error:
+            self._refuse(f"the model's chat template cannot be learned from: {error}")
+        found, cuts = self._find_texts(messages, sample, text), []
         for learned in sample.learned:
             begin, end = places[learned.answer]
             if not text.startswith(learned.prompt, begin):
-                return None
-            cuts += [(begin + len(learned.prompt), messages[learned.message].get("weight", 1.0)), (end, 0.0)]
-        found = self._check_texts(messages[: sample.length], text, places, {each.message for each in sample.learned})
-        for learned in sample.learned:
-            for begin, end in messages[learned.message].get("unlearned", ()):
-                at = found[learned.message]
-                cuts += [(at + begin, 0.0), (at + end, messages[learned.message].get("weight", 1.0))]
+                self._refuse(f"the model's chat template begins the answer in message {learned.message + 1} in a way of its own")
+            weight = messages[learned.message].get("weight", 1.0)
+            cuts += [(begin + len(learned.prompt), weight), (end, 0.0)]
+            for first, behind in messages[learned.message].get("unlearned", ()):
+                cuts += [(found[learned.message] + first, 0.0), (found[learned.message] + behind, weight)]
         return list(self._stretches(text, sorted(cuts, key=lambda cut: cut[0])))
 
-    def _check_texts(self, messages: list[dict], text: str, places: list[tuple[int, int]], learned: set[int]) -> dict[int, int]:
-        """Finds every text of the messages in what the template returned, in order; returns where each one's last one begins."""
+    def _find_texts(self, messages: list[dict], sample: Sample, text: str) -> dict[int, int]:
+        """Finds every text of the messages in what the template returned; returns where the last one of each begins."""
         at, found = 0, {}
-        answers = iter([*places, (len(text), len(text))])
-        begin, end = next(answers)  # of the next answer
-        for number, message in enumerate(messages):
-            is_answer = message["role"] == "assistant"
-            at, limit = (begin, end) if is_answer else (at, begin)
-            for part in parts_of(message, number):
-                place, length = self._find(part, text, at, limit)
-                if place >= 0:
-                    at, found[number] = place + length, place
-                elif part.kind != "thoughts" or number in learned and self.rendering.multi_turn != "as_is":
-                    self._refuse(f"the model's chat template drops or changes {shown(messages, part, self.control)}")
-                elif number in learned:
-                    self.counts.forgotten.add(self.number)
-            if is_answer:
-                at = end
-                begin, end = next(answers)
-        return found
-
-    def _find(self, part: Part, text: str, begin: int, end: int) -> tuple[int, int]:
-        """(place, length) of a part in text[begin:end], with its blanks or without; place -1: it is not there."""
-        whole = part.text if part.kind == "text" else part.text.strip("\n")  # newlines around thoughts are the template's
-        place = text.find(whole, begin, end)
-        if place < 0:
-            whole = whole.strip()
-            place = text.find(whole, begin, end)
+        for part, before in zip(parts_of(messages), sample.before, strict=True):
+            if before is None and part.kind == "thoughts":
+                continue
+            place = -1 if before is None else text.find(before, at)
+            form = None
             if place >= 0:
+                place += len(before)
+                form = next((form for trim in TRIMS if text.startswith(form := trim(part.text), place)), None)
+            if form is None:
+                self._refuse(f"the model's chat template drops or changes {shown(messages, part, self.control)}")
+            # newlines around thoughts are the template's
+            if form != part.text and (part.kind == "text" or form.strip("\n") != part.text.strip("\n")):
                 self.counts.trimmed.add(self.number)
-        return place, len(whole)
+            found[part.message] = place - part.text.index(form)
+            at = place + len(form)
+        return found
 
     def _stretches(self, text: str, cuts: list[tuple[int, float]]) -> Iterator[Stretch]:
         """What stands between two control tokens in one piece, with the cuts that fall into it."""
@@ -303,8 +286,10 @@ class ChatTemplate:
 
     # ---- notes
 
-    def _count(self, messages: list[dict], samples: list[Sample]) -> None:
+    def _count(self, samples: list[Sample]) -> None:
         learned: list[Learned] = [each for sample in samples for each in sample.learned]
+        if any(each.forgotten for each in learned):
+            self.counts.forgotten.add(self.number)
         self.counts.emptied += sum(each.emptied for each in learned)
         self.counts.answers += len(learned)
         if len(samples) > 1:
@@ -328,9 +313,10 @@ class ChatTemplate:
             what = f"whose last answer is not to be learned (first: {counts.skipped.first})"
             lines.append(f"{counted(counts.skipped.samples)} left out {what}")
         if counts.emptied:
-            done = "learned" if self.rendering.empty_thoughts == "learn" else "context, not learned"
+            learn = self.rendering.empty_thoughts == "learn"
+            done = "learned" if learn else "context, not learned (--empty_thoughts learn to change)"
             what = f"{counts.emptied:,} of {counts.answers:,} answers have no thoughts"
-            lines.append(f"{what}: the empty block of thoughts that the template adds is {done} (--empty_thoughts)")
+            lines.append(f"{what}: the empty block of thoughts that the template adds is {done}")
         if counts.results.samples:
             what = "ReAct answers: the results in them (Observation) are not learned"
             lines.append(f"{counted(counts.results.samples)} with {what}")

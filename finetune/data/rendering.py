@@ -3,6 +3,7 @@
 import json
 from typing import NamedTuple
 
+FRAME = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of the formats themselves: never from a text, unless asked for
 PROBE = "It's 1984, don't\r\n\tpanic!  é é Å 你好，世界 👩‍👩‍👧 <|im_start|><|endoftext|>  \n\n x"  # two ways to write é
 
 
@@ -21,6 +22,10 @@ class Rendering(NamedTuple):
     train_tokens: tuple[str, ...] = ()
     multi_turn: str = "unroll"
     empty_thoughts: str = "context"
+
+    def tokens_in_text(self, special: list[str]) -> frozenset[str]:
+        """Which special tokens become control tokens where they stand in a text."""
+        return frozenset(special) if self.allow_special else frozenset(self.train_tokens) - set(FRAME)
 
     def wanted(self, messages: list[dict]) -> list[int]:
         """The numbers of the messages that are to be learned."""

@@ -11,6 +11,7 @@ the same roles, and the same of what a template looks at (is there a text, are t
 """
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .control_text import ControlText
@@ -18,8 +19,9 @@ from .control_text import ControlText
 TAGGED = re.compile(r"(<\w+>).*(</\w+>)", re.DOTALL)
 QUESTION, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
 ENABLE = ({}, {"enable_thinking": True}, {"enable_thinking": False})  # the ways in which an answer is asked for
-# Around a mark, in place of a placeholder's: from the same private area of Unicode.
+# From the same private area of Unicode as control_text's placeholders.
 MARK = "\ue002{}\ue003"
+ANY_MARK = re.compile("\ue002[0-9]+\ue003")
 
 
 class NotLearnable(ValueError):
@@ -37,20 +39,27 @@ class Part(NamedTuple):
 class Learned(NamedTuple):
     """An answer to be learned. message: its number; answer: its number among the answers.
 
-    prompt: the text between the header and what is learned. emptied: an empty block of thoughts stands there.
+    prompt: the text between the header and what is learned. emptied: an empty block of thoughts stands there. forgotten: the
+    template leaves out its thoughts.
     """
 
     message: int
     answer: int
     prompt: str
     emptied: bool
+    forgotten: bool = False
 
 
 class Sample(NamedTuple):
-    """One sample that comes of a conversation: its first `length` messages, and what is learned in them."""
+    """One sample that comes of a conversation: its first `length` messages, and what is learned in them.
+
+    before: for each text of these messages, what stands right before it, from the last text or control token on; None for
+    one that the template leaves out.
+    """
 
     length: int
     learned: list[Learned]
+    before: tuple[str | None, ...] = ()
 
 
 class Headers:
@@ -170,37 +179,45 @@ def shape_of(messages: list[dict], tools: list[dict], wanted: list[int]) -> tupl
     return looks, tuple(wanted), bool(tools)
 
 
-def marked(messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict], list[str]]:
-    """A conversation of the same shape, with a mark in place of each text; and what each mark, in their order, stands for."""
-    kinds = []
+class Mark(NamedTuple):
+    """text: what stands in the place of a text. message: whose, if any. kind: "text", "thoughts", "answer", "call", "result", "tools"."""
 
-    def mark(kind: str) -> str:
-        kinds.append(kind)
-        return MARK.format(len(kinds) - 1)
+    text: str
+    message: int | None
+    kind: str
+
+
+def marked(messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict], list[Mark]]:
+    """A conversation of the same shape, with a mark in place of each text: (messages, tools, the marks)."""
+    marks: list[Mark] = []
+
+    def mark(kind: str, number: int | None = None) -> str:
+        marks.append(Mark(MARK.format(len(marks)), number, kind))
+        return marks[-1].text
 
     new = []
-    for message in messages:
+    for number, message in enumerate(messages):
         role, text = message["role"], message["content"]
         content = ""
         if "reasoning_content" in message:
-            thoughts = mark("thoughts")
+            thoughts = mark("thoughts", number)
         if found := thoughts_of(message):
             opening, inside, behind = found
-            content = opening + (mark("thoughts") if inside.strip() else inside) + "</think>"
-            content += mark("text") if behind.strip() else behind
+            content = opening + (mark("thoughts", number) if inside.strip() else inside) + "</think>"
+            content += mark("answer", number) if behind.strip() else behind
         elif role == "user" and (tagged := TAGGED.fullmatch(text)):
-            content = tagged[1] + mark("text") + tagged[2]
+            content = tagged[1] + (mark("text", number) if text[tagged.end(1) : tagged.start(2)].strip() else "\n") + tagged[2]
         else:
-            content = mark("result" if role == "tool" else "text") if text.strip() else text
+            content = mark("result" if role == "tool" else "text", number) if text.strip() else text
         new.append({"role": role, "content": content})
         if "reasoning_content" in message:
             new[-1]["reasoning_content"] = thoughts
         if message.get("tool_calls"):
             new[-1]["tool_calls"] = [
-                {"type": "function", "function": {"name": mark("call"), "arguments": {"argument": mark("call")}}}
+                {"type": "function", "function": {"name": mark("call", number), "arguments": {"argument": mark("call", number)}}}
                 for _ in message["tool_calls"]
             ]
-    return new, [_tool(mark("tools"))] if tools else [], kinds
+    return new, [_tool(mark("tools"))] if tools else [], marks
 
 
 def _tool(name: str) -> dict:
@@ -208,12 +225,34 @@ def _tool(name: str) -> dict:
     return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
 
 
-def parts_of(message: dict, number: int) -> list[Part]:
-    """The texts of a message that the template is to show, in their order. What is blank needs no place."""
-    found = thoughts_of(message)
-    texts = [("thoughts", message.get("reasoning_content", ""))]
-    texts += [("thoughts", found[1]), ("answer", found[2])] if found else [("text", message["content"])]
-    return [Part(number, text, kind) for kind, text in texts if text.strip()]
+def parts_of(messages: list[dict]) -> Iterator[Part]:
+    """The texts that the template is to show, in the order of marked(). What is blank needs no place."""
+    for number, message in enumerate(messages):
+        texts = [("thoughts", message.get("reasoning_content", ""))]
+        if found := thoughts_of(message):
+            texts += [("thoughts", found[1]), ("answer", found[2])]
+        elif message["role"] == "user" and (tagged := TAGGED.fullmatch(message["content"])):
+            texts.append(("text", message["content"][tagged.end(1) : tagged.start(2)]))
+        else:
+            texts.append(("text", message["content"]))
+        yield from (Part(number, text, kind) for kind, text in texts if text.strip())
+
+
+def before_marks(text: str, marks: list[Mark], length: int, control: ControlText) -> tuple[str | None, ...]:
+    """Sample.before, from a conversation with marks as the template lays it out. length: of the messages in it."""
+    found, at = [], 0
+    for mark in marks:
+        if mark.message is None or mark.message >= length or mark.kind == "call":
+            continue
+        place = text.find(mark.text)
+        if place < 0:
+            found.append(None)
+            continue
+        between = ANY_MARK.split(text[at:place])[-1]
+        ends = [match.start() for match in control.special.finditer(between)]
+        found.append(between[ends[-1] :] if ends else between)
+        at = place + len(mark.text)
+    return tuple(found)
 
 
 def thoughts_of(message: dict) -> tuple[str, str, str] | None:
