@@ -16,7 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from .chatml import DEFAULT_SYSTEM, render_prompt, stop_ids
-from .react import parse_answer, render, stop_sequences
+from .react import parse_answer, render_asked, stop_sequences
 
 # Where neither the checkpoint's generation_config.json nor the caller says: the values of the published chat models.
 MAX_WINDOW_SIZE = 6144
@@ -150,7 +150,7 @@ class QWenChatMixin:
         tool_calls, one, where the model calls a tool: append it and {"role": "tool", "content": result}, and ask again.
         It has reasoning_content where the model has thoughts of its own before the final answer.
         """
-        laid_out = render(messages, tools or [])
+        laid_out = render_asked(messages, tools or [])
         stops = [*(stop_words_ids or []), *(stop_sequences(tokenizer) if tools else [])]
         call = ChatCall(self, tokenizer, [laid_out], stops, generation_config, kwargs)
         (response,) = self._responses(call)

@@ -66,7 +66,7 @@ def render(messages: list[dict], tools: list[dict] = ()) -> list[dict]:
 
     The instruction goes to the last question; the answers to all questions have the form. A result, and the "\\nThought:"
     behind it with which the model is asked to go on, is a span of weight None. A conversation that ends with a call or a
-    result ends in an open turn: "...\\nObservation:", which is learned, because the model is to stop there; or "...\\nThought:".
+    result ends in an open turn: "...\\nObservation:", which is learned, for the model to stop there; or "...\\nThought:".
     Raises ValueError naming the message or tool that has no place in this form, or would be read back as something else.
     """
     if not tools:
@@ -95,13 +95,18 @@ def render_prompt(
     tokenizer, messages: list[dict], tools: list[dict] = (), *, max_window_size: int | None = None
 ) -> list[int]:
     """The ids of the prompt for the next answer: a new turn after a question, the last turn continued after a result."""
-    if messages and messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError("a prompt ends with a message by the user, or with a tool's result")
-    return chatml_prompt(tokenizer, render(messages, tools), max_window_size=max_window_size)
+    return chatml_prompt(tokenizer, render_asked(messages, tools), max_window_size=max_window_size)
+
+
+def render_asked(messages: list[dict], tools: list[dict] = ()) -> list[dict]:
+    """`render` of a conversation that is to be answered."""
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError("a prompt ends with a message by the user, or with the result of a tool")
+    return render(messages, tools)
 
 
 def stop_sequences(tokenizer) -> list[list[int]]:
-    """Token sequences at which generation ends, with and without the newline in front (which may be part of another token)."""
+    """Token sequences at which generation ends, with the newline in front and without (it may be part of another token)."""
     return [tokenizer.encode_ordinary("\n" + STOP), tokenizer.encode_ordinary(STOP)]
 
 
@@ -206,7 +211,7 @@ def without_label(text: str) -> str:
 def normal(messages: list[dict]) -> tuple[list[dict], list[int]]:
     """The messages as `parse` gives them back; and for each the number, from 1, of the message it comes from.
 
-    Contents are `clean`. An answer makes at most one call: parallel ones stand one after the other, with no thought between.
+    Contents are `clean`. An answer makes at most one call: of parallel ones each follows the other, with no thought between.
     The thought before a call is its content: reasoning_content, content or both, with a newline between. Arguments that are
     JSON of an object are that object, other strings stay. A result has the name of its tool. Ids of calls are left out.
     """
@@ -282,7 +287,7 @@ def call_of(name: str, arguments: dict | str) -> dict:
 
 
 def parse(messages: list[dict]) -> tuple[list[dict], list[dict]]:
-    """ChatML messages to (messages, tools). A conversation whose last question has no instruction stays as it is: no tools."""
+    """ChatML messages to (messages, tools). Where the last question has no instruction, they stay as they are: no tools."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     read = None if last is None else read_instruction(messages[last]["content"])
     if read is None:
@@ -302,8 +307,8 @@ def parse(messages: list[dict]) -> tuple[list[dict], list[dict]]:
 def parse_answer(text: str) -> dict:
     """What the model has written, as one message: its first call, or its final answer.
 
-    Anything is read somehow: without "Final Answer:" all of the text is the content, arguments that are no JSON of an object
-    stay a string, and what follows "Observation:" is left out, because the model made it up.
+    Anything is read somehow: without "Final Answer:" all of the text is the content, arguments that are no JSON of an
+    object stay a string, and what follows "Observation:" is left out, because the model made it up.
     """
     return read_answer(OBSERVATION.split(text, maxsplit=1)[0])[0][1]
 
@@ -330,7 +335,7 @@ def read_instruction(text: str) -> tuple[list[dict], str] | None:
 
 
 def read_tool(text: str, at: int) -> tuple[dict, int] | None:
-    """(the tool that stands at `at`, where it ends). Behind its parameters, which are JSON, stands another or the format."""
+    """(the tool at `at`, where it ends). Behind its parameters, which are JSON, stands another tool or the format."""
     head = TOOL_HEAD.match(text, at)
     begin = text.find(TOOL_PARAMETERS, head.end()) if head else -1
     while begin >= 0:
