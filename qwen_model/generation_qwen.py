@@ -1,6 +1,7 @@
-"""Chatting with the model: chat, chat_stream and chat_batch, on top of transformers' generate.
+"""Chatting with the model: chat, chat_stream, chat_batch and answer, on top of transformers' generate.
 
-A history is a list of (query, response) pairs, as published. The format of the prompt is chatml.py's.
+A history is a list of (query, response) pairs, as published. The format of the prompt is chatml.py's,
+with tools react.py's.
 """
 
 import codecs
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from .chatml import DEFAULT_SYSTEM, render_prompt, stop_ids
+from .react import parse_answer, render_asked, stop_sequences
 
 # Where neither the checkpoint's generation_config.json nor the caller says: the values of the published chat models.
 MAX_WINDOW_SIZE = 6144
@@ -130,11 +132,35 @@ class QWenChatMixin:
             raise ValueError(f"chat_batch needs one history for each query, found {len(histories)} for {len(queries)}")
         if not queries:
             return []
-        call = ChatCall(self, tokenizer, queries, histories, system, stop_words_ids, generation_config, kwargs)
+        conversations = [as_messages(query, history, system) for query, history in zip(queries, histories)]
+        return self._responses(ChatCall(self, tokenizer, conversations, stop_words_ids, generation_config, kwargs))
+
+    def answer(
+        self,
+        tokenizer,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        stop_words_ids: list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ) -> dict:
+        """The next message of a conversation with tools: {"role": "assistant", "content", ...}.
+
+        messages: OpenAI's, the last by the user or with a tool's result; tools: as react.py takes them. The answer has
+        tool_calls, one, where the model calls a tool: append it and {"role": "tool", "content": result}, and ask again.
+        It has reasoning_content where the model has thoughts of its own before the final answer.
+        """
+        laid_out = render_asked(messages, tools or [])
+        stops = [*(stop_words_ids or []), *(stop_sequences(tokenizer) if tools else [])]
+        call = ChatCall(self, tokenizer, [laid_out], stops, generation_config, kwargs)
+        (response,) = self._responses(call)
+        return parse_answer(response) if tools else {"role": "assistant", "content": response}
+
+    def _responses(self, call: "ChatCall") -> list[str]:
         output = self.generate(**call.arguments)
         output = getattr(output, "sequences", output)  # return_dict_in_generate
         rows = output[:, call.prompt_length :].tolist()
-        return [tokenizer.decode(row[: response_end(row, call.stops)]) for row in rows]
+        return [call.tokenizer.decode(row[: response_end(row, call.stops)]) for row in rows]
 
     def chat_stream(
         self,
@@ -151,7 +177,8 @@ class QWenChatMixin:
         An error of `generate` is raised here. A consumer may stop early (break, or close()): generation then ends with
         the token it is at.
         """
-        call = ChatCall(self, tokenizer, [query], [history], system, stop_words_ids, generation_config, kwargs)
+        conversations = [as_messages(query, history, system)]
+        call = ChatCall(self, tokenizer, conversations, stop_words_ids, generation_config, kwargs)
         return self._stream(tokenizer, call)
 
     def _stream(self, tokenizer, call: "ChatCall") -> Iterator[str]:
@@ -178,18 +205,16 @@ class QWenChatMixin:
 class ChatCall:
     """One call of `generate` for chat, in the making.
 
-    arguments: for model.generate; prompt_length: tokens of the (padded) prompts; stops: what ends a response.
+    conversations: ChatML messages up to the answer that is asked for. arguments: for model.generate; prompt_length: tokens
+    of the (padded) prompts; stops: what ends a response.
     """
 
-    def __init__(self, model, tokenizer, queries, histories, system, stop_words_ids, generation_config, kwargs):
-        kwargs = dict(kwargs)
+    def __init__(self, model, tokenizer, conversations, stop_words_ids, generation_config, kwargs):
+        self.tokenizer, kwargs = tokenizer, dict(kwargs)
         window = kwargs.pop("max_window_size", None)
         config, others = chat_config(model, tokenizer, generation_config, kwargs)
         window = window or getattr(config, "max_window_size", None) or MAX_WINDOW_SIZE
-        prompts = [
-            render_prompt(tokenizer, as_messages(query, history, system), max_window_size=window)
-            for query, history in zip(queries, histories)
-        ]
+        prompts = [render_prompt(tokenizer, messages, max_window_size=window) for messages in conversations]
         self.prompt_length = max(map(len, prompts))
         rows = [[config.pad_token_id] * (self.prompt_length - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (self.prompt_length - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -37,7 +37,8 @@ def prompt_messages(row: dict) -> list[dict]:
 
 
 def pairs(rendered) -> tuple[list, list]:
-    ids, labels = rendered
+    ids, labels, weights = rendered
+    assert weights is None
     assert ids.dtype == labels.dtype == np.int32 and ids.shape == labels.shape
     return ids.tolist(), labels.tolist()
 
@@ -91,9 +92,9 @@ def test_default_system(tokenizer):
 
 
 @pytest.mark.parametrize("supervise", ["assistant", "chatml"])
-def test_train_false(tokenizer, supervise):
+def test_weight_0(tokenizer, supervise):
     """The answer's content, its <|im_end|> and its newline are not learnt; everything else stays as it was."""
-    talk = [{**message, "train": False} if message["content"] == "Hello!" else message for message in TALK]
+    talk = [{**message, "weight": 0} if message["content"] == "Hello!" else message for message in TALK]
     ids, labels = pairs(render(tokenizer, talk, supervise=supervise))
     before_ids, before = pairs(render(tokenizer, TALK, supervise=supervise))
     hello = tokenizer.encode_ordinary("Hello!")
@@ -103,7 +104,7 @@ def test_train_false(tokenizer, supervise):
     assert [label for label in before[span] if label != IGNORE]
     before[span] = [IGNORE] * len(before[span])
     assert labels == before
-    talk = [{**message, "train": True} for message in TALK]  # only "train": False says anything
+    talk = [{**message, "weight": 1.0} for message in TALK]
     assert (
         pairs(render(tokenizer, talk, supervise=supervise))[1] == pairs(render(tokenizer, TALK, supervise=supervise))[1]
     )
@@ -156,6 +157,88 @@ def test_frames_do_not_keep_tokenizers_alive(tokenizer):
     before = len(chatml._frames)
     del twin
     assert len(chatml._frames) == before - 1
+
+
+# ---- weights, spans and open turns
+
+
+def weighted(*weights) -> list[dict]:
+    answers = [{"role": "assistant", "content": "yes", "weight": weight} for weight in weights]
+    return [message for answer in answers for message in ({"role": "user", "content": "Hi"}, answer)]
+
+
+def test_weights(tokenizer):
+    """Of an answer's tokens and its <|im_end|>; each conversation of a batch has them, or none where each label counts 1."""
+    batch = render_batch(tokenizer, [weighted(1, 0), weighted(0.5, 0, 2), weighted(0, 0)])
+    assert [rendered.weights is None for rendered in batch] == [True, False, True]
+    ids, labels, weights = batch[1]
+    assert weights.dtype == np.float32 and weights.shape == ids.shape
+    assert weights[labels != IGNORE].tolist() == [0.5, 0.5, 2, 2] and not weights[labels == IGNORE].any()
+    assert (batch[2].labels == IGNORE).all()
+    short = render(tokenizer, weighted(1, 0.5), max_length=len(render(tokenizer, weighted(1)).ids))
+    assert short.weights is None  # what weighs something else is cut off
+    published = render(tokenizer, weighted(0.5), supervise="chatml")
+    own = published.ids[published.weights == 0.5]
+    assert tokenizer.decode(own) == "yes<|im_end|>\n" and set(published.weights.tolist()) == {0, 0.5, 1}
+
+
+SPANS = {
+    "none": ("a b c d", [], "a b c d<|im_end|>"),
+    "in the middle": ("a b c d", [(1, 5, None)], "a d<|im_end|>"),
+    "at both ends": ("a b c d", [(0, 1, 0), (5, 7, 0)], " b c<|im_end|>"),
+    "inside tokens, which are not learned": ("nothing else", [(3, 9, None)], "<|im_end|>"),
+    "before, NFC makes text shorter": ("e\u0301" * 9 + " b c", [(18, 20, None)], "é" * 9 + " c<|im_end|>"),
+    "before, NFC makes text longer": ("\u0958" * 9 + " b c", [(9, 11, None)], "\u0915\u093c" * 9 + " c<|im_end|>"),
+    "between a letter and its accent": ("x e\u0301 y z", [(3, 6, None)], "x z<|im_end|>"),
+    "behind surrogates": ("\ud83d\ude00 \ud800 b c", [(4, 6, None)], "😀 � c<|im_end|>"),
+    "all": ("a b", [(0, 3, 0)], "<|im_end|>"),
+    "an empty content": ("", [(0, 0, 0)], "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_spans(tokenizer, name):
+    """What is learned, and that the ids are those of the whole content."""
+    content, spans, expected = SPANS[name]
+    talk = [TALK[1], {"role": "assistant", "content": content, "spans": spans}]
+    rendered, plain = render(tokenizer, talk), render(tokenizer, [TALK[1], {"role": "assistant", "content": content}])
+    assert rendered.ids.tolist() == plain.ids.tolist()
+    assert tokenizer.decode(rendered.ids[rendered.labels != IGNORE]) == expected
+    ignored = [render(tokenizer, messages, supervise="chatml") for messages in (talk, [TALK[1], talk[1] | {"spans": []}])]
+    if all(weight is None for *_, weight in spans):  # the published mask learns whole turns
+        assert pairs(ignored[0]) == pairs(ignored[1])
+
+
+def test_spans_with_weights(tokenizer):
+    talk = [TALK[1], {"role": "assistant", "content": "a b c d", "spans": [(0, 1, 0.5), (3, 5, None)], "weight": 2}]
+    rendered = render(tokenizer, talk)
+    assert rendered.weights[-7:].tolist() == [0, 0.5, 2, 0, 2, 2, 0][-7:]
+    rendered = render(tokenizer, talk, supervise="chatml")
+    assert rendered.weights[-6:].tolist() == [0.5, 2, 2, 2, 2, 2]
+
+
+def test_spans_with_special_tokens(tokenizer):
+    talk = [TALK[1], {"role": "assistant", "content": "a<|extra_0|> b<|extra_0|> c", "spans": [(12, 14, 0)]}]
+    rendered = render(tokenizer, talk, as_tokens=frozenset(["<|extra_0|>"]))
+    assert tokenizer.decode(rendered.ids[rendered.labels != IGNORE]) == "a<|extra_0|><|extra_0|> c<|im_end|>"
+
+
+def test_some_special_tokens(tokenizer):
+    talk = [{"role": "user", "content": "<|extra_0|><|extra_1|><|im_end|>"}]
+    ids, _ = pairs(render(tokenizer, talk, as_tokens=frozenset(["<|extra_0|>"])))
+    assert [i for i in ids if i >= 151643] == [IM_START, IM_END, IM_START, 151646, IM_END]
+    for none in (None, frozenset()):
+        assert pairs(render(tokenizer, talk, as_tokens=none)) == pairs(render(tokenizer, talk))
+
+
+def test_open_turns(tokenizer):
+    talk = [*TALK[:2], {"role": "assistant", "content": "Hello", "open": True}]
+    ids, labels = pairs(render(tokenizer, talk))
+    assert ids == [*render_prompt(tokenizer, TALK[:2]), *tokenizer.encode_ordinary("Hello")] == render_prompt(tokenizer, talk)
+    assert labels[-1] == ids[-1]
+    for function in (render, render_prompt):
+        with pytest.raises(ValueError, match="only the last message may be open"):
+            function(tokenizer, [*talk, TALK[1]])
 
 
 # ---- prompts

@@ -276,7 +276,7 @@ def test_repetition_penalty_does_not_see_the_padding(model, tokenizer):
     queries, settings = ["Hi", "What is the capital of France?"], {"repetition_penalty": 5.0}
     singles = [model.chat(tokenizer, query, **settings)[0] for query in queries]
     assert model.chat_batch(tokenizer, queries, **settings) == singles
-    call = ChatCall(model, tokenizer, queries, [None, None], "", None, None, {})
+    call = ChatCall(model, tokenizer, [messages_of(query, (), "") for query in queries], None, None, {})
     padding = call.arguments["inputs"][call.arguments["attention_mask"] == 0]
     assert len(padding) and not set(padding.tolist()) & set(call.arguments["generation_config"].eos_token_id)
 
@@ -285,7 +285,7 @@ def test_repetition_penalty_does_not_see_the_padding(model, tokenizer):
 
 
 def chat_settings(model, tokenizer, given=None, **kwargs) -> GenerationConfig:
-    return ChatCall(model, tokenizer, ["x"], [None], "", None, given, kwargs).arguments["generation_config"]
+    return ChatCall(model, tokenizer, [messages_of("x")], None, given, kwargs).arguments["generation_config"]
 
 
 def test_which_setting_wins(model, tokenizer):

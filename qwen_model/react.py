@@ -1,0 +1,400 @@
+"""Tools in first-generation Qwen: the ReAct form that it was trained on, written once, both ways.
+
+The model has no tokens for tools. The last question carries an instruction that lists them, and one answer holds all calls:
+
+    Thought: I should look.
+    Action: get_weather
+    Action Input: {"city": "Paris"}
+    Observation: 22 degrees
+    Thought: I now know the final answer.
+    Final Answer: It is warm in Paris.
+
+Calls come in as OpenAI's messages: an answer with content (its thought) and tool_calls, then a message of role "tool"
+with the result, and so on. An entry of tool_calls is {"type": "function", "function": {"name", "arguments": dict}}. An
+answer may have reasoning_content (thoughts) and weight (see chatml.py). A tool is {"name", "description", "parameters"},
+alone or as {"type": "function", "function": ...}, or has Qwen's own name_for_model, name_for_human, description_for_model.
+
+`render` makes ChatML messages of them, which chatml.py turns into tokens; `parse` is its inverse, up to what `normal`
+evens out. The form has no escapes, so a text that contains its marks could be read as something else: it is refused.
+"""
+
+import json
+import re
+from itertools import zip_longest
+
+from .chatml import render_prompt as chatml_prompt
+
+HEAD = "Answer the following questions as best you can. You have access to the following APIs:\n\n"
+TOOL = (
+    "{name}: Call this tool to interact with the {human} API. What is the {human} API useful for? {description} "
+    "Parameters: {parameters}"
+)
+FORMAT = """
+
+Use the following format:
+
+Question: the input question you must answer
+Thought: you should always think about what to do
+Action: the action to take, should be one of [{names}]
+Action Input: the input to the action
+Observation: the result of the action
+... (this Thought/Action/Action Input/Observation can be repeated zero or more times)
+Thought: I now know the final answer
+Final Answer: the final answer to the original input question
+
+Begin!
+
+Question: """
+LAST_THOUGHT = "I now know the final answer."
+STOP = "Observation:"  # what the model writes last when it wants a result
+
+TOOL_HEAD = re.compile(r"(.+?): Call this tool to interact with the (.+?) API\. What is the \2 API useful for\? ")
+TOOL_PARAMETERS = " Parameters: "
+ACTION, ACTION_INPUT = re.compile(r"(?:\A|\n)Action:"), re.compile(r"\nAction Input:")
+OBSERVATION, THOUGHT = re.compile(r"(?:\A|\n)Observation:"), "\nThought:"
+FINAL_ANSWER = re.compile(r"(?:\A|\n)Final Answer:")
+# Plain text in this form, as the published example for fine-tuning has it: the question has these words.
+MARKED = ("Observation: the result of the action", "Begin!")
+RESULT = re.compile(r"(?<![^\n])Observation:(.*?(?:\nThought:|(?=\nFinal Answer:|\nAction:)|\Z))", re.DOTALL)
+
+
+# ---- messages to text
+
+
+def render(messages: list[dict], tools: list[dict] = ()) -> list[dict]:
+    """ChatML messages (see chatml.py). Without tools: the same ones, through `observation_spans`.
+
+    The instruction goes to the last question; the answers to all questions have the form. A result, and the "\\nThought:"
+    behind it with which the model is asked to go on, is a span of weight None. A conversation that ends with a call or a
+    result ends in an open turn: "...\\nObservation:", which is learned, for the model to stop there; or "...\\nThought:".
+    Raises ValueError naming the message or tool that has no place in this form, or would be read back as something else.
+    """
+    if not tools:
+        for number, message in enumerate(messages, 1):
+            if message["role"] == "tool" or message.get("tool_calls"):
+                raise ValueError(f"message {number} ({message['role']}) is about a call, but the conversation has no tools")
+        return observation_spans(messages)
+    tools = [function_of(tool, number) for number, tool in enumerate(tools, 1)]
+    plain, numbers = normal(messages)
+    laid_out = lay_out(plain, tools)
+    found, found_tools = parse(laid_out)
+    if [tool["function"] for tool in found_tools] != tools:
+        alone = (i for i, tool in enumerate(tools) if read_instruction(instruction([tool])) != ([tool], ""))
+        number = next(alone, len(tools) - 1)
+        what = "its name, description or parameters would be read back as something else"
+        raise ValueError(f"tool {number + 1} ({tools[number]['name']}): {what}")
+    for number, message, wanted in zip_longest(numbers, found, plain):
+        if message != wanted:
+            number = number or numbers[-1]
+            what = 'its text would be read back as something else (a line "Action:" or "Thought:", for example)'
+            raise ValueError(f"message {number} ({messages[number - 1]['role']}): {what}")
+    return laid_out
+
+
+def render_prompt(
+    tokenizer, messages: list[dict], tools: list[dict] = (), *, max_window_size: int | None = None
+) -> list[int]:
+    """The ids of the prompt for the next answer: a new turn after a question, the last turn continued after a result."""
+    return chatml_prompt(tokenizer, render_asked(messages, tools), max_window_size=max_window_size)
+
+
+def render_asked(messages: list[dict], tools: list[dict] = ()) -> list[dict]:
+    """`render` of a conversation that is to be answered."""
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError("a prompt ends with a message by the user, or with the result of a tool")
+    return render(messages, tools)
+
+
+def stop_sequences(tokenizer) -> list[list[int]]:
+    """Token sequences at which generation ends, with the newline in front and without (it may be part of another token)."""
+    return [tokenizer.encode_ordinary("\n" + STOP), tokenizer.encode_ordinary(STOP)]
+
+
+def by_question(messages: list[dict]) -> list[list[dict]]:
+    """One conversation for each question, up to its answer, in which what was answered before weighs nothing.
+
+    Training samples in which each answer is learned after the prompt in which the model will be asked for it: with the
+    instruction in the question it answers. Questions whose answers weigh nothing have none.
+    """
+    questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    found = []
+    for begin, end in zip(questions, [*questions[1:], len(messages)]):
+        learned = [m for m in messages[begin:end] if m["role"] == "assistant" and m.get("weight", 1)]
+        if learned:
+            before = [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages[:begin]]
+            found.append(before + messages[begin:end])
+    return found
+
+
+def lay_out(messages: list[dict], tools: list[dict]) -> list[dict]:
+    """The work of `render`, on messages as `normal` gives them and tools as `function_of` does."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ValueError("tools stand in the last question, but the conversation has none")
+    laid_out, turn = [], []  # turn: (text, weight) of the parts of the answer that is going on
+    for i, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] == "tool":
+            turn.append((f" {content}{THOUGHT}", None))
+        elif message["role"] == "assistant":
+            label, weight = "" if turn else "Thought:", message.get("weight", 1)
+            if calls := message.get("tool_calls"):
+                name, arguments = calls[0]["function"].values()
+                text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+                turn.append((f"{label} {content}\nAction: {name}\nAction Input: {text}\n{STOP}", weight))
+            else:
+                thought = message.get("reasoning_content", LAST_THOUGHT)
+                turn.append((f"{label} {thought}\nFinal Answer: {content}", weight))
+                laid_out.append(answer_of(turn))
+                turn = []
+        else:
+            question = instruction(tools) + content if i == last else content
+            laid_out.append({"role": message["role"], "content": question})
+    return [*laid_out, answer_of(turn) | {"open": True}] if turn else laid_out
+
+
+def answer_of(parts: list[tuple[str, float | None]]) -> dict:
+    """One assistant message of (text, weight) parts. It weighs what its last part does, that is not a result."""
+    weight = next(part_weight for _, part_weight in reversed(parts) if part_weight is not None)
+    spans, at = [], 0
+    for text, part_weight in parts:
+        if part_weight != weight:
+            spans.append((at, at + len(text), part_weight))
+        at += len(text)
+    message = {"role": "assistant", "content": "".join(text for text, _ in parts)}
+    return message | ({} if weight == 1 else {"weight": weight}) | ({"spans": spans} if spans else {})
+
+
+def instruction(tools: list[dict]) -> str:
+    """What stands before the question. A tool without parameters has "{}" in their place."""
+    lines = []
+    for tool in tools:
+        words = {"human": tool.get("name_for_human", tool["name"]), "description": tool.get("description", "")}
+        parameters = json.dumps(tool.get("parameters", {}), ensure_ascii=False)
+        lines.append(TOOL.format(name=tool["name"], parameters=parameters, **words))
+    return HEAD + "\n\n".join(lines) + FORMAT.format(names=", ".join(tool["name"] for tool in tools))
+
+
+def function_of(tool: dict, number: int = 1) -> dict:
+    """A tool in any of the forms as {"name", "name_for_human" if it is another, "description", "parameters" if it has any}.
+
+    Other keys ("strict", for example) have no place in the instruction and are left out.
+    """
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict):
+        raise ValueError(f"tool {number} is not an object with a name")
+    name = function.get("name_for_model") or function.get("name")
+    human = function.get("name_for_human") or function.get("name") or name
+    description = function.get("description_for_model") or function.get("description") or ""
+    if not name or not all(isinstance(text, str) for text in (name, human, description)):
+        raise ValueError(f"tool {number} has no name, or a name or description that is not a string")
+    found = {"name": name} | ({"name_for_human": human} if human != name else {})
+    found |= {"description": description} if description else {}
+    return found | ({"parameters": function["parameters"]} if function.get("parameters") else {})
+
+
+# ---- what is the same in this form
+
+
+def clean(text: str) -> str:
+    """A content as published: without newlines in front and blanks behind."""
+    return text.lstrip("\n").rstrip()
+
+
+def without_label(text: str) -> str:
+    """A thought that says "Thought:" itself gets no second label."""
+    while text.startswith("Thought:"):
+        text = clean(text.removeprefix("Thought:").removeprefix(" "))
+    return text
+
+
+def normal(messages: list[dict]) -> tuple[list[dict], list[int]]:
+    """The messages as `parse` gives them back; and for each the number, from 1, of the message it comes from.
+
+    Contents are `clean`. An answer makes at most one call: of parallel ones each follows the other, with no thought between.
+    The thought before a call is its content: reasoning_content, content or both, with a newline between. Arguments that are
+    JSON of an object are that object, other strings stay. A result has the name of its tool. Ids of calls are left out.
+    """
+    found, numbers, waiting, number = [], [], [], 0  # waiting: calls without a result; the first of them is in `found`
+
+    def refuse(why: str):
+        raise ValueError(f"message {number} ({messages[number - 1]['role']}): {why}")
+
+    def add(role: str, content: str, weight: float = 1, **more):
+        found.append({"role": role, "content": content, **more} | ({} if weight == 1 else {"weight": weight}))
+        numbers.append(number)
+
+    for number, message in enumerate(messages, 1):
+        role, content = message["role"], clean(message["content"])
+        before = found[-1] if found else {"role": None}
+        if role == "tool":
+            if not waiting:
+                refuse("a result, but no call before it that waits for one")
+            name = waiting.pop(0)["function"]["name"]
+            if message.get("name", name) != name:
+                refuse(f"a result of {message['name']}, where {name} was called - results stand in the order of the calls")
+            add(role, content, name=name)
+            if waiting:
+                add("assistant", "", weight, tool_calls=waiting[:1])
+                numbers[-1] = caller
+        elif waiting:
+            refuse(f"the call of {waiting[0]['function']['name']} before it has no result")
+        elif role == "assistant":
+            if before["role"] == "assistant":
+                refuse("a second answer to the same question")
+            thoughts, weight, caller = clean(message.get("reasoning_content") or ""), message.get("weight", 1), number
+            if message.get("tool_calls"):
+                waiting = [plain_call(call, refuse) for call in message["tool_calls"]]
+                thought = without_label("\n".join(text for text in (thoughts, content) if text))
+                add(role, thought, weight, tool_calls=waiting[:1])
+            else:
+                thoughts = without_label(thoughts)
+                known = not thoughts or thoughts == LAST_THOUGHT
+                add(role, content, weight, **({} if known else {"reasoning_content": thoughts}))
+        elif before["role"] == "tool":
+            refuse("the result before it has no answer")
+        else:
+            add(role, content)
+    if len(waiting) > 1:
+        name = waiting[0]["function"]["name"]
+        number = caller
+        refuse(f"calls stand one after the other in this form, so all but the last need a result; {name} has none")
+    return found, numbers
+
+
+def plain_call(call: dict, refuse) -> dict:
+    """One entry of tool_calls, without its id."""
+    function = call.get("function", call)
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str) or not isinstance(arguments, (dict, str)):
+        refuse("a call needs a name, and arguments that are an object or a string")
+    return call_of(name, arguments)
+
+
+def call_of(name: str, arguments: dict | str) -> dict:
+    """A call. Arguments that are JSON of an object become it; other strings stay what they are."""
+    if isinstance(arguments, str):
+        arguments = arguments.strip()
+        try:
+            loaded = json.loads(arguments)
+            arguments = loaded if isinstance(loaded, dict) else arguments
+        except (ValueError, RecursionError):
+            pass
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+# ---- text to messages
+
+
+def parse(messages: list[dict]) -> tuple[list[dict], list[dict]]:
+    """ChatML messages to (messages, tools). Where the last question has no instruction, they stay as they are: no tools."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    read = None if last is None else read_instruction(messages[last]["content"])
+    if read is None:
+        return [dict(message) for message in messages], []
+    tools, question = read
+    found = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            for at, part in read_answer(message["content"]):
+                weight = weight_at(message, at) if part["role"] == "assistant" else 1
+                found.append(part if weight == 1 else part | {"weight": weight})
+        else:
+            found.append({"role": message["role"], "content": question if i == last else message["content"]})
+    return found, [{"type": "function", "function": tool} for tool in tools]
+
+
+def parse_answer(text: str) -> dict:
+    """What the model has written, as one message: its first call, or its final answer.
+
+    Anything is read somehow: without "Final Answer:" all of the text is the content, arguments that are no JSON of an
+    object stay a string, and what follows "Observation:" is left out, because the model made it up.
+    """
+    return read_answer(OBSERVATION.split(text, maxsplit=1)[0])[0][1]
+
+
+def weight_at(message: dict, at: int) -> float:
+    """What the character counts in the loss."""
+    spans = message.get("spans", ())
+    return next((weight or 0 for begin, end, weight in spans if begin <= at < end), message.get("weight", 1))
+
+
+def read_instruction(text: str) -> tuple[list[dict], str] | None:
+    """(tools, the question behind them); None where the text does not begin with the instruction."""
+    if not text.startswith(HEAD):
+        return None
+    at, tools = len(HEAD), []
+    while (tool := read_tool(text, at)) is not None:
+        tools.append(tool[0])
+        at = tool[1]
+        end = FORMAT.format(names=", ".join(tool["name"] for tool in tools))
+        if text.startswith(end, at):
+            return tools, text[at + len(end) :]
+        at += len("\n\n")
+    return None
+
+
+def read_tool(text: str, at: int) -> tuple[dict, int] | None:
+    """(the tool at `at`, where it ends). Behind its parameters, which are JSON, stands another tool or the format."""
+    head = TOOL_HEAD.match(text, at)
+    begin = text.find(TOOL_PARAMETERS, head.end()) if head else -1
+    while begin >= 0:
+        try:
+            parameters, end = json.JSONDecoder().raw_decode(text, begin + len(TOOL_PARAMETERS))
+        except (ValueError, RecursionError):
+            end = None
+        if end and (text.startswith(FORMAT[: FORMAT.index("{")], end) or TOOL_HEAD.match(text, end + 2)):
+            tool = {"name": head[1], "name_for_human": head[2], "description": text[head.end() : begin]}
+            return function_of(tool | {"parameters": parameters}), end
+        begin = text.find(TOOL_PARAMETERS, begin + 1)
+    return None
+
+
+def read_answer(text: str) -> list[tuple[int, dict]]:
+    """The messages of one answer, at least one, each with a place in the text that is its own."""
+    at, found = 0, []
+    while True:
+        begin = at = at + len("Thought:") if text.startswith("Thought:", at) else at
+        action = ACTION.search(text, at)
+        input_ = ACTION_INPUT.search(text, action.end()) if action else None
+        if input_ is None:
+            return [*found, (begin, read_final(text[at:]))]
+        result = OBSERVATION.search(text, input_.end())
+        arguments = text[input_.end() : result.start() if result else None]
+        call = call_of(text[action.end() : input_.start()].strip(), arguments)
+        thought = without_label(clean(text[at : action.start()].removeprefix(" ")))
+        found.append((action.start(), {"role": "assistant", "content": thought, "tool_calls": [call]}))
+        if result is None or result.end() == len(text):
+            return found
+        end = text.find(THOUGHT, result.end())
+        content = clean(text[result.end() : end if end >= 0 else None].removeprefix(" "))
+        found.append((result.start(), {"role": "tool", "content": content, "name": call["function"]["name"]}))
+        at = end + 1
+        if end < 0 or len(text) == end + len(THOUGHT):
+            return found
+
+
+def read_final(text: str) -> dict:
+    """An answer without a call. text: behind "Thought:"."""
+    final = FINAL_ANSWER.search(text) or re.search("Final Answer:", text)
+    if final is None:
+        return {"role": "assistant", "content": clean(text.removeprefix(" "))}
+    thought = without_label(clean(text[: final.start()].removeprefix(" ")))
+    message = {"role": "assistant", "content": clean(text[final.end() :].removeprefix(" "))}
+    return message if thought in ("", LAST_THOUGHT) else message | {"reasoning_content": thought}
+
+
+def observation_spans(messages: list[dict]) -> list[dict]:
+    """Conversations whose calls are plain text: the results in such answers become spans of weight None, never learned.
+
+    An answer is one of them if its question contains the words of the instruction (MARKED). Others stay as they are.
+    """
+    found, marked = [], False
+    for message in messages:
+        if message["role"] == "user":
+            marked = all(words in message["content"] for words in MARKED)
+        elif marked and message["role"] == "assistant" and "spans" not in message:
+            spans = [(*match.span(1), None) for match in RESULT.finditer(message["content"]) if match[1]]
+            message = message | ({"spans": spans} if spans else {})
+        found.append(message)
+    return found
