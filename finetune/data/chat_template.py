@@ -16,11 +16,10 @@ from .data_notes import Seen, counted
 from .messages import Conversation
 from .rendering import PROBE, Rendering, identity_of, unlearned_results
 from .template_shapes import (
-    Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, before_marks, marked, parts_of, shape_of
+    Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, frames_of, marked, parts_of, shape_of
 )  # fmt: skip
 
 SHAPES = 4096  # of conversations, remembered
-TRIMS = (str, str.rstrip, str.lstrip, str.strip, *(lambda s, f=f: f(s, "\n") for f in (str.rstrip, str.lstrip, str.strip)))
 FIRST_GENERATION_MASK = (
     "--supervise chatml: is the published mask of first-generation Qwen, and this model's conversations are laid out by its "
     "own chat template - leave it out: every answer and the token that ends it are learned"
@@ -164,7 +163,7 @@ class ChatTemplate:
         messages, tools = unlearned_results([self.control.hide(message) for message in given]), self.control.hide(tools)
         if any(map(self.control.holds, given)):
             self.counts.special.add(self.number)
-        if any("unlearned" in message for message in messages):
+        if any("spans" in message for message in messages):
             self.counts.results.add(self.number)
         wanted = self.rendering.wanted(messages)
         if not wanted:
@@ -190,14 +189,14 @@ class ChatTemplate:
             multi_turn = "as_is" if self.rendering.multi_turn == "as_is" else "unroll"
             samples = conversing.samples(wanted, multi_turn, self.rendering.empty_thoughts == "learn")
             self._check_places(conversing, samples, marks)
-            self._shapes[shape] = [self._with_before(sample, conversing, marks) for sample in samples]
+            self._shapes[shape] = [self._with_frames(sample, conversing, marks) for sample in samples]
         return self._shapes[shape]
 
-    def _with_before(self, sample: Sample, conversing: Conversing, marks: list[Mark]) -> Sample:
+    def _with_frames(self, sample: Sample, conversing: Conversing, marks: list[Mark]) -> Sample:
         text, _ = conversing.laid_out(sample.length)
         hidden = {mark.message for mark in marks if mark.kind == "thoughts" and mark.text not in text}
         learned = [each._replace(forgotten=each.message in hidden) for each in sample.learned]
-        return Sample(sample.length, learned, before_marks(text, marks, sample.length, self.control))
+        return Sample(sample.length, learned, frames_of(text, marks, sample.length, self.control))
 
     def _check_places(self, conversing: Conversing, samples: list[Sample], marks: list[Mark]) -> None:
         """Has the template a place for everything that is to be learned, or to be learned from?"""
@@ -232,28 +231,28 @@ class ChatTemplate:
             places = self.headers.find(text, sum(message["role"] == "assistant" for message in messages))
         except NotLearnable as error:
             self._refuse(f"the model's chat template cannot be learned from: {error}")
-        found, cuts = self._find_texts(messages, sample, text), []
+        found, cuts = self._find_texts(messages, sample, text, places), []
         for learned in sample.learned:
             begin, end = places[learned.answer]
             if not text.startswith(learned.prompt, begin):
                 self._refuse(f"the model's chat template begins the answer in message {learned.message + 1} in a way of its own")
             weight = messages[learned.message].get("weight", 1.0)
             cuts += [(begin + len(learned.prompt), weight), (end, 0.0)]
-            for first, behind in messages[learned.message].get("unlearned", ()):
-                cuts += [(found[learned.message] + first, 0.0), (found[learned.message] + behind, weight)]
+            for first, behind, own in messages[learned.message].get("spans", ()):
+                cuts += [(found[learned.message] + first, own or 0.0), (found[learned.message] + behind, weight)]
         return list(self._stretches(text, sorted(cuts, key=lambda cut: cut[0])))
 
-    def _find_texts(self, messages: list[dict], sample: Sample, text: str) -> dict[int, int]:
+    def _find_texts(self, messages: list[dict], sample: Sample, text: str, places: list[tuple[int, int]]) -> dict[int, int]:
         """Finds every text of the messages in what the template returned; returns where the last one of each begins."""
-        at, found = 0, {}
-        for part, before in zip(parts_of(messages), sample.before, strict=True):
-            if before is None and part.kind == "thoughts":
+        at, found, earliest = 0, {}, self._earliest(messages, places)
+        for part, frame in zip(parts_of(messages), sample.frames, strict=True):
+            at = max(at, earliest[part.message])
+            if frame is None and part.kind == "thoughts":
                 continue
-            place = -1 if before is None else text.find(before, at)
-            form = None
-            if place >= 0:
-                place += len(before)
-                form = next((form for trim in TRIMS if text.startswith(form := trim(part.text), place)), None)
+            before, behind = frame or ("", "")
+            place = -1 if frame is None else text.find(before, at)
+            place += len(before)
+            form = None if place < len(before) else trimmed(part.text, text, place, behind)
             if form is None:
                 self._refuse(f"the model's chat template drops or changes {shown(messages, part, self.control)}")
             # newlines around thoughts are the template's
@@ -261,6 +260,18 @@ class ChatTemplate:
                 self.counts.trimmed.add(self.number)
             found[part.message] = place - part.text.index(form)
             at = place + len(form)
+        return found
+
+    def _earliest(self, messages: list[dict], places: list[tuple[int, int]]) -> list[int]:
+        """Where each message can begin, at the earliest."""
+        found, at, answers = [], 0, iter(places)
+        for message in messages:
+            if message["role"] == "assistant":
+                begin, end = next(answers)
+                found.append(begin - len(self.headers.text))
+                at = end
+            else:
+                found.append(at)
         return found
 
     def _stretches(self, text: str, cuts: list[tuple[int, float]]) -> Iterator[Stretch]:
@@ -331,6 +342,20 @@ def special_note(seen: Seen, allowed: bool) -> str:
     what = "it becomes control tokens" if allowed else "it is encoded as plain text. --allow_special to change"
     contain = "contains" if seen.samples == 1 else "contain"
     return f"{counted(seen.samples)} {contain} special-token text (first: {seen.first}); {what}"
+
+
+def trimmed(text: str, rendered: str, place: int, behind: str) -> str | None:
+    """The text as it stands in `rendered` at `place`, with `behind` behind it: as it is, or with fewer blanks around it."""
+    core = text.strip()
+    begin = text.index(core)
+    for lead in range(begin + 1):
+        head = text[lead : begin + len(core)]
+        if rendered.startswith(head, place):
+            for end in range(len(text), begin + len(core) - 1, -1):
+                form = text[lead:end]
+                if rendered.startswith(form[len(head) :] + behind, place + len(head)):
+                    return form
+    return None
 
 
 def shown(messages: list[dict], part: Part, control: ControlText) -> str:

@@ -41,7 +41,7 @@ class ChatML:
         laid_out = [self._lay_out(conversation) for conversation in conversations]
         settings = {"supervise": self.rendering.supervise, "allow_special": self.rendering.allow_special}
         if self.rendering.train_tokens:
-            settings["tokens"] = frozenset(self.rendering.train_tokens)
+            settings["as_tokens"] = self.rendering.tokens_in_text([])
         flat = iter(chatml.render_batch(self.tokenizer, [each for samples in laid_out for each in samples], **settings))
         return [[next(flat) for _ in samples] for samples in laid_out]
 
@@ -60,7 +60,7 @@ class ChatML:
         if any("reasoning_content" in message for message in messages):
             raise UserError(f"{self.path}: sample {self.number}: {NO_THOUGHTS}")
         marked = unlearned_results(messages)
-        if any("unlearned" in message for message in marked):
+        if any("spans" in message for message in marked):
             self.results.add(self.number)
         return [only(marked, wanted) if self.rendering.multi_turn == "last" else marked]
 

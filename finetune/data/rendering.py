@@ -37,7 +37,7 @@ class Rendering(NamedTuple):
 
 
 def unlearned_results(messages: list[dict]) -> list[dict]:
-    """The messages; results inside answers that are ReAct text are marked as context ("unlearned")."""
+    """The messages; results inside answers that are ReAct text are marked as context ("spans")."""
     if not any("Observation:" in message["content"] for message in messages):
         return messages
     from qwen_model.react import observation_spans

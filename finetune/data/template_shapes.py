@@ -53,13 +53,13 @@ class Learned(NamedTuple):
 class Sample(NamedTuple):
     """One sample that comes of a conversation: its first `length` messages, and what is learned in them.
 
-    before: for each text of these messages, what stands right before it, from the last text or control token on; None for
-    one that the template leaves out.
+    frames: for each text of these messages, what stands right before and behind it, from the last text or control token on,
+    and to the next; None for one that the template leaves out.
     """
 
     length: int
     learned: list[Learned]
-    before: tuple[str | None, ...] = ()
+    frames: tuple[tuple[str, str] | None, ...] = ()
 
 
 class Headers:
@@ -238,8 +238,8 @@ def parts_of(messages: list[dict]) -> Iterator[Part]:
         yield from (Part(number, text, kind) for kind, text in texts if text.strip())
 
 
-def before_marks(text: str, marks: list[Mark], length: int, control: ControlText) -> tuple[str | None, ...]:
-    """Sample.before, from a conversation with marks as the template lays it out. length: of the messages in it."""
+def frames_of(text: str, marks: list[Mark], length: int, control: ControlText) -> tuple[tuple[str, str] | None, ...]:
+    """Sample.frames, from a conversation with marks as the template lays it out. length: of the messages in it."""
     found, at = [], 0
     for mark in marks:
         if mark.message is None or mark.message >= length or mark.kind == "call":
@@ -248,10 +248,12 @@ def before_marks(text: str, marks: list[Mark], length: int, control: ControlText
         if place < 0:
             found.append(None)
             continue
-        between = ANY_MARK.split(text[at:place])[-1]
-        ends = [match.start() for match in control.special.finditer(between)]
-        found.append(between[ends[-1] :] if ends else between)
+        before = ANY_MARK.split(text[at:place])[-1]
         at = place + len(mark.text)
+        behind = ANY_MARK.split(text[at:], maxsplit=1)[0]
+        starts = [match.start() for match in control.special.finditer(before)]
+        end = control.special.search(behind)
+        found.append((before[starts[-1] :] if starts else before, behind[: end.end()] if end else behind))
     return tuple(found)
 
 

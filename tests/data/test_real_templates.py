@@ -280,7 +280,7 @@ def conversations(draw, thinks: bool):
 def test_any_conversation(name):
     tokenizer = real_tokenizer(name)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     @given(conversations(thinks=name in THINKING))
     def holds(conversation):
         check(tokenizer, conversation)
