@@ -1,0 +1,125 @@
+"""A model that can be asked, of the first generation or a later one: the same methods for both.
+
+Messages and tools have the form of data/messages.py.
+"""
+
+from threading import Thread
+
+from ..compare.opened import GREEDY, open_named
+from ..data.tool_text import split_calls
+from ..errors import UserError
+from ..folders.model_folder import LATER_TYPES
+
+
+def open_answerer(options):
+    """The Answerer of the model that options.folder holds."""
+    opened = open_named(options.folder, options.base)
+    model = opened.load()
+    kind = LaterAnswerer if model.config.model_type in LATER_TYPES else Answerer
+    return kind(opened.tokenizer, model, options)
+
+
+class Answerer:
+    """First-generation Qwen with its settings; remembers nothing between questions unless given a history."""
+
+    def __init__(self, tokenizer, model, options):
+        self.tokenizer, self.model, self.system = tokenizer, model, options.system
+        self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
+        self.chat_settings = self.settings | ({} if self.system is None else {"system": self.system})
+
+    def answer(self, question: str) -> str:
+        """One answer, without a history."""
+        return self.model.chat(self.tokenizer, question, **self.chat_settings)[0]
+
+    def stream(self, question: str, history):
+        """The growing answer."""
+        return self.model.chat_stream(self.tokenizer, question, history, **self.chat_settings)
+
+    def reply(self, messages: list[dict], tools: list[dict]) -> dict:
+        """The next message of a conversation with tools."""
+        from qwen_model.react import render_asked
+
+        messages = [*opening(self.system), *messages]
+        try:
+            render_asked(messages, tools)
+        except ValueError as error:  # what the user gave cannot be told in this form
+            raise UserError(f"{error} - change the tools, or what is said") from error
+        return self.model.answer(self.tokenizer, messages, tools, **self.settings)
+
+
+class LaterAnswerer:
+    """The same for later Qwens: their own chat template makes the prompt, transformers' generate the answer."""
+
+    def __init__(self, tokenizer, model, options):
+        self.tokenizer, self.model, self.system = tokenizer, model, options.system
+        self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
+
+    def answer(self, question: str) -> str:
+        """One answer, without a history."""
+        prompt = self.prompt(question, [])
+        ids = self.model.generate(**prompt, **self.settings)[0, prompt["input_ids"].shape[1] :]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stream(self, question: str, history):
+        """The growing answer. It is written in a thread, whose error, if there is one, is raised here."""
+        from transformers import TextIteratorStreamer
+
+        streamer, errors = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), []
+
+        def write():
+            try:
+                self.model.generate(**self.prompt(question, history), streamer=streamer, **self.settings)
+            except Exception as error:
+                errors.append(error)
+                streamer.end()
+
+        Thread(target=write, daemon=True).start()
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text
+        if errors:
+            raise errors[0]
+
+    def prompt(self, question: str, history) -> dict:
+        """{input_ids, attention_mask} of the conversation so far, (1, T) each. history: (question, answer) pairs."""
+        turns = []
+        for asked, answered in history:
+            turns += [("user", asked), ("assistant", answered)]
+        return self.tokenized([{"role": role, "content": text} for role, text in [*turns, ("user", question)]])
+
+    def tokenized(self, messages: list[dict], **settings) -> dict:
+        """{input_ids, attention_mask} of a conversation up to the next answer, (1, T) each."""
+        prompt = self.tokenizer.apply_chat_template(
+            [*opening(self.system), *messages], add_generation_prompt=True, return_dict=True, return_tensors="pt", **settings
+        )
+        return {name: prompt[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def reply(self, messages: list[dict], tools: list[dict]) -> dict:
+        """The next message of a conversation with tools."""
+        prompt = self.tokenized(messages, tools=tools)
+        if prompt["input_ids"].tolist() == self.tokenized(messages)["input_ids"].tolist():
+            raise UserError("--tools: the model's chat template does not show them to it - leave them out")
+        before = prompt["input_ids"].shape[1]
+        ids = self.model.generate(**prompt, **self.settings)[0, before:]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if self.tokenizer.decode(prompt["input_ids"][0]).rstrip().endswith("<think>"):
+            text = f"<think>{text}"  # some templates begin the thoughts
+        return message_of(text, tools)
+
+
+def opening(system: str | None) -> list[dict]:
+    """The system message, if there is one."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def message_of(text: str, tools: list[dict]) -> dict:
+    """What a later Qwen has written, as a message: thoughts that it did not end are thoughts."""
+    thoughts = ""
+    if text.lstrip().startswith("<think>") or "</think>" in text:
+        thoughts, _, text = text.partition("</think>")
+        thoughts = thoughts.lstrip().removeprefix("<think>").strip()
+    content, calls = split_calls(text.strip(), tools)
+    message = {"role": "assistant", "content": content}
+    message |= {"reasoning_content": thoughts} if thoughts else {}
+    return message | ({"tool_calls": calls} if calls else {})

@@ -1,0 +1,75 @@
+"""data/tools_example.json: what is in it, and that a LoRA over the quickstart's demo model learns from it to call a tool."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import warm
+
+from qwen_model import chatml, react
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = json.loads((ROOT / "data" / "tools_example.json").read_text(encoding="utf-8"))
+TOOLS = json.loads((ROOT / "data" / "tools.json").read_text(encoding="utf-8"))
+
+
+def inner(conversation: dict) -> list[dict]:
+    """Its messages, with a content everywhere."""
+    return [message | {"content": message["content"] or ""} for message in conversation["messages"]]
+
+
+def calls_of(conversation: dict) -> list[dict]:
+    return [call["function"] for message in conversation["messages"] for call in message.get("tool_calls", [])]
+
+
+def test_what_is_in_it():
+    counts = [len(calls_of(conversation)) for conversation in EXAMPLE]
+    assert len(EXAMPLE) == 30 and (counts.count(0), counts.count(1), counts.count(2)) == (5, 20, 5)
+    assert any(len(message.get("tool_calls", [])) == 2 for talk in EXAMPLE for message in talk["messages"])  # at once
+    assert sum(not talk["messages"][0]["content"].isascii() for talk in EXAMPLE) >= 9
+    assert {len(talk["tools"]) for talk in EXAMPLE} == {2, 3} and EXAMPLE[0]["tools"] == TOOLS
+    for talk in EXAMPLE:
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in talk["tools"]}
+        for call in calls_of(talk):
+            assert json.loads(call["arguments"]).keys() == schemas[call["name"]]["properties"].keys()
+
+
+def test_all_of_it_has_the_form_of_the_first_generation(tokenizer):
+    for talk in EXAMPLE:
+        messages, tools = react.parse(react.render(inner(talk), talk["tools"]))
+        assert tools == talk["tools"]
+        assert [call["name"] for call in calls_of({"messages": messages})] == [call["name"] for call in calls_of(talk)]
+        for sample in react.by_question(inner(talk)):
+            ids, labels, _ = chatml.render(tokenizer, react.render(sample, talk["tools"]))
+            assert len(ids) < 512 and (labels != chatml.IGNORE).any()
+
+
+# ---- training
+
+
+def run(*words) -> str:
+    settings = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([warm.python(), *map(str, words)], cwd=ROOT, capture_output=True, text=True, env=settings)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_lora_learns_to_call_a_tool(tmp_path):
+    """The demo model of quickstart.sh, made as there; then the example, over and over; then python -m finetune.ask --tools."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    run("-m", "qwen_model.new_checkpoint", tmp_path / "random", "--layers", "4")
+    first = "--model_max_length 256 --per_device_train_batch_size 8 --max_steps 400 --learning_rate 5e-3 --save_strategy no"
+    schedule = "--lr_scheduler_type cosine --warmup_ratio 0.03 --adam_beta2 0.95"
+    run("finetune.py", "-m", tmp_path / "random", "-d", "data/conversations.json", "-o", base, *first.split(), *schedule.split())
+    settings = "--use_lora --num_train_epochs 40 --learning_rate 2e-3 --gradient_accumulation_steps 4 --save_strategy no"
+    sizes = "--per_device_train_batch_size 2 --model_max_length 1024"
+    run("finetune.py", "-m", base, "-d", "data/tools_example.json", "-o", adapter, *settings.split(), *sizes.split())
+    questions = ["What is the weather in Paris?", "东京现在几点？", "Set a timer for 5 minutes.", "Hello!"]
+    before, after = (run("-m", "finetune.ask", model, *questions, "--tools", "data/tools.json") for model in (base, adapter))
+    calls = [line for line in after.splitlines() if line.startswith("calls ")]
+    assert calls == ['calls get_weather({"city": "Paris"})', 'calls get_time({"city": "东京"})', 'calls set_timer({"minutes": 5})']
+    assert "Q: Hello!\nA: Hello! I can tell weather and time, and set a timer.\n" in after
+    assert "calls " not in before
