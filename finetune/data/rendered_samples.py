@@ -97,7 +97,7 @@ def load(
         with one_at_a_time(f"rendering-{folder.name[:16]}"):
             if stored := _open(folder):  # another process of this machine has just done it
                 return Samples(file.path, max_length, *stored)
-            conversations = read(path, allow_special=allow_special, flag=flag)
+            conversations = read(path, flag=flag)
             with _temporary_folder(root) as temporary:
                 _render(conversations, tokenizer, temporary, **settings)
                 file.check_unchanged()  # since it was hashed
@@ -108,7 +108,7 @@ def load(
         reason = error.strerror or error
         note(f"the cache folder {root} cannot be written ({reason}): the data will be rendered again next time")
     if conversations is None:
-        conversations = read(path, allow_special=allow_special, flag=flag)
+        conversations = read(path, flag=flag)
     try:
         with tempfile.TemporaryDirectory() as temporary:  # its files live on as long as they are mapped
             _render(conversations, tokenizer, Path(temporary), **settings)
