@@ -117,7 +117,7 @@ class _Reader:
             beside = self._beside(sample)
             if self._is_preference(beside):
                 return [], []
-        forms = [form for form in FORMS if form in sample]
+        forms = [form for form in FORMS if sample.get(form) is not None]
         if len(forms) != 1:
             self._no_form(sample, forms)
             return [], []
@@ -128,7 +128,7 @@ class _Reader:
             turns = self._weighed(beside.get("learn", {}), turns)
         in_text = turns and turns[0].role == "system" and "<tools>" in turns[0].content
         if turns and (self.one.with_tools or "tools" in beside or in_text):
-            tools = self._tools(beside.get("tools") or self.one.tools)
+            tools = self._tools(beside.get("tools"), self.one.tools)
             return tool_turns.assemble(found, self.noted, turns, tools) if found.count == before else (turns, [])
         return turns, []
 
@@ -146,17 +146,16 @@ class _Reader:
                 if value not in keys.REFUSED_BESIDE[key].harmless:
                     self.found.refuse(keys.REFUSED_BESIDE[key], f'"{key}" beside the turns')
             elif what == "media":
-                if value and (key != "objects" or self._places_in_pictures(value)):
+                if value:
                     self.found.refuse(keys.SHOWN_MEDIA, f'"{key}"')
-            elif what == "marks" and not isinstance(value, bool):
+            elif what == "marks" and not isinstance(value, bool):  # a class, or any other label
                 self.noted.unread_key(self.found.number, key)
+            elif what == "boxes":
+                if isinstance(value, dict) and any(value.get(part) for part in keys.BOXES[key]):
+                    self.found.refuse(keys.SHOWN_MEDIA, f'"{key}"')
             elif what != "read" and (what in ("learn", "marks") or value not in ("", [], {})):
                 beside.setdefault(what, {})[key] = value
         return beside
-
-    def _places_in_pictures(self, objects: object) -> bool:
-        """ms-swift's "objects" name boxes, which take the place of words in the turns."""
-        return isinstance(objects, dict) and any(objects.get(key) for key in ("ref", "bbox"))
 
     def _is_preference(self, beside: dict[str, dict]) -> bool:
         for what, refusal in (("pairs", keys.PREFERENCES), ("marks", keys.GOOD_OR_BAD)):
@@ -182,7 +181,7 @@ class _Reader:
         """The answers, with their weights times that of the sample."""
         if not isinstance(said.get("loss", True), bool):
             what = '"loss" beside the turns must be true or false; a number there is usually a loss that was measured'
-            self.found.find(f"{what}: remove the key, or call it \"weight\" if it is one")
+            self.found.find(f'{what}: remove the key, or call it "weight" if it is one')
             return turns
         weight = self.one.weight(said)
         return turns if weight == 1 else [self._times(turn, weight) for turn in turns]
@@ -196,9 +195,11 @@ class _Reader:
             self.found.find("its weight times that of the sample is not finite", turn.place)
         return turn._replace(more=(more | {"weight": product} if product != 1 else more) or None)
 
-    def _tools(self, said: dict[str, object] | None) -> list[dict]:
+    def _tools(self, beside: dict[str, object] | None, on_system: dict[str, object] | None) -> list[dict]:
+        if beside and on_system:
+            self.found.find("has tools beside the turns and on the system turn; keep one of them")
         try:
-            return tools_in_keys(said) if said else []
+            return tools_in_keys(beside or on_system) if beside or on_system else []
         except Unreadable as error:
             self.found.find(str(error))
             return []
@@ -242,7 +243,7 @@ class _Reader:
         answer = text(sample.get("output", ""), "output")
         thoughts = self.one.thoughts(beside.get("thoughts", {}))
         if thoughts and answer and answer.lstrip().startswith("<think>"):
-            find(f"has thoughts twice ({quoted(beside['thoughts'])} and <think> in \"output\"); keep one of them")
+            find(f'has thoughts twice ({quoted(beside["thoughts"])} and <think> in "output"); keep one of them')
         if self.found.count > before:
             return []
         prompt = "\n".join(text for text in question if text)
@@ -250,7 +251,7 @@ class _Reader:
         return [*turns, Turn('"instruction"', "user", prompt), Turn('"output"', "assistant", answer, more)]
 
     def _no_form(self, sample: dict, forms: list[str]) -> None:
-        find, names = self.found.find, [key for key in sample if key is not TWICE]
+        find, names = self.found.find, [key for key in sample if key is not TWICE and sample[key] is not None]
         if forms:
             return find(f"has {quoted(forms)}; keep one of them")
         if {"from", "value"} <= set(names) or {"role", "content"} <= set(names):

@@ -72,10 +72,12 @@ class Noted:
             lines.append(f"{where} (first: {self.unclosed.first}); it is learned as it stands")
         if self.unopened.samples:
             where = f"{counted(self.unopened.samples)} with </think> but no <think> in an answer"
-            lines.append(f"{where} (first: {self.unopened.first}); a chat template takes what stands before it for thoughts")
+            what = "a chat template takes what stands before it for thoughts"
+            lines.append(f"{where} (first: {self.unopened.first}); {what}")
         if self.tools_in_text.samples:
             where = f'{counted(self.tools_in_text.samples)} with "tools" and <tools> in the system turn'
-            lines.append(f"{where} (first: {self.tools_in_text.first}); the system turn is kept, the tools are not laid out again")
+            what = "the system turn is kept, the tools are not laid out again"
+            lines.append(f"{where} (first: {self.tools_in_text.first}); {what}")
         if self.composed.samples:
             where = f"{counted(self.composed.samples)} with text outside Unicode's normal form C"
             lines.append(f"{where} (first: {self.composed.first}); the tokenizer normalizes it")

@@ -37,7 +37,13 @@ SYSTEM = (
 TOOLS = ("tools", "functions")
 CALLS = ("tool_calls", "function_call")
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-MEDIA_PARTS = {"image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file", "input_file"}
+MEDIA_PARTS = (  # types of parts of a content
+    *("image", "image_url", "input_image"),
+    *("audio", "audio_url", "input_audio"),
+    *("video", "video_url"),
+    *("file", "input_file"),
+)
+BOXES = {"objects": ("ref", "bbox")}  # ms-swift: what stands in a picture, and takes the place of words in the turns
 THOUGHT_PARTS = {"thinking": ("thinking", "text"), "reasoning": ("reasoning", "text")}  # type of a part -> where its text is
 
 # ---- what is refused, in one line for the whole file
@@ -70,11 +76,14 @@ GOOD_OR_BAD = Refusal(
 )
 SHOWN_MEDIA = Refusal(f"images, sound or video: {TRAINS_TEXT}")
 PARTS_OF_TURNS = Refusal('parts of a turn cannot be learned, an answer as a whole can: mark it with "train" instead')
-UNFINISHED = "answers are learned with their end; finish them, or mark them with \"train\": false, and remove the key"
+UNFINISHED = 'answers are learned with their end; finish them, or mark them with "train": false, and remove the key'
 THINKING_SWITCH = Refusal("each answer is laid out with the thoughts that it has; remove the key")
 
 REFUSED_BESIDE = {
-    "mask": Refusal('NeMo\'s word for the roles that are not learned; only answers are: remove the key, and mark those that are not to be learned with "train": false'),
+    "mask": Refusal(
+        "NeMo's word for the roles that are not learned; only answers are: remove the key, and mark those that are not to be "
+        'learned with "train": false'
+    ),
     "chat_template": Refusal("the model's own chat template is used; remove the key"),
     "chat_template_kwargs": Refusal("the model's own chat template is used with its defaults; remove the key", ({},)),
     "enable_thinking": THINKING_SWITCH,
@@ -103,7 +112,8 @@ BESIDE_TURNS = _kinds(
     learn=TRAINED + MASKED,
     system=SYSTEM,
     tools=TOOLS,
-    media=(*MEDIA, "objects"),
+    media=MEDIA,
+    boxes=BOXES,
     pairs=PAIRS,
     marks=MARKS,
     refused=REFUSED_BESIDE,
@@ -120,7 +130,7 @@ ON_TURN = _kinds(
     refusal=("refusal",),
     result=("tool_call_id",),
 )
-ALL = sorted({*ALPACA, *ON_TURN} - {"id", "conversations", "messages", "instruction", "output"})  # to be meant by a misspelt one
+ALL = sorted({*ALPACA, *ON_TURN} - {"id", "conversations", "messages", "instruction", "output"})  # that one may misspell
 
 
 def weight_of(key: str, value: object) -> float | None:

@@ -33,7 +33,8 @@ def check(found: FileFindings, noted: Noted, turns: list[Turn]) -> None:
     elif turns[-1].role == "user":
         found.find("last user turn has no answer; add it or remove the turn", turns[-1].place)
     elif turns[-1].role == "tool":
-        found.find("nothing follows this result; add the answer, or remove the turns behind the last answer", turns[-1].place)
+        what = "nothing follows this result; add the answer, or remove the turns behind the last answer"
+        found.find(what, turns[-1].place)
     elif all(turn.more and turn.more.get("weight") == 0 for turn in answers):
         marks = '"train": false, "weight": 0 or the like'
         found.find(f"no assistant answer to learn from: all are marked as not to be learned ({marks})")

@@ -10,6 +10,7 @@ from .sample_files import DECODER, TWICE
 from .tool_text import split_calls
 
 MAX_DEPTH = 100  # of objects and lists inside one another
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 TOOLS_IN_TEXT = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
 CALL_KEYS = {"name", "arguments", "parameters", "id", "type", "index", "function"}
 
@@ -28,8 +29,18 @@ def parsed(text: str, what: str) -> object:
         raise Unreadable(f"{what} is no JSON ({error})") from None
 
 
-def clean(value: object, what: str, keep_null: bool, depth: int = 0) -> object:
+def clean(value: object, what: str, keep_null: bool) -> object:
     """A value that JSON can hold and that says one thing. keep_null: null says something, else the key counts as absent."""
+    try:
+        text = ENCODER.encode(value)  # in a tenth of the time: most values are good as they are
+        text.encode()
+    except (ValueError, TypeError, RecursionError):
+        return _clean(value, what, keep_null)
+    shallow = text.count("{") + text.count("[") <= MAX_DEPTH
+    return value if shallow and (keep_null or "null" not in text) else _clean(value, what, keep_null)
+
+
+def _clean(value: object, what: str, keep_null: bool, depth: int = 0) -> object:
     if isinstance(value, str):
         if half := half_character(value):
             raise Unreadable(f"{what} holds half of a character (\\u{ord(half[0]):x} alone); write it whole or remove it")
@@ -43,12 +54,12 @@ def clean(value: object, what: str, keep_null: bool, depth: int = 0) -> object:
     if depth == MAX_DEPTH:
         raise Unreadable(f"{what} is nested too deeply")
     if isinstance(value, list):
-        return [clean(item, what, keep_null, depth + 1) for item in value]
+        return [_clean(item, what, keep_null, depth + 1) for item in value]
     if isinstance(value, dict):
         if TWICE in value:
             raise Unreadable(f'{what} has "{value[TWICE]}" twice; one of them would be lost')
-        clean("".join(value), what, keep_null)
-        return {key: clean(item, what, keep_null, depth + 1) for key, item in value.items() if keep_null or item is not None}
+        _clean("".join(value), what, keep_null)
+        return {key: _clean(item, what, keep_null, depth + 1) for key, item in value.items() if keep_null or item is not None}
     raise Unreadable(f"{what} holds {kind(value)}, which JSON does not have")
 
 
@@ -92,7 +103,7 @@ def _tool(given: object, what: str, in_text: bool) -> dict:
     else:  # bare, or with its type beside its name
         tool = {"type": given.get("type", "function"), "function": {key: given[key] for key in given if key != "type"}}
     if tool["type"] != "function":
-        raise Unreadable(f'{what} is of type {json.dumps(tool["type"], default=str)}; only functions can be called')
+        raise Unreadable(f"{what} is of type {json.dumps(tool['type'], default=str)}; only functions can be called")
     function = tool.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise Unreadable(f'{what} has no "name" (keys: {quoted(function if isinstance(function, dict) else given)})')
@@ -130,8 +141,10 @@ def calls_in_keys(said: dict[str, object]) -> list[tuple]:
     value = (parsed(value, f'"{key}"') if value.strip() else []) if in_text else value
     value = [value] if key == "function_call" and isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise Unreadable(f'"{key}" must be {"an object" if key == "function_call" else "a list of calls"}, found {kind(value)}')
-    return [_call(entry, f'"{key}" entry {i}' if len(value) > 1 else f'"{key}"', in_text) for i, entry in enumerate(value, 1)]
+        expected = "an object" if key == "function_call" else "a list of calls"
+        raise Unreadable(f'"{key}" must be {expected}, found {kind(value)}')
+    names = [f'"{key}" entry {i}' if len(value) > 1 else f'"{key}"' for i in range(1, len(value) + 1)]
+    return [_call(entry, name, in_text) for entry, name in zip(value, names)]
 
 
 def calls_turn(value: object) -> tuple[str, list[tuple], str]:
@@ -173,7 +186,7 @@ def _call(entry: object, what: str, in_text: bool) -> tuple:
         clean(entry, what, keep_null=True)
     function = entry.get("function") if entry.get("function") is not None else entry
     if entry.get("type") not in (None, "function"):
-        raise Unreadable(f'{what} is of type {json.dumps(entry["type"], default=str)}; only functions can be called')
+        raise Unreadable(f"{what} is of type {json.dumps(entry['type'], default=str)}; only functions can be called")
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
         raise Unreadable(f'{what} has no "name" of a tool (keys: {quoted(key for key in entry if key is not TWICE)})')

@@ -1,4 +1,4 @@
-"""Calls and results of a whole conversation: calls that stand in text, turns that are one message, results put to their calls."""
+"""Calls and results of a whole conversation: calls in text, turns that are one message, results put to their calls."""
 
 import re
 
@@ -9,6 +9,7 @@ from .tool_spellings import Unreadable
 from .turns import Turn
 
 RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
+NO_CALL = "a result without a call: the turn before it calls no tool in a spelling that is read (data/README.md)"
 FOR_ASSEMBLY = ("ids", "calls_only", "id", "for_all")  # what Turn.more holds only until here
 
 
@@ -72,10 +73,12 @@ def joined(found: FileFindings, turns: list[Turn]) -> list[Turn]:
 def _together(found: FileFindings, answer: Turn, calls: Turn) -> dict:
     first, second = answer.more or {}, calls.more
     if first.get("weight", 1) != second.get("weight", 1):
-        found.find(f"is one message with {answer.place}, but they are to be learned differently; say the same on both", calls.place)
+        what = "they are to be learned differently; say the same on both"
+        found.find(f"is one message with {answer.place}, but {what}", calls.place)
     thoughts = {key: text for more in (first, second) if (text := more.get(key := "reasoning_content"))}
     if len({first.get("reasoning_content"), second.get("reasoning_content")} - {None}) > 1:
-        found.find(f"is one message with {answer.place}, but both have thoughts; put them together", calls.place)
+        what = "both have thoughts; put them together"
+        found.find(f"is one message with {answer.place}, but {what}", calls.place)
     both = {key: first.get(key, []) + second.get(key, []) for key in ("tool_calls", "ids")}
     return first | second | thoughts | both
 
@@ -100,7 +103,7 @@ def matched(found: FileFindings, turns: list[Turn]) -> list[Turn]:
             messages += _results_of(found, turn, calls, results)
         else:
             for result in results:
-                found.find("a result without a call: the turn before it calls no tool", result.place)
+                found.find(NO_CALL, result.place)
             messages += results
         i = end
     return messages

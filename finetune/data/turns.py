@@ -1,4 +1,4 @@
-"""One turn of a conversation file, in whatever spelling: checked by itself, and read into role, content and what else it says."""
+"""One turn of a conversation file, in whatever spelling: checked by itself, and read into role, content and what it says."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ ROLES = PLAIN_ROLES | {
     "observation": "tool",  # ShareGPT, LLaMA-Factory
     "ipython": "tool",  # Llama 3
 }
-ALLOWED = "system, user, assistant, tool (human and gpt are read as user and assistant; other words for tools: data/README.md)"
+ALLOWED = (
+    "system, user, assistant, tool (human and gpt are read as user and assistant; other words for tools: data/README.md)"
+)
 TEXT_ONLY = 'only {"type": "text", "text": "…"} can be trained on'
 TEXT_PARTS = ("text", "refusal")  # each has its text under its own name
 TWO_THOUGHTS = "has thoughts twice ({}), which differ; keep one of them"
@@ -62,11 +64,11 @@ class TurnReader:
             return self.found.find(f'must be an object with "{speaker}" and "{text}", found {kind(message)}', place)
         role, content = message.get(speaker), message.get(text)
         if (
-            len(message) == 2
-            and type(role) is str
+            type(role) is str
             and role in PLAIN_ROLES
             and type(content) is str
             and not half_character(content)
+            and (len(message) == 2 or list(message.values()).count(None) == len(message) - 2)
         ):
             return Turn(place, PLAIN_ROLES[role], content)  # the usual turn; what follows is for the others
         before = self.found.count
@@ -129,7 +131,8 @@ class TurnReader:
                 self.found.find(TWO_THOUGHTS.format(f"{quoted(given['thoughts'])} and the content"), place)
             thoughts = in_text
         if given.get("thoughts") and thoughts and content.lstrip().startswith("<think>"):
-            self.found.find(f"has thoughts twice ({quoted(given.get('thoughts', ()))} and <think> in the content); keep one of them", place)
+            both = f"{quoted(given['thoughts'])} and <think> in the content"
+            self.found.find(f"has thoughts twice ({both}); keep one of them", place)
         weight = self.weight(given.get("learn", {}), place)
         if thoughts:
             more["reasoning_content"] = thoughts
@@ -154,7 +157,7 @@ class TurnReader:
 
     def _calls_turn(self, message: dict, text: str, place: str) -> tuple[str, list, str]:
         """(content, calls, thoughts) of a turn whose text is calls."""
-        if message.get(text) is None:
+        if text not in message:
             self.found.missing(text, message, place)
             return "", [], ""
         return self._read(tool_spellings.calls_turn, message[text], place) or ("", [], "")

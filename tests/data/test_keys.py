@@ -122,7 +122,10 @@ FINDINGS = [  # a sample, and what is said of it
     ),
     (chat(Q | {"reasoning": "x"}, answer()), ' turn 1: "reasoning" on role user; only an answer can have it'),
     (chat(Q, answer(thinking=True)), ' turn 2: "thinking" must be a string, found true or false'),
-    (chat(Q, answer(thinking="\ud83d")), ' turn 2: "thinking" holds half of a character (\\ud83d alone); write it whole or remove it'),
+    (
+        chat(Q, answer(thinking="\ud83d")),
+        ' turn 2: "thinking" holds half of a character (\\ud83d alone); write it whole or remove it',
+    ),
     (
         chat(Q, answer(" <think>x")),
         " turn 2: <think> without </think>: the answer was cut off; write it whole or remove the sample",
@@ -132,7 +135,10 @@ FINDINGS = [  # a sample, and what is said of it
         ': has thoughts twice ("thinking" and <think> in "output"); keep one of them',
     ),
     # the system turn
-    (chat(Q, answer(), system_prompt="s", system="t"), ': has "system_prompt", "system" with different texts; keep one of them'),
+    (
+        chat(Q, answer(), system_prompt="s", system="t"),
+        ': has "system_prompt", "system" with different texts; keep one of them',
+    ),
     (
         chat({"role": "system", "content": "t"}, Q, answer(), system_prompt="s"),
         ': has a "system_prompt" and a system turn with another text; keep one',
@@ -142,6 +148,11 @@ FINDINGS = [  # a sample, and what is said of it
     (chat(Q, answer("a", refusal="b")), ' turn 2: has "content" and "refusal"; keep one of them'),
     (chat(Q | {"refusal": "b"}, answer()), ' turn 1: "refusal" on role user; only an answer can have it'),
     (chat(Q, answer(None)), ' turn 2: "content" must be a string, found null'),
+    (
+        {"id": "x", "messages": None},
+        ': no "conversations" (keys: "id"); expected "conversations" (from/value), "messages" (role/content) or '
+        '"instruction"/"output"',
+    ),
 ]
 
 
@@ -189,7 +200,11 @@ REFUSED = [  # a sample, what is named, and why it is refused
     (chat({"role": "user", "content": "what is it? <video> "}, answer()), "<video> in a user's text", MEDIA),
     (chat({"role": "user", "content": "listen:\n  <audio>\nand?"}, answer()), "<audio> in a user's text", MEDIA),
     (chat({"role": "user", "content": "listen:\r\n<audio>\r\nand?"}, answer()), "<audio> in a user's text", MEDIA),
-    (chat({"role": "user", "content": "Picture 1: <img>a/b.png</img> what?"}, answer()), "<img>…</img> in a user's text", MEDIA),
+    (
+        chat({"role": "user", "content": "Picture 1: <img>a/b.png</img> what?"}, answer()),
+        "<img>…</img> in a user's text",
+        MEDIA,
+    ),
     ({"instruction": "<image> what?", "output": "a"}, "<image> in a user's text", MEDIA),
     (chat(Q, answer(train_detail=[{"begin_offset": 0}])), '"train_detail" on a turn', DETAIL),
     (chat(Q, answer(training_detail=[])), '"training_detail" on a turn', DETAIL),
@@ -201,14 +216,22 @@ REFUSED = [  # a sample, what is named, and why it is refused
     (chat(Q, answer(), mask="User"), '"mask" beside the turns', keys.REFUSED_BESIDE["mask"].why),
     (chat(Q, answer(mask=True)), '"mask" on a turn', keys.REFUSED_ON_TURNS["mask"].why),
     (chat(Q, answer(channel="analysis")), '"channel" on a turn', keys.REFUSED_ON_TURNS["channel"].why),
-    (chat(Q, answer(reasoning_details=[{}])), '"reasoning_details" on a turn', keys.REFUSED_ON_TURNS["reasoning_details"].why),
+    (
+        chat(Q, answer(reasoning_details=[{}])),
+        '"reasoning_details" on a turn',
+        keys.REFUSED_ON_TURNS["reasoning_details"].why,
+    ),
     (
         chat(Q, answer(), chat_template_kwargs={"enable_thinking": False}),
         '"chat_template_kwargs" beside the turns',
         keys.REFUSED_BESIDE["chat_template_kwargs"].why,
     ),
     (chat(Q, answer(), chat_template="x"), '"chat_template" beside the turns', keys.REFUSED_BESIDE["chat_template"].why),
-    (chat(Q, answer(), reasoning_content="x"), '"reasoning_content" beside the turns', "put it on the answer that it belongs to"),
+    (
+        chat(Q, answer(), reasoning_content="x"),
+        '"reasoning_content" beside the turns',
+        "put it on the answer that it belongs to",
+    ),
 ]
 
 
@@ -221,7 +244,12 @@ def test_refused_in_one_line(tmp_path, sample, what, why):
 
 
 def test_refusals_stand_before_findings(tmp_path):
-    data = [chat(Q, answer(), images=["a"]), *[chat(Q)] * 30, chat(Q | {"audio": "x"}, answer()), chat(Q, answer(prefix=True))]
+    data = [
+        chat(Q, answer(), images=["a"]),
+        *[chat(Q)] * 30,
+        chat(Q | {"audio": "x"}, answer()),
+        chat(Q, answer(prefix=True)),
+    ]
     media, prefix, *found, more = findings(write(tmp_path, data))
     assert media == f'2 samples with "images", "audio" (first: 1): {MEDIA}'
     assert prefix == f'1 sample with "prefix" on a turn (first: 33): {UNFINISHED}'
@@ -239,11 +267,19 @@ READ = [  # a sample and its inner form
     *(({"instruction": "q", "output": "a", key: "x"}, [Q, answer(reasoning_content="x")]) for key in keys.THOUGHTS),
     (chat(Q, answer(reasoning="x", reasoning_content="x")), [Q, answer(reasoning_content="x")]),
     (chat(Q, answer(reasoning=" ", thinking="")), [Q, answer()]),
-    (turns(("user", "q"), ("gpt", "a")), [Q, answer()]),
-    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "thought": "x"}]},
-     [Q, answer(reasoning_content="x")]),
-    (chat(Q, answer([{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "a"}])), [Q, answer(reasoning_content="x")]),
-    (chat(Q, answer([{"type": "reasoning", "text": "x"}, {"type": "text", "text": "a"}])), [Q, answer(reasoning_content="x")]),
+    (turns(("user", "q"), ("gpt", "a")) | {"messages": None}, [Q, answer()]),
+    (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "thought": "x"}]},
+        [Q, answer(reasoning_content="x")],
+    ),
+    (
+        chat(Q, answer([{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "a"}])),
+        [Q, answer(reasoning_content="x")],
+    ),
+    (
+        chat(Q, answer([{"type": "reasoning", "text": "x"}, {"type": "text", "text": "a"}])),
+        [Q, answer(reasoning_content="x")],
+    ),
     (
         chat(Q, answer([{"type": "thinking", "thinking": [{"type": "text", "text": "x"}]}, {"type": "text", "text": "a"}])),
         [Q, answer(reasoning_content="x")],
@@ -284,7 +320,10 @@ def test_read(tmp_path, sample, messages):
 
 
 NOTES = [  # a sample, and the note on it
-    (chat(Q, answer("a <think> b")), "1 sample with <think> but no </think> in an answer (first: 1); it is learned as it stands"),
+    (
+        chat(Q, answer("a <think> b")),
+        "1 sample with <think> but no </think> in an answer (first: 1); it is learned as it stands",
+    ),
     (
         chat(Q, answer("a </think> b")),
         "1 sample with </think> but no <think> in an answer (first: 1); a chat template takes what stands before it for thoughts",
