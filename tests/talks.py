@@ -69,7 +69,7 @@ def laid_out(messages: list[dict], max_length: int = 10**9) -> tuple[list[int], 
     for message in messages:
         head = [START, *f"{message['role']}\n".encode()]
         body = [*message["content"].encode(), END]
-        learned = message["role"] == "assistant" and message.get("train", True)
+        learned = message["role"] == "assistant" and message.get("weight", 1)
         ids += head + body + [10]
         labels += [-100] * len(head) + (body if learned else [-100] * len(body)) + [-100]
     return ids[:max_length], labels[:max_length]
@@ -85,5 +85,7 @@ SAMPLES[1]["messages"][1]["train"] = False
 
 
 def messages_of(sample: dict) -> list[dict]:
+    """The inner form of one of SAMPLES."""
     system = [{"role": "system", "content": sample["system"]}] if "system" in sample else []
-    return system + sample["messages"]
+    said = [{key: value for key, value in message.items() if key != "train"} for message in sample["messages"]]
+    return system + [m | {"weight": 0.0} if "train" in given else m for m, given in zip(said, sample["messages"])]

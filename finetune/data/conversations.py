@@ -1,52 +1,34 @@
 """Reads and validates conversations: every finding of a file at once, each with file, sample, turn, field and remedy.
 
-Samples and turns are counted from 1. First each turn is checked by itself (`_Checker.turns`), then their order
-(`_Checker._order`); what is allowed but worth a line is counted in data_notes.py.
+Samples and turns are counted from 1. First each turn is read and checked by itself (turns.py), then calls and results are
+put together (tool_turns.py), then their order is checked (order.py); what is allowed but worth a line is counted in
+data_notes.py. Which keys mean something is said in keys.py.
 """
 
-import difflib
 import os
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 from ..errors import UserError, on_first_rank
+from . import keys, order, tool_turns
 from .data_notes import Noted
+from .file_findings import FileFindings, kind, quoted
+from .messages import Conversation
 from .sample_files import TWICE, SampleFile
+from .tool_spellings import Unreadable, tools_in_keys
+from .turns import Turn, TurnReader
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 FIELDS = {"conversations": ("from", "value"), "messages": ("role", "content")}  # the documented form, OpenAI's
 FORMS = ("conversations", "messages", "instruction")  # the last one is alpaca's
-KNOWN = {"id", "system", *FORMS}
-KNOWN_ALPACA = {"id", "system", "instruction", "input", "output", "history"}
-SURROGATE = re.compile("[\ud800-\udfff]")
+PLAIN_KEYS = {"id", "conversations", "messages"}
 BEGINNING_BYTES = 8 << 20  # a tenth to half a second of work
-SHOWN = 20  # findings of one file that are printed
-KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-
-
-class Turn(NamedTuple):
-    """place: how messages name it, "turn 3" or, in the alpaca form, its field."""
-
-    place: str
-    role: str
-    content: str
-    train: bool | None = None
-
-    def message(self) -> dict:
-        """As the renderer takes it; "train" only where the file says it."""
-        message = {"role": self.role, "content": self.content}
-        return message if self.train is None else message | {"train": self.train}
 
 
 class Conversations:
     """The conversations of one validated file. Iterating reads the file again, so that no more than one is in memory.
 
-    len() is their number; each is a list of messages {"role", "content", optional "train"}. notes: lines to print.
+    len() is their number; each is a messages.Conversation. notes: lines to print.
     """
 
     def __init__(self, file: SampleFile, count: int, notes: list[str]):
@@ -59,32 +41,31 @@ class Conversations:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[list[dict]]:
-        checker = _Checker(self.path)
+    def __iter__(self) -> Iterator[Conversation]:
+        reader = _Reader(self.path)
         for line, sample in self.file:
-            yield [turn.message() for turn in checker.turns(line, sample)]
+            turns, tools = reader.sample(line, sample)
+            yield Conversation([turn.message() for turn in turns], tools)
 
 
-def read(path: str | os.PathLike, *, allow_special: bool = False, flag: str = "--data_path") -> Conversations:
+def read(path: str | os.PathLike, *, flag: str = "--data_path") -> Conversations:
     """Reads a whole file (see data/README.md for its forms) and checks every sample; holds none of them.
 
-    allow_special: special-token text becomes control tokens; here it only words the note about it.
     flag: the option that named the file. Raises UserError with all findings, of which 20 are spelt out.
     """
     file = SampleFile(path, flag)
-    checker = _Checker(file.path)
+    reader = _Reader(file.path)
     bar = {"desc": "checking data", "unit": "B", "unit_scale": True, "delay": 2, "disable": not on_first_rank()}
     with tqdm(total=file.bytes, **bar) as progress:
         try:
             for line, sample in file:
-                checker.check(line, sample)
-                if not checker.number % 256:
+                reader.check(line, sample)
+                if not reader.found.number % 256:
                     progress.update(file.position - progress.n)
         except UserError as error:  # broken JSON ends the reading; what was found before it counts too
-            checker.stop(error)
-        else:
-            checker.finish(file.layout)
-    return Conversations(file, checker.number, checker.noted.lines(allow_special))
+            raise UserError(*reader.found.lines(), *error.findings) from None
+    reader.finish(file.layout)
+    return Conversations(file, reader.found.number, reader.noted.lines())
 
 
 def begins_well(path: str | os.PathLike, flag: str = "--data_path") -> bool:
@@ -94,245 +75,212 @@ def begins_well(path: str | os.PathLike, flag: str = "--data_path") -> bool:
     """
     try:
         file = SampleFile(path, flag)
-        checker = _Checker(file.path)
+        reader = _Reader(file.path)
         for line, sample in file:
-            checker.check(line, sample)
-            if checker.count or file.position > BEGINNING_BYTES:
-                return not checker.count
-        checker.finish(file.layout)
+            reader.check(line, sample)
+            if reader.found.count or file.position > BEGINNING_BYTES:
+                return not reader.found.count
+        reader.finish(file.layout)
     except UserError:
         return False
     return True
 
 
-@dataclass
-class _Checker:
+class _Reader:
     """Walks through the samples of one file and keeps what is wrong with them, and what is worth a note."""
 
-    path: str
-    number: int = 0
-    line: int | None = None
-    findings: list[str] = field(default_factory=list)
-    count: int = 0  # findings in all
-    forms: dict[str, int] = field(default_factory=dict)  # form -> first sample
-    nameless: tuple[str, ...] | None = None  # the keys of a first sample that has no form and no lookalike of one
-    noted: Noted = field(default_factory=Noted)
-
-    def find(self, finding: str, place: str = "") -> None:
-        """Adds a finding about the current sample."""
-        self.count += 1
-        if self.count <= SHOWN:
-            line = f" (line {self.line})" if self.line and self.line > 1 else ""
-            self.findings.append(f"{self.path}: sample {self.number}{line}{' ' * bool(place)}{place}: {finding}")
+    def __init__(self, path: str):
+        self.found, self.noted = FileFindings(path), Noted()
+        self.one = TurnReader(self.found, self.noted)  # reads one turn
+        self.forms: dict[str, int] = {}  # form -> first sample
+        self.nameless: list[str] | None = None  # the keys of a first sample that has no form and no lookalike of one
 
     def check(self, line: int | None, sample: object) -> None:
         """Checks one sample, with everything the notes need."""
-        before = self.count
-        turns = self.turns(line, sample)
-        if turns and self.count == before:
-            self._order(turns)
-            self.noted.conversation(self.number, turns)
+        before = self.found.count
+        turns, tools = self.sample(line, sample)
+        if turns and self.found.count == before:
+            order.check(self.found, self.noted, turns)
+            self.noted.conversation(self.found.number, turns, tools)
 
-    def turns(self, line: int | None, sample: object) -> list[Turn]:
-        """The turns of the next sample, each checked by itself."""
-        self.number, self.line = self.number + 1, line
+    def sample(self, line: int | None, sample: object) -> tuple[list[Turn], list[dict]]:
+        """The turns and the tools of the next sample; none where there are findings about it that hide the rest."""
+        found = self.found
+        found.number, found.line = found.number + 1, line
         if not isinstance(sample, dict):
-            self.find(f'must be an object with "conversations", found {_kind(sample)}')
+            found.find(f'must be an object with "conversations", found {kind(sample)}')
+            return [], []
+        beside = {}  # kind of key -> what stands beside the turns
+        if not sample.keys() <= PLAIN_KEYS:
+            found.once(sample)
+            sample = {key: value for key, value in sample.items() if value is not None and key is not TWICE}
+            beside = self._beside(sample)
+            if self._is_preference(beside):
+                return [], []
+        forms = [form for form in FORMS if sample.get(form) is not None]
+        if len(forms) != 1:
+            self._no_form(sample, forms)
+            return [], []
+        self.one.with_tools, self.one.tools, before = False, None, found.count
+        turns = self._alpaca(sample, beside) if forms == ["instruction"] else self._chat(sample, forms[0])
+        if beside and turns:
+            turns = self._with_system(beside.get("system", {}), turns)
+            turns = self._weighed(beside.get("learn", {}), turns)
+        in_text = turns and turns[0].role == "system" and "<tools>" in turns[0].content
+        if turns and (self.one.with_tools or "tools" in beside or in_text):
+            tools = self._tools(beside.get("tools"), self.one.tools)
+            return tool_turns.assemble(found, self.noted, turns, tools) if found.count == before else (turns, [])
+        return turns, []
+
+    # ---- beside the turns
+
+    def _beside(self, sample: dict) -> dict[str, dict]:
+        """The keys of keys.BESIDE_TURNS that a sample has, by what they are; notes the others."""
+        table = keys.ALPACA if "instruction" in sample else keys.BESIDE_TURNS
+        beside: dict[str, dict] = {}
+        for key, value in sample.items():
+            what = table.get(key)
+            if what is None:
+                self.noted.unread_key(self.found.number, key)
+            elif what == "refused":
+                if value not in keys.REFUSED_BESIDE[key].harmless:
+                    self.found.refuse(keys.REFUSED_BESIDE[key], f'"{key}" beside the turns')
+            elif what == "media":
+                if value:
+                    self.found.refuse(keys.SHOWN_MEDIA, f'"{key}"')
+            elif what == "marks" and not isinstance(value, bool):  # a class, or any other label
+                self.noted.unread_key(self.found.number, key)
+            elif what == "boxes":
+                if isinstance(value, dict) and any(value.get(part) for part in keys.BOXES[key]):
+                    self.found.refuse(keys.SHOWN_MEDIA, f'"{key}"')
+            elif what != "read" and (what in ("learn", "marks") or value not in ("", [], {})):
+                beside.setdefault(what, {})[key] = value
+        return beside
+
+    def _is_preference(self, beside: dict[str, dict]) -> bool:
+        for what, refusal in (("pairs", keys.PREFERENCES), ("marks", keys.GOOD_OR_BAD)):
+            for key in beside.get(what, ()):
+                self.found.refuse(refusal, f'"{key}"')
+        return "pairs" in beside or "marks" in beside
+
+    def _with_system(self, said: dict[str, object], turns: list[Turn]) -> list[Turn]:
+        """Puts a system text that stands beside the turns before them; it may stand there twice if it is the same."""
+        texts = {key: self.one.text(value, key) for key, value in said.items()}
+        if not said or None in texts.values():
+            return turns
+        key, text = next(iter(texts.items()))
+        if len(set(texts.values())) > 1:
+            self.found.find(f"has {quoted(texts)} with different texts; keep one of them")
+        if turns[0].role != "system":
+            return [Turn(f'"{key}"', "system", text), *turns]
+        if turns[0].content not in ("", text):
+            self.found.find(f'has a "{key}" and a system turn with another text; keep one')
+        return [turns[0]._replace(content=text), *turns[1:]]
+
+    def _weighed(self, said: dict[str, object], turns: list[Turn]) -> list[Turn]:
+        """The answers, with their weights times that of the sample."""
+        if not isinstance(said.get("loss", True), bool):
+            what = '"loss" beside the turns must be true or false; a number there is usually a loss that was measured'
+            self.found.find(f'{what}: remove the key, or call it "weight" if it is one')
+            return turns
+        weight = self.one.weight(said)
+        return turns if weight == 1 else [self._times(turn, weight) for turn in turns]
+
+    def _times(self, turn: Turn, weight: float) -> Turn:
+        if turn.role != "assistant":
+            return turn
+        more = dict(turn.more or {})
+        product = more.pop("weight", 1.0) * weight
+        if product == float("inf"):
+            self.found.find("its weight times that of the sample is not finite", turn.place)
+        return turn._replace(more=(more | {"weight": product} if product != 1 else more) or None)
+
+    def _tools(self, beside: dict[str, object] | None, on_system: dict[str, object] | None) -> list[dict]:
+        if beside and on_system:
+            self.found.find("has tools beside the turns and on the system turn; keep one of them")
+        try:
+            return tools_in_keys(beside or on_system) if beside or on_system else []
+        except Unreadable as error:
+            self.found.find(str(error))
             return []
-        self._once(sample)
-        found = [key for key in FORMS if key in sample]
-        if len(found) != 1:
-            self._no_form(sample, found)
-            return []
-        turns = self._alpaca(sample) if found == ["instruction"] else self._chat(sample, found[0])
-        return self._system(sample, turns) if turns else turns
 
     # ---- forms
 
     def _chat(self, sample: dict, container: str) -> list[Turn]:
         messages = sample[container]
-        self._mark_unread(sample, KNOWN)
         if not isinstance(messages, list):
-            self.find(f'"{container}" must be a list of turns, found {_kind(messages)}')
+            self.found.find(f'"{container}" must be a list of turns, found {kind(messages)}')
             return []
         if not messages:
-            self.forms.setdefault(_form(container, FIELDS[container]), self.number)
-            self.find("empty conversation; remove it")
+            self.forms.setdefault(_form(container, FIELDS[container]), self.found.number)
+            self.found.find("empty conversation; remove it")
             return []
         speaker, text = _fields(container, messages[0])
-        self.forms.setdefault(_form(container, (speaker, text)), self.number)
-        turns = [self._turn(f"turn {t}", message, speaker, text) for t, message in enumerate(messages, 1)]
+        self.forms.setdefault(_form(container, (speaker, text)), self.found.number)
+        turns = [self.one.turn(f"turn {t}", message, speaker, text) for t, message in enumerate(messages, 1)]
         return [turn for turn in turns if turn]
 
-    def _turn(self, place: str, message: object, speaker: str, text: str) -> Turn | None:
-        if not isinstance(message, dict):
-            return self.find(f'must be an object with "{speaker}" and "{text}", found {_kind(message)}', place)
-        role, content = message.get(speaker), message.get(text)
-        if (
-            len(message) == 2
-            and type(role) is str
-            and role in ROLES
-            and type(content) is str
-            and not _half_character(content)
-        ):
-            return Turn(place, ROLES[role], content)  # the usual turn; what follows is for the others
-        self._once(message, place)
-        missing = [key for key in (speaker, text) if key not in message]
-        for key in missing:
-            self.find(_missing(key, message), place)
-        role = None if speaker in missing else self._role(message[speaker], speaker, place)
-        content = None if text in missing else self._text(message[text], text, place, parts=text == "content")
-        train = message.get("train")
-        if train is not None and (role != "assistant" or not isinstance(train, bool)):
-            wrong = (
-                f"found {_kind(train)}"
-                if not isinstance(train, bool)
-                else f"only on an assistant turn, found on role {role}"
-            )
-            self.find(f'"train" must be true or false, {wrong}', place)
-        self._mark_unread(message, {speaker, text, "train"})
-        return None if role is None or content is None else Turn(place, role, content, train)
-
-    def _role(self, role: object, speaker: str, place: str) -> str | None:
-        if not isinstance(role, str):
-            return self.find(f'"{speaker}" must be a string, found {_kind(role)}', place)
-        if role not in ROLES:
-            guess = difflib.get_close_matches(role.strip().lower(), ROLES, 1, 0.75)
-            meant = f'; did you mean "{guess[0]}"?' if guess else ""
-            allowed = "system, user, assistant (human and gpt are read as user and assistant)"
-            return self.find(f'role "{role}" unknown; allowed: {allowed}{meant}', place)
-        return ROLES[role]
-
-    def _text(self, value: object, name: str, place: str = "", parts: bool = False) -> str | None:
-        """The text of a field; parts: also OpenAI's list of {"type": "text", "text": …}, joined as they are."""
-        if parts and isinstance(value, list):
-            for i, part in enumerate(value, 1):
-                if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    shown = f'type "{part["type"]}"' if isinstance(part, dict) and "type" in part else _kind(part)
-                    text_only = 'only {"type": "text", "text": "…"} can be trained on'
-                    return self.find(f'"{name}" part {i} is {shown}; {text_only}', place)
-            value = "".join(part["text"] for part in value)
-        if not isinstance(value, str):
-            return self.find(f'"{name}" must be a string, found {_kind(value)}', place)
-        if half := _half_character(value):
-            return self.find(
-                f'"{name}" holds half of a character (\\u{ord(half[0]):x} alone); write it whole or remove it', place
-            )
-        return value
-
-    def _alpaca(self, sample: dict) -> list[Turn]:
+    def _alpaca(self, sample: dict, beside: dict) -> list[Turn]:
         """history's pairs, then instruction and input on lines of their own, then output."""
-        self.forms.setdefault('"instruction"/"output"', self.number)
-        self._mark_unread(sample, KNOWN_ALPACA)
-        before = self.count
-        pairs = sample.get("history")
+        self.forms.setdefault('"instruction"/"output"', self.found.number)
+        before, find, text = self.found.count, self.found.find, self.one.text
+        pairs = sample.get("history", [])
         turns = []
-        if pairs is not None and not isinstance(pairs, list):
-            self.find(f'"history" must be a list of [question, answer] pairs, found {_kind(pairs)}')
-        else:
-            for i, pair in enumerate(pairs or [], 1):
-                if not isinstance(pair, list) or len(pair) != 2:
-                    self.find(f"must be a [question, answer] pair, found {_kind(pair)}", f"history {i}")
-                    continue
-                for role, name, text in zip(("user", "assistant"), ("question", "answer"), pair):
-                    turns.append(Turn(f"history {i} {name}", role, self._text(text, name, f"history {i}")))
+        if not isinstance(pairs, list):
+            find(f'"history" must be a list of [question, answer] pairs, found {kind(pairs)}')
+            pairs = []
+        for i, pair in enumerate(pairs, 1):
+            if not isinstance(pair, list) or len(pair) != 2:
+                find(f"must be a [question, answer] pair, found {kind(pair)}", f"history {i}")
+                continue
+            for role, name, said in zip(("user", "assistant"), ("question", "answer"), pair):
+                turns.append(Turn(f"history {i} {name}", role, text(said, name, f"history {i}")))
         if "output" not in sample:
-            self.find(_missing("output", sample))
-        question = [self._text(sample["instruction"], "instruction")]
-        if sample.get("input") is not None:
-            question.append(self._text(sample["input"], "input"))
-        answer = self._text(sample.get("output", ""), "output")
-        if self.count > before:
+            self.found.missing("output", sample)
+        question = [text(sample["instruction"], "instruction")]
+        if "input" in sample:
+            question.append(text(sample["input"], "input"))
+        answer = text(sample.get("output", ""), "output")
+        thoughts = self.one.thoughts(beside.get("thoughts", {}))
+        if thoughts and answer and answer.lstrip().startswith("<think>"):
+            find(f'has thoughts twice ({quoted(beside["thoughts"])} and <think> in "output"); keep one of them')
+        if self.found.count > before:
             return []
         prompt = "\n".join(text for text in question if text)
-        return [*turns, Turn('"instruction"', "user", prompt), Turn('"output"', "assistant", answer)]
+        more = {"reasoning_content": thoughts} if thoughts else None
+        return [*turns, Turn('"instruction"', "user", prompt), Turn('"output"', "assistant", answer, more)]
 
-    def _system(self, sample: dict, turns: list[Turn]) -> list[Turn]:
-        """Puts a "system" that stands beside the turns before them; an empty one counts as none."""
-        system = sample.get("system")
-        if system is None or system == "":
-            return turns
-        if turns[0].role == "system":
-            self.find('has a "system" and a system turn; keep one')
-        text = self._text(system, "system")
-        return turns if text is None else [Turn('"system"', "system", text), *turns]
-
-    def _no_form(self, sample: dict, found: list[str]) -> None:
-        if found:
-            return self.find(f"has {_quoted(found)}; keep one of them")
-        keys = [key for key in sample if key is not TWICE]
-        if {"from", "value"} <= set(keys) or {"role", "content"} <= set(keys):
-            return self.find('is a single turn; put the turns of a conversation into {"conversations": [...]}')
-        if "output" in keys:
-            return self.find(_missing("instruction", sample))
-        for key in keys:
-            guess = difflib.get_close_matches(key.lower(), FORMS, 1, 0.75) or _lookalike(sample[key])
+    def _no_form(self, sample: dict, forms: list[str]) -> None:
+        find, names = self.found.find, [key for key in sample if key is not TWICE and sample[key] is not None]
+        if forms:
+            return find(f"has {quoted(forms)}; keep one of them")
+        if {"from", "value"} <= set(names) or {"role", "content"} <= set(names):
+            return find('is a single turn; put the turns of a conversation into {"conversations": [...]}')
+        if "output" in names:
+            return self.found.missing("instruction", sample)
+        for key in names:
+            guess = self.found.meant(key.lower(), FORMS) or _lookalike(sample[key])
             if guess:
-                shown = f'did you mean "{guess[0]}"? Rename the key "{key}"'
-                return self.find(f'no "{guess[0]}" (keys: {_quoted(keys)}); {shown}')
-        if self.number == 1:
-            self.nameless = tuple(keys)
+                return find(f'no "{guess}" (keys: {quoted(names)}); did you mean "{guess}"? Rename the key "{key}"')
+        if self.found.number == 1:
+            self.nameless = names
         expected = 'expected "conversations" (from/value), "messages" (role/content) or "instruction"/"output"'
-        self.find(f'no "conversations" (keys: {_quoted(keys)}); {expected}')
-
-    def _once(self, value: dict, place: str = "") -> None:
-        if TWICE in value:
-            self.find(f'has "{value[TWICE]}" twice; one of them would be lost', place)
-
-    def _mark_unread(self, value: dict, known: set[str]) -> None:
-        for key in value.keys() - known:
-            if key is not TWICE:
-                self.noted.unread_key(self.number, key)
-
-    # ---- whole conversations
-
-    def _order(self, turns: list[Turn]) -> None:
-        """Who may follow whom, and whether there is something to learn."""
-        for before, turn in pairwise(turns):
-            if turn.role == "system":
-                self.find("system turn only allowed first", turn.place)
-            elif turn.role == before.role:
-                self.find(
-                    f"{_two(before.place, turn.place)} are both {turn.role}; join them or add the turn between them"
-                )
-        first = turns[turns[0].role == "system" :][:1]
-        if first and first[0].role == "assistant":
-            self.find("starts with assistant; the first turn (after a system turn) must be the user's")
-        answers = [turn for turn in turns if turn.role == "assistant"]
-        if not answers:
-            self.find("no assistant answer to learn from")
-        elif turns[-1].role == "user":
-            self.find("last user turn has no answer; add it or remove the turn", turns[-1].place)
-        elif all(turn.train is False for turn in answers):
-            self.find('no assistant answer to learn from: every one has "train": false')
-        for turn in answers:
-            if not turn.content.strip():
-                self.find("empty answer; write one or remove the sample", turn.place)
-
-    # ---- what comes of it
-
-    def stop(self, error: UserError) -> None:
-        """Ends with the findings so far and those of error."""
-        raise UserError(*self._shown(), *error.findings)
+        find(f'no "conversations" (keys: {quoted(names)}); {expected}')
 
     def finish(self, layout: str) -> None:
         """Raises the file's findings, all together."""
-        if not self.number:
-            raise UserError(f"{self.path}: no samples")
-        if self.number == 1 and layout == "lines" and self.nameless is not None:
-            raise UserError(
-                f"{self.path}: top level is an object with keys {_quoted(self.nameless)}; expected a list of samples"
-            )
+        found = self.found
+        if not found.number:
+            raise UserError(f"{found.path}: no samples")
+        if found.number == 1 and layout == "lines" and self.nameless is not None:
+            what = f"top level is an object with keys {quoted(self.nameless)}"
+            raise UserError(f"{found.path}: {what}; expected a list of samples")
+        lines = found.lines()
         if len(self.forms) > 1:
             firsts = ", ".join(f"{form} (first: sample {number})" for form, number in self.forms.items())
-            self.findings.insert(0, f"{self.path}: mixes forms: {firsts}; keep one form per file")
-            self.count += 1
-        if self.findings:
-            raise UserError(*self._shown())
-
-    def _shown(self) -> list[str]:
-        more = [f"{self.path}: and {self.count - SHOWN:,} more findings"] if self.count > SHOWN else []
-        return self.findings[:SHOWN] + more
+            lines.insert(0, f"{found.path}: mixes forms: {firsts}; keep one form per file")
+        if lines:
+            raise UserError(*lines)
 
 
 def _fields(container: str, message: object) -> tuple[str, str]:
@@ -342,39 +290,11 @@ def _fields(container: str, message: object) -> tuple[str, str]:
     return others[0] if others and own[0] not in message else own
 
 
-def _lookalike(value: object) -> list[str]:
-    """Which list of turns a value looks like."""
+def _lookalike(value: object) -> str:
+    """Which list of turns a value looks like; "" for none."""
     first = value[0] if isinstance(value, list) and value else None
-    return [name for name, pair in FIELDS.items() if isinstance(first, dict) and set(pair) <= set(first)]
-
-
-def _missing(key: str, value: dict) -> str:
-    keys = [name for name in value if name is not TWICE]
-    guess = difflib.get_close_matches(key, [name.lower() for name in keys], 1, 0.7)
-    meant = [name for name in keys if guess and name.lower() == guess[0]]
-    return f'no "{key}" (keys: {_quoted(keys)})' + (
-        f'; did you mean "{key}"? Rename the key "{meant[0]}"' if meant else ""
-    )
+    return next((name for name, pair in FIELDS.items() if isinstance(first, dict) and set(pair) <= set(first)), "")
 
 
 def _form(container: str, pair: tuple[str, str]) -> str:
     return f'"{container}" with {"/".join(pair)}'
-
-
-def _two(a: str, b: str) -> str:
-    """ "turns 2,3", or the names of two fields."""
-    return f"turns {a[5:]},{b[5:]}" if a.startswith("turn ") else f"{a} and {b}"
-
-
-def _quoted(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    return ", ".join(f'"{key}"' for key in keys[:12]) + (", …" if len(keys) > 12 else "")
-
-
-def _half_character(text: str) -> re.Match | None:
-    """A surrogate without its other half, from an escape like "\\ud83d" in the JSON: no encoding can hold it."""
-    return None if text.isascii() else SURROGATE.search(text)
-
-
-def _kind(value: object) -> str:
-    return KINDS.get(type(value), "a number")

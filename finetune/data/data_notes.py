@@ -1,15 +1,16 @@
 """What a data file may do but its owner should know of: counted while it is read, told in one line each."""
 
 import difflib
-import re
 import unicodedata
 from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
 
-SPECIAL = re.compile(r"<\|(?:endoftext|im_start|im_end|extra_(?:\d|[1-9]\d|1\d\d|20[0-4]))\|>")
+from . import keys
+
 MAX_UNREAD = 1000  # different keys remembered; a file that uses ids as keys could have millions
+SHOWN_UNREAD = 12
 WHOLE_CORPUS = 8  # times max_length: a sample as long as that is hardly one conversation
 
 
@@ -31,8 +32,10 @@ class Noted:
     """The counts over one file, and 64 bits per sample of its prompt (all but the last answer) and of all of it."""
 
     blank: Seen = field(default_factory=Seen)
-    special: Seen = field(default_factory=Seen)
     composed: Seen = field(default_factory=Seen)
+    unclosed: Seen = field(default_factory=Seen)
+    unopened: Seen = field(default_factory=Seen)
+    tools_in_text: Seen = field(default_factory=Seen)
     unread: dict[str, Seen] = field(default_factory=dict)
     prompts: array = field(default_factory=lambda: array("q"))
     wholes: array = field(default_factory=lambda: array("q"))
@@ -42,33 +45,39 @@ class Noted:
         if key in self.unread or len(self.unread) < MAX_UNREAD:
             self.unread.setdefault(key, Seen()).add(number)
 
-    def conversation(self, number: int, turns: list) -> None:
-        """turns: of sample `number`, with .role and .content; the last one is an answer."""
-        for turn in turns:
-            if turn.role == "user" and not turn.content.strip():
+    def conversation(self, number: int, turns: list, tools: list[dict]) -> None:
+        """turns: of sample `number`, each a turns.Turn; the last one is an answer."""
+        texts, more = [], None
+        for _, role, content, more_of_turn in turns:
+            if role == "user" and not content.strip():
                 self.blank.add(number)
-            if "<|" in turn.content and SPECIAL.search(turn.content):
-                self.special.add(number)
-            if not (turn.content.isascii() or unicodedata.is_normalized("NFC", turn.content)):
+            if not (content.isascii() or unicodedata.is_normalized("NFC", content)):
                 self.composed.add(number)
-        texts = tuple(text for turn in turns for text in (turn.role, turn.content))
-        self.prompts.append(hash(texts[:-1]))
+            texts += (role, content)
+            more = more or more_of_turn
+        prompt, texts = tuple(texts[:-1]), tuple(texts)
+        if tools or more:
+            prompt = (prompt, repr((tools, [turn.more for turn in turns[:-1]])))
+            texts = (prompt, texts[-1], repr(turns[-1].more))
+        self.prompts.append(hash(prompt))
         self.wholes.append(hash(texts))
 
-    def lines(self, allow_special: bool) -> list[str]:
+    def lines(self) -> list[str]:
         """One line for each thing there is to know."""
         lines = []
         if self.blank.samples:
             lines.append(f"{counted(self.blank.samples)} with an empty user turn (first: {self.blank.first})")
-        if self.special.samples:
-            what = (
-                "it becomes control tokens"
-                if allow_special
-                else "it is encoded as plain text. --allow_special to change"
-            )
-            contain = "contains" if self.special.samples == 1 else "contain"
-            where = f"{counted(self.special.samples)} {contain} special-token text (first: {self.special.first})"
-            lines.append(f"{where}; {what}")
+        if self.unclosed.samples:
+            where = f"{counted(self.unclosed.samples)} with <think> but no </think> in an answer"
+            lines.append(f"{where} (first: {self.unclosed.first}); it is learned as it stands")
+        if self.unopened.samples:
+            where = f"{counted(self.unopened.samples)} with </think> but no <think> in an answer"
+            what = "a chat template takes what stands before it for thoughts"
+            lines.append(f"{where} (first: {self.unopened.first}); {what}")
+        if self.tools_in_text.samples:
+            where = f'{counted(self.tools_in_text.samples)} with "tools" and <tools> in the system turn'
+            what = "the system turn is kept, the tools are not laid out again"
+            lines.append(f"{where} (first: {self.tools_in_text.first}); {what}")
         if self.composed.samples:
             where = f"{counted(self.composed.samples)} with text outside Unicode's normal form C"
             lines.append(f"{where} (first: {self.composed.first}); the tokenizer normalizes it")
@@ -100,11 +109,11 @@ def _repeated(prompts: np.ndarray, wholes: np.ndarray) -> list[str]:
 
 def _unread(unread: dict[str, Seen]) -> str:
     shown = []
-    for key, seen in sorted(unread.items(), key=lambda item: -item[1].samples)[:5]:
-        guess = difflib.get_close_matches(key.lower(), ("train", "system", "input", "history"), 1, 0.75)
+    for key, seen in sorted(unread.items())[:SHOWN_UNREAD]:
+        guess = [] if key in keys.ALL else difflib.get_close_matches(key.lower(), keys.ALL, 1, 0.75)
         meant = f'; did you mean "{guess[0]}"?' if guess else ""
         shown.append(f'"{key}" ({counted(seen.samples)}, first: {seen.first}{meant})')
-    return ", ".join(shown) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+    return ", ".join(shown) + (f" and {len(unread) - SHOWN_UNREAD} more" if len(unread) > SHOWN_UNREAD else "")
 
 
 def too_long(full: np.ndarray, source: np.ndarray, max_length: int, long_samples: str) -> list[str]:

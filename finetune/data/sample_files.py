@@ -26,6 +26,7 @@ PACKED = {
     b"BZh": "bunzip2",
     b"\xfd7zXZ": "unxz",
 }
+EXACT_DIGITS = 600  # of an integer; a float ends at 309
 BLANK = re.compile(r"[ \t\n\r]*")  # JSON's blanks: U+2028 and the like are text, also in JSON lines
 
 
@@ -116,7 +117,7 @@ class _Window:
     def __init__(self, path: str, file):
         self.path, self.file, self.bytes_read = path, file, 0
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.decode = json.JSONDecoder(object_pairs_hook=_object, parse_int=float).raw_decode
+        self.decode = DECODER.raw_decode
         self.buffer, self.pos = "", 0
         self.lines_before, self.chars_before = 0, 0  # lines, and chars of the current line, that have slid out
         self.counted, self.newlines = 0, 0  # newlines in buffer[:counted]
@@ -193,9 +194,18 @@ class _Window:
 def _object(pairs: list[tuple]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        value[TWICE] = next(key for key in keys if keys.count(key) > 1)
+        seen = set()
+        value[TWICE] = next(key for key, _ in pairs if key in seen or seen.add(key))
     return value
+
+
+def _integer(digits: str) -> int | float:
+    """Exact up to EXACT_DIGITS. int() takes quadratic time and refuses what is longer than sys.get_int_max_str_digits(),
+    which is never below 640; float() takes linear time and gives infinity, which is refused where it would be learned."""
+    return int(digits) if len(digits) <= EXACT_DIGITS else float(digits)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)  # for all JSON that a file holds, in strings, too
 
 
 def _stamp(path: str) -> tuple[int, int]:

@@ -9,9 +9,13 @@ import pytest
 from talks import GOOD, TALK, findings, turns, write
 
 from finetune.data.conversations import read
+from finetune.data.messages import Conversation, call
 
 EXPECTED = 'expected "conversations" (from/value), "messages" (role/content) or "instruction"/"output"'
-ALLOWED = "allowed: system, user, assistant (human and gpt are read as user and assistant)"
+ALLOWED = (
+    "allowed: system, user, assistant, tool (human and gpt are read as user and assistant; other words for tools: "
+    "data/README.md)"
+)
 
 
 # ---- what is accepted
@@ -56,27 +60,47 @@ FORMS = {
 @pytest.mark.parametrize("indent", [None, 2])
 def test_forms_give_the_same_conversation(tmp_path, form, indent):
     conversations = read(write(tmp_path, json.dumps(FORMS[form], indent=indent, ensure_ascii=False)))
-    assert list(conversations) == [TALK]
+    assert list(conversations) == [Conversation(TALK)]
     assert len(conversations) == 1 and conversations.notes == []
+
+
+def example(*contents) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in zip(["user", "assistant"] * 2, contents)]
+
+
+UMBRELLA = [
+    {"role": "user", "content": "Do I need an umbrella in Paris?"},
+    {"role": "assistant", "content": "", "tool_calls": [call("weather", {"city": "Paris"})]},
+    {"role": "tool", "content": "rain, 12 °C", "name": "weather"},
+    {"role": "assistant", "content": "Yes, it rains."},
+]
+EXAMPLES = [  # of data/README.md, in its order: what each sample of it is read to
+    [example("你好", "你好，我是小星。", "What are you?", "A small model.")],
+    [example("Hi", "Hello!"), example("Bye", "See you.")],
+    [
+        [
+            {"role": "system", "content": "You are a translator."},
+            *example("Translate to French: dog", "chien", "Translate to French.\ncat", "chat"),
+        ]
+    ],
+    *[[UMBRELLA]] * 4,
+    [[m | ({"weight": 0.0} if m["content"] == "5" else {}) for m in example("2 + 2?", "5", "Sure?", "Sorry, 4.")]],
+    [[*example("17 * 3?"), {"role": "assistant", "content": "51", "reasoning_content": "10 * 3 = 30, 7 * 3 = 21."}]],
+]
 
 
 def test_the_examples_of_the_readme_are_accepted(tmp_path):
     text = (Path(__file__).parent.parent.parent / "data" / "README.md").read_text(encoding="utf-8")
     examples = re.findall(r"^((?:    +[^\n]*\n)+)", text, re.MULTILINE)
     accepted = [read(write(tmp_path, text, f"{i}")) for i, text in enumerate(examples) if text.lstrip()[0] in "[{"]
-    assert [len(conversations) for conversations in accepted] == [1, 2, 1, 1]
-    assert [conversations.notes for conversations in accepted] == [[]] * 4
-    alpaca, untrained = (next(iter(conversations)) for conversations in accepted[2:])
-    assert [m["content"] for m in alpaca[1:]] == [
-        "Translate to French: dog",
-        "chien",
-        "Translate to French.\ncat",
-        "chat",
-    ]
-    assert [m.get("train") for m in untrained] == [None, False, None, None]
-    [finding] = [text for text in examples if text.lstrip()[0] not in "[{"]
-    bad = [turns(("user", "x"), ("bot", "y"))]
-    assert finding.split(": ", 2)[2].split(" (")[0] in findings(write(tmp_path, bad))[0]
+    assert [conversations.notes for conversations in accepted] == [[]] * len(EXAMPLES)
+    assert [[conversation.messages for conversation in conversations] for conversations in accepted] == EXAMPLES
+    assert [len(next(iter(conversations)).tools) for conversations in accepted] == [0, 0, 0, 1, 1, 1, 1, 0, 0]
+    unknown, pairs = [text.strip() for text in examples if text.lstrip()[0] not in "[{"]
+    [found] = findings(write(tmp_path, [turns(("user", "x"), ("bot", "y"))]))
+    assert unknown.split(": ", 2)[2].split(" (")[0] == found.split(": ", 1)[1].split(" (")[0]
+    [found] = findings(write(tmp_path, [{"chosen": "x", "rejected": "y"}] * 300))
+    assert pairs.startswith("talk.json: ") and found.startswith(pairs.removeprefix("talk.json: ").removesuffix("..."))
 
 
 def test_alpaca_fields(tmp_path):
@@ -84,7 +108,7 @@ def test_alpaca_fields(tmp_path):
         {"instruction": "Translate", "input": "chat", "output": "cat", "system": "You know French.", "history": []},
         {"instruction": "Say A", "input": None, "output": "A", "system": "", "history": None},
     ]
-    first, second = read(write(tmp_path, samples))
+    first, second = (conversation.messages for conversation in read(write(tmp_path, samples)))
     assert [m["content"] for m in first] == ["You know French.", "Translate\nchat", "cat"]
     assert [m["role"] for m in first] == ["system", "user", "assistant"]
     assert second == [{"role": "user", "content": "Say A"}, {"role": "assistant", "content": "A"}]
@@ -94,14 +118,7 @@ def test_system_turn_and_system_field(tmp_path):
     inside = turns(("system", "Be short."), ("user", "a"), ("assistant", "b"))
     beside = {"system": "Be short.", **turns(("user", "a"), ("assistant", "b"))}
     first, second = read(write(tmp_path, [inside, beside]))
-    assert first == second and first[0] == {"role": "system", "content": "Be short."}
-
-
-def test_train_is_kept(tmp_path):
-    sample = {"messages": [dict(message) for message in TALK]}
-    sample["messages"][1]["train"], sample["messages"][3]["train"] = False, True
-    [messages] = read(write(tmp_path, [sample]))
-    assert messages == [TALK[0], TALK[1] | {"train": False}, TALK[2], TALK[3] | {"train": True}]
+    assert first == second and first.messages[0] == {"role": "system", "content": "Be short."}
 
 
 # ---- samples and turns
@@ -146,7 +163,7 @@ CASES = [  # a sample, and what is said of it
     (GOOD | {"system": 1}, ': "system" must be a string, found a number'),
     (
         {"system": "s", **turns(("system", "t"), ("user", "a"), ("assistant", "b"))},
-        ': has a "system" and a system turn; keep one',
+        ': has a "system" and a system turn with another text; keep one',
     ),
     (turns(("assistant", "a"), ("user", "b"), ("assistant", "c")), f": starts with assistant{ORDER}"),
     (turns(("system", "s"), ("assistant", "a")), f": starts with assistant{ORDER}"),
@@ -169,30 +186,21 @@ CASES = [  # a sample, and what is said of it
     (turns(("user", "a"), ("assistant", "")), " turn 2: empty answer; write one or remove the sample"),
     (turns(("user", "a"), ("assistant", " \n\u3000")), " turn 2: empty answer; write one or remove the sample"),
     (
-        {"messages": [QUESTION | {"content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
-        f' turn 1: "content" part 2 is type "image_url"; {TEXT_PART}',
+        {"messages": [QUESTION | {"content": [{"type": "text", "text": "a"}, {"type": "tool_use"}]}]},
+        f' turn 1: "content" part 2 is type "tool_use"; {TEXT_PART}',
     ),
     ({"messages": [QUESTION | {"content": [4]}]}, f' turn 1: "content" part 1 is a number; {TEXT_PART}'),
-    # train
-    (
-        {"messages": [QUESTION | {"train": True}, {"role": "assistant", "content": "b", "train": "no"}]},
-        ' turn 1: "train" must be true or false, only on an assistant turn, found on role user',
-        ' turn 2: "train" must be true or false, found a string',
-    ),
-    (
-        {"messages": [QUESTION, {"role": "assistant", "content": "b", "train": False}]},
-        ': no assistant answer to learn from: every one has "train": false',
-    ),
     # alpaca
     (
         {"instruction": "a", "ouput": "b"},
         ': no "output" (keys: "instruction", "ouput"); did you mean "output"? Rename the key "ouput"',
     ),
+    ({"instruction": "a", "output": None}, ': no "output" (keys: "instruction")'),
     ({"input": "a", "output": "b"}, ': no "instruction" (keys: "input", "output")'),
     (
-        {"instruction": "a", "input": 0, "output": None},
+        {"instruction": "a", "input": 0, "output": 1},
         ': "input" must be a string, found a number',
-        ': "output" must be a string, found null',
+        ': "output" must be a string, found a number',
     ),
     (
         {"instruction": "a", "output": "b", "history": "c"},
@@ -273,14 +281,12 @@ def test_notes(tmp_path):
     path = write(tmp_path, samples)
     assert read(path).notes == [
         "1 sample with an empty user turn (first: 1)",
-        "2 samples contain special-token text (first: 2); it is encoded as plain text. --allow_special to change",
         "1 sample with text outside Unicode's normal form C (first: 2); the tokenizer normalizes it",
-        'keys that are not read: "source" (3 samples, first: 5), "trian" (1 sample, first: 1; did you mean "train"?), '
-        '"hitsory" (1 sample, first: 7; did you mean "history"?)',
+        'keys that are not read: "hitsory" (1 sample, first: 7; did you mean "history"?), "source" (3 samples, first: 5), '
+        '"trian" (1 sample, first: 1; did you mean "train"?)',
         "duplicates: 1 sample equal to an earlier one (first: 5 and 7)",
         "conflicting: 3 samples with the same prompt but different answers (first: 5 and 6)",
     ]
-    assert "it becomes control tokens" in read(path, allow_special=True).notes[1]
 
 
 def test_duplicates_and_conflicts_against_a_plain_count(tmp_path):

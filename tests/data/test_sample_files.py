@@ -25,14 +25,15 @@ def test_json_lines_by_content(tmp_path, name, between, end):
     sample = json.dumps({"messages": TALK}, ensure_ascii=False)
     path = write(tmp_path, sample + between + sample.replace("Hello", "Bye") + between + sample + end, name)
     other = [TALK[0], {"role": "assistant", "content": "Bye"}, *TALK[2:]]
-    assert list(read(path)) == [TALK, other, TALK]
+    assert [conversation.messages for conversation in read(path)] == [TALK, other, TALK]
 
 
 @pytest.mark.parametrize("data", [GOOD, [GOOD]])
 @pytest.mark.parametrize("front", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n", b"\n" * 5000])
 def test_single_object_byte_order_mark_and_blanks_in_front(tmp_path, data, front):
     conversations = read(write(tmp_path, front + json.dumps(data).encode()))
-    assert list(conversations) == [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]]
+    [conversation] = conversations
+    assert conversation.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 
 def test_parquet(tmp_path):
@@ -40,16 +41,18 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     from pyarrow import Table
 
-    answers = [{"from": "assistant", "value": "a", "train": True}] + [{"from": "assistant", "value": "a"}] * 699
+    answers = [{"from": "assistant", "value": "a", "train": False}] + [{"from": "assistant", "value": "a"}] * 699
     rows = [
         {"system": None, "conversations": [{"from": "user", "value": f"q{i}"}, answers[i]], "messages": None}
         for i in range(700)
     ]
+    rows[0]["conversations"] += [{"from": "user", "value": "and"}, {"from": "assistant", "value": "b"}]
     rows[6]["system"] = "S"
     parquet.write_table(Table.from_pylist(rows), tmp_path / "talk.json", row_group_size=100)
     conversations = read(tmp_path / "talk.json")
-    first, *rest = conversations
-    assert first == [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a", "train": True}]
+    first, *rest = (conversation.messages for conversation in conversations)
+    assert first[:2] == [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a", "weight": 0.0}]
+    assert first[3] == {"role": "assistant", "content": "b"}
     assert rest[5][0] == {"role": "system", "content": "S"}
     assert rest[698] == [{"role": "user", "content": "q699"}, {"role": "assistant", "content": "a"}]
     assert len(conversations) == 700 and conversations.notes == []
@@ -244,7 +247,7 @@ def test_windows_of_any_size_read_the_same(tmp_path, monkeypatch, chunk):
         lines = [json.dumps(sample, ensure_ascii=ascii_only, indent=draw.choice([None, 1])) for sample in samples]
         for text in ("[" + " ,\n".join(lines) + "\n] ", "\n".join(lines)):
             found = list(read(write(tmp_path, text)))
-            assert [[message["content"] for message in messages] for messages in found] == expected
+            assert [[message["content"] for message in messages] for messages, _ in found] == expected
 
 
 def test_the_file_may_not_change_between_checking_and_reading(tmp_path):
@@ -263,7 +266,7 @@ def test_a_large_sample_is_tried_a_few_times_only(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_files, "CHUNK_BYTES", 1000)
     reads, fill = [], sample_files._Window.fill
     monkeypatch.setattr(sample_files._Window, "fill", lambda window: reads.append(window) or fill(window))
-    [messages] = read(write(tmp_path, [turns(("user", "long " * 400_000), ("assistant", "x"))]))
+    [(messages, _)] = read(write(tmp_path, [turns(("user", "long " * 400_000), ("assistant", "x"))]))
     assert len(messages[0]["content"]) == 2_000_000 and len(reads) < 60  # in two readings
 
 
