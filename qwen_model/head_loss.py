@@ -51,13 +51,15 @@ class LMHead(nn.Linear):
 
     takes_labels = True  # a module around the head that hands labels on says the same
 
-    def forward(self, hidden, labels=None, rows=None, row_ids=None, weights=None):
+    def forward(self, hidden, labels=None, rows=None, row_ids=None, weight_bits=None):
         """hidden (..., H) -> logits (..., V); with labels (R,) and hidden (R, H) -> the summed cross-entropy, float32.
 
         rows (K, H), which may train, stand in the places of the weight's rows row_ids (K,), each token once.
-        weights (R,): what each label's loss weighs in the sum; None: 1.
+        weight_bits (R,): what each label's loss weighs in the sum, float32 seen as int32, because what gathers the weight
+        may round the numbers that it hands on (FSDP does); None: 1.
         """
         if labels is not None:
+            weights = None if weight_bits is None else weight_bits.view(torch.float32)
             return HeadLoss.apply(hidden, self.weight, labels, rows, row_ids, weights)
         logits = super().forward(hidden)
         return logits if rows is None else put_row_logits(logits, hidden, rows, row_ids)
@@ -76,7 +78,8 @@ def summed_loss(head: nn.Module, hidden_RH, labels_R, weights_R: torch.Tensor | 
     called all the same: what trains of it gets a gradient of zeros, and ranks that gather its weights meet.
     """
     if getattr(head, "takes_labels", False):
-        return head(hidden_RH, labels=labels_R, weights=weights_R)
+        weight_bits = None if weights_R is None else weights_R.float().view(torch.int32)
+        return head(hidden_RH, labels=labels_R, weight_bits=weight_bits)
 
     def piece_loss(hidden, labels, weights=None):
         logits = head(hidden).float()
@@ -112,7 +115,6 @@ class HeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             if weights_R is not None and len(weights_R):
                 # gradients are of shares of the largest, and backward does the rest: half precision holds them, whatever the weights are
-                weights_R = weights_R.float()
                 largest = weights_R.amax().clamp_min(torch.finfo(torch.float32).tiny)
                 shares_R = weights_R / largest
             weight = weight_VH.to(dtype)

@@ -151,8 +151,8 @@ class WithRows(nn.Module):
         self.head, self.ids = head, torch.tensor(ids)
         self.rows = nn.Parameter(torch.randn(len(ids), head.in_features).to(dtype) * 0.5)
 
-    def forward(self, hidden, labels=None, weights=None):
-        return self.head(hidden, labels=labels, rows=self.rows, row_ids=self.ids, weights=weights)
+    def forward(self, hidden, labels=None, weight_bits=None):
+        return self.head(hidden, labels=labels, rows=self.rows, row_ids=self.ids, weight_bits=weight_bits)
 
 
 IDS = [250, 7, 0]  # one that is a label several times, one that may be none
