@@ -7,10 +7,13 @@ class Filled:
     def __init__(self, length: int, count: int, vocabulary: int):
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (count, length), dtype=np.int32)
         self.lengths = np.full(count, length)
-        self.supervised = np.full(count, length - 1)  # nothing predicts the first
+        self.supervised = self.weight_sums = np.full(count, length - 1)  # nothing predicts the first
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i) -> tuple[np.ndarray, np.ndarray]:
         return self.ids[i], self.ids[i].copy()
+
+    def token_weights(self, i) -> None:
+        """1 each."""

@@ -31,6 +31,17 @@ def check_inputs(input_ids, inputs_embeds, position_ids) -> None:
         raise ValueError(f"position_ids must be ({B}, {T}) or (1, {T}), one a token; they are {tuple(position_ids.shape)}")
 
 
+def check_weights(shift_weights, shift_labels) -> None:
+    """ValueError for weights of labels that are not there, or not one for each."""
+    if shift_weights is None:
+        return
+    if shift_labels is None:
+        raise ValueError("shift_weights are what each of shift_labels weighs in the loss: give those, too")
+    if shift_weights.shape != shift_labels.shape:
+        shapes = f"{tuple(shift_labels.shape)}, one for each of shift_labels; they are {tuple(shift_weights.shape)}"
+        raise ValueError(f"shift_weights must be {shapes}")
+
+
 def check_packed(batch: int, kwargs: dict, attention_mask, cache, use_cache) -> None:
     """ValueError for what does not go with a packed row."""
     if kwargs.get("max_length_q") is None:

@@ -20,12 +20,15 @@ of those columns only,
 
 where E'' is E' with 0 in those columns, and c is 0 where the label is one of those tokens.
 
+A row may weigh w >= 0 in the sum: its loss is w (log Z + m - z_y), and its gradients are those above with Z / w in the place of
+Z, and w c in that of c. Weights of 1 change no bit.
+
 Shapes: R rows (supervised positions), H hidden size, V vocabulary, K trained rows.
 """
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, linear, nll_loss
 from torch.utils.checkpoint import checkpoint
 
 from .on_triton import why_no_triton
@@ -48,13 +51,16 @@ class LMHead(nn.Linear):
 
     takes_labels = True  # a module around the head that hands labels on says the same
 
-    def forward(self, hidden, labels=None, rows=None, row_ids=None):
+    def forward(self, hidden, labels=None, rows=None, row_ids=None, weight_bits=None):
         """hidden (..., H) -> logits (..., V); with labels (R,) and hidden (R, H) -> the summed cross-entropy, float32.
 
         rows (K, H), which may train, stand in the places of the weight's rows row_ids (K,), each token once.
+        weight_bits (R,): what each label's loss weighs in the sum, float32 seen as int32, because what gathers the weight
+        may round the numbers that it hands on (FSDP does); None: 1.
         """
         if labels is not None:
-            return HeadLoss.apply(hidden, self.weight, labels, rows, row_ids)
+            weights = None if weight_bits is None else weight_bits.view(torch.float32)
+            return HeadLoss.apply(hidden, self.weight, labels, rows, row_ids, weights)
         logits = super().forward(hidden)
         return logits if rows is None else put_row_logits(logits, hidden, rows, row_ids)
 
@@ -64,35 +70,53 @@ def put_row_logits(logits, hidden, rows_KH, row_ids_K):
     return logits.index_copy_(-1, row_ids_K, linear(hidden, rows_KH.to(hidden.dtype)))
 
 
-def summed_loss(head: nn.Module, hidden_RH: torch.Tensor, labels_R: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of the cross-entropy of head(hidden) against labels; float32 scalar.
+def summed_loss(head: nn.Module, hidden_RH, labels_R, weights_R: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum over rows of the cross-entropy of head(hidden) against labels, each times its weight; float32 scalar.
 
-    Any module serves as head. An LMHead, also inside a wrapper that hands labels on to it, takes the fused way; another
+    Any module serves as head. An LMHead, also inside a wrapper that hands labels and weights on to it, takes the fused way; another
     (a LoRA on the head, say) is called piece by piece, and again in the backward pass. Without a supervised token the head is
     called all the same: what trains of it gets a gradient of zeros, and ranks that gather its weights meet.
     """
     if getattr(head, "takes_labels", False):
-        return head(hidden_RH, labels=labels_R)
+        weight_bits = None if weights_R is None else weights_R.float().view(torch.int32)
+        return head(hidden_RH, labels=labels_R, weight_bits=weight_bits)
 
-    def piece_loss(hidden, labels):
-        return cross_entropy(head(hidden).float(), labels, reduction="sum")
+    def piece_loss(hidden, labels, weights=None):
+        logits = head(hidden).float()
+        if weights is None:
+            return cross_entropy(logits, labels, reduction="sum")
+        losses = cross_entropy(logits, labels, reduction="none") * weights.float()
+        # added up as cross_entropy adds them: weights of 1 change no bit
+        return nll_loss(-losses[:, None], torch.zeros_like(labels), reduction="sum")
 
     rows = rows_per_piece(getattr(head, "out_features", 2**17), hidden_RH.device.type)
-    pieces = zip(hidden_RH.split(rows), labels_R.split(rows))
-    return sum(checkpoint(piece_loss, hidden, labels, use_reentrant=False) for hidden, labels in pieces)
+    pieces = zip(*(given.split(rows) for given in (hidden_RH, labels_R, weights_R) if given is not None))
+    return sum(checkpoint(piece_loss, *piece, use_reentrant=False) for piece in pieces)
+
+
+def mean_loss(head: nn.Module, hidden_RH, labels_R, weights_R=None, count=None) -> torch.Tensor:
+    """summed_loss over `count` where it is given, else over the sum of weights, or the number of labels where none are given."""
+    if count is None:
+        count = labels_R.numel() if weights_R is None else weights_R.float().sum()
+    return summed_loss(head, hidden_RH, labels_R, weights_R) / count
 
 
 class HeadLoss(torch.autograd.Function):
     """Forward: the summed loss, and both gradients while the exponentials are at hand. Backward: scales them."""
 
     @staticmethod
-    def forward(ctx, hidden_RH, weight_VH, labels_R, rows_KH=None, row_ids_K=None):
+    def forward(ctx, hidden_RH, weight_VH, labels_R, rows_KH=None, row_ids_K=None, weights_R=None):
         device = hidden_RH.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_RH.dtype
-        need_hidden, need_weight, _, need_rows, _ = ctx.needs_input_grad
+        need_hidden, need_weight, _, need_rows, _, _ = ctx.needs_input_grad
         ctx.hidden_dtype, ctx.rows_dtype = hidden_RH.dtype, None if rows_KH is None else rows_KH.dtype
+        largest = None
         with torch.autocast(device, enabled=False):
+            if weights_R is not None and len(weights_R):
+                # gradients are of shares of the largest, and backward does the rest: half precision holds them, whatever the weights are
+                largest = weights_R.amax().clamp_min(torch.finfo(torch.float32).tiny)
+                shares_R = weights_R / largest
             weight = weight_VH.to(dtype)
             # in float32 until backward has scaled it: fp16's loss scaling is there so that small gradients are not lost
             grad_hidden = torch.empty_like(hidden_RH, dtype=torch.float32) if need_hidden else None
@@ -108,8 +132,10 @@ class HeadLoss(torch.autograd.Function):
                 logits = torch.mm(hidden, weight.T, out=buffer[: len(labels)])
                 if rows_KH is not None:
                     put_row_logits(logits, hidden, rows_KH, row_ids_K)
-                others_RV, Z_R, c_R, piece_loss = exponentials(logits, labels)
-                loss += piece_loss
+                others_RV, Z_R, c_R, losses_R = exponentials(logits, labels)
+                if largest is not None:
+                    losses_R, Z_R, c_R = losses_R * weights_R[part], Z_R / shares_R[part], c_R * shares_R[part]
+                loss += losses_R.sum()
                 if rows_KH is not None:
                     of_rows_RK, c_R = take_columns(others_RV, Z_R, c_R, labels, row_ids_K)
                 if need_hidden:
@@ -121,19 +147,19 @@ class HeadLoss(torch.autograd.Function):
                     add_weight_gradient(grad_weight, others_RV, hidden.float(), Z_R, c_R, labels)
                 if need_rows:
                     grad_rows.addmm_(of_rows_RK.T, hidden.float())
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
+        ctx.save_for_backward(largest, grad_hidden, grad_weight, grad_rows)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight, grad_rows = (
-            None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors
-        )
+        largest, *gradients = ctx.saved_tensors
+        scale = grad_loss if largest is None else grad_loss * largest
+        grad_hidden, grad_weight, grad_rows = (None if gradient is None else gradient.mul_(scale) for gradient in gradients)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)
         if grad_rows is not None:
             grad_rows = grad_rows.to(ctx.rows_dtype)
-        return grad_hidden, grad_weight, None, grad_rows, None
+        return grad_hidden, grad_weight, None, grad_rows, None, None
 
 
 def take_columns(others_RV, Z_R, c_R, labels_R, row_ids_K):
@@ -160,7 +186,7 @@ def has_kernel(x: torch.Tensor) -> bool:
 
 
 def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):
-    """(E' in the logits' type; in float32: Z (R,), c (R,), the summed loss). May overwrite the logits."""
+    """(E' in the logits' type; in float32: Z, c and the loss, each (R,)). May overwrite the logits."""
     if has_kernel(logits_RV):
         from .head_loss_kernels import exponentials as in_one_kernel
 
@@ -171,5 +197,4 @@ def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):
     others = logits.sub_(top_R[:, None]).exp_().scatter_(1, at_label, 0.0)
     sum_R = others.sum(1)
     Z_R = sum_R + (label_logits - top_R).exp()
-    loss = (Z_R.log() + top_R - label_logits).sum()
-    return others.to(logits_RV.dtype), Z_R, -sum_R / Z_R, loss
+    return others.to(logits_RV.dtype), Z_R, -sum_R / Z_R, Z_R.log() + top_R - label_logits

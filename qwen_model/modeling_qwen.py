@@ -18,10 +18,10 @@ from transformers.utils import can_return_tuple, logging
 from .attention import attend, choose_attention
 from .compat import CACHE_NAMES, FOR_GENERATE, cache_name, check_generation_inputs, one_cache, overrides
 from .configuration_qwen import QWenConfig
-from .forward_checks import check_forward
+from .forward_checks import check_forward, check_weights
 from .fused import gated, rms_norm, rotated_heads
 from .generation_qwen import QWenChatMixin
-from .head_loss import LMHead, summed_loss
+from .head_loss import LMHead, mean_loss
 from .kv_cache import Int8Cache, kernel_obstacle
 from .positions import QWenRotaryEmbedding, alpha_of_pass, count_on, logn_factor
 
@@ -288,6 +288,7 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         shift_labels=None,
+        shift_weights=None,
         num_items_in_batch=None,
         skip_logits: bool | None = None,
         past_key_values: Cache | None = None,
@@ -297,17 +298,19 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
 
         labels (B, T), -100 where nothing is learnt, are shifted by one here; shift_labels are taken as they are, one for each
         position that logits_to_keep (a number of last positions, or a tensor of positions) keeps. The loss is the summed
-        cross-entropy over num_items_in_batch, or over the number of labels. With labels, in training, no logits are
+        cross-entropy over num_items_in_batch, or over the number of labels. shift_weights, of the shape of shift_labels, are what each
+        of them weighs in that sum, and in place of their number stands the sum of weights. With labels, in training, no logits are
         returned: skip_logits=False asks for them, True saves them in evaluation too.
         """
         if labels is not None and shift_labels is not None:
             raise ValueError("labels and shift_labels say the same in two ways: give one of them")
+        check_weights(shift_weights, shift_labels)
         cache = one_cache(cache, past_key_values)
         given = (input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         out = self.transformer(*given, return_dict=True, **kwargs)
         x_BTH, loss, logits = out.last_hidden_state, None, None
         if labels is not None or shift_labels is not None:
-            loss = self.loss(x_BTH, labels, shift_labels, logits_to_keep, num_items_in_batch)
+            loss = self.loss(x_BTH, labels, shift_labels, shift_weights, logits_to_keep, num_items_in_batch)
             skip_logits = self.training if skip_logits is None else skip_logits
         if not skip_logits:
             logits = self.lm_head(keep(x_BTH, logits_to_keep))
@@ -319,18 +322,19 @@ class QWenLMHeadModel(QWenChatMixin, QWenPreTrainedModel, GenerationMixin):
             **{CACHE: out[CACHE] if CACHE in out else None},
         )
 
-    def loss(self, x_BTH, labels, shift_labels, logits_to_keep, num_items_in_batch):
+    def loss(self, x_BTH, labels, shift_labels, shift_weights, logits_to_keep, num_items_in_batch):
         """Only supervised positions reach the head."""
         if shift_labels is None:
             x_BTH, shift_labels = x_BTH[:, :-1], labels[:, 1:]
         else:
             x_BTH = keep(x_BTH, logits_to_keep)
         labels_R, x_RH = shift_labels.reshape(-1), x_BTH.reshape(-1, x_BTH.shape[-1])
+        weights_R = None if shift_weights is None else shift_weights.reshape(-1)
         if not isinstance(logits_to_keep, torch.Tensor):
             supervised = (labels_R != -100).nonzero().squeeze(1)
             labels_R, x_RH = labels_R[supervised], x_RH[supervised]
-        count = labels_R.numel() if num_items_in_batch is None else num_items_in_batch
-        return summed_loss(self.lm_head, x_RH, labels_R) / count
+            weights_R = None if weights_R is None else weights_R[supervised]
+        return mean_loss(self.lm_head, x_RH, labels_R, weights_R, num_items_in_batch)
 
     @overrides(GenerationMixin)
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):

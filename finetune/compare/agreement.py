@@ -7,6 +7,7 @@ distributions of the reference and of another model:
     KL divergence  sum over the vocabulary of p (log p - log q), in nats: 0 where they are equal
     same greedy    the share of positions where both find the same token the likeliest
 
+Every such position counts once, whatever its token weighs in the loss of training.
 One model at a time is in memory. Of the reference what stays is its hidden states at those positions and its head: from them
 its distributions come again, bit by bit, whatever the head is (with trained rows, tied, whole), a few positions at a time.
 Shapes: T tokens of a sample, K of its positions, H hidden size, V vocabulary.

@@ -13,5 +13,18 @@ def has_forward_hooks(module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def leave_inputs(model) -> None:
+    """FSDP2's outermost module takes what it is given as it is, in place of rounding it to the precision of the passes. Those within still round."""
+    import dataclasses
+
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._mp_policy = dataclasses.replace(state._mp_policy, cast_forward_inputs=False)
+            return
+
+
 def is_view(tensor) -> bool:
     return tensor._is_view()

@@ -24,7 +24,7 @@ class TokenRows(TrainableTokensLayer):
 
     @overrides(TrainableTokensLayer, "x", "active_adapters")
     def forward_adapters(self, x, active_adapters, *args, **kwargs):
-        """ids (B, T) -> (B, T, H), or hidden (..., H) -> logits (..., V); a head of ours also takes labels."""
+        """ids (B, T) -> (B, T, H), or hidden (..., H) -> logits (..., V); a head of ours also takes labels and their weights."""
         if self.disable_adapters or self.merged or not active_adapters:
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
         (adapter,) = active_adapters
@@ -38,7 +38,7 @@ class TokenRows(TrainableTokensLayer):
 
 
 class TokenRowsWrapper(TrainableTokensWrapper):
-    """peft's wrapper, which hands on all that the head takes, labels too."""
+    """peft's wrapper, which hands on all that the head takes, labels and their weights too."""
 
     @property
     def takes_labels(self) -> bool:

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen_model.attention import choose_attention, packed_attention
 from qwen_model.compat import one_cache, refuse_unknown
-from qwen_model.forward_checks import PACKING
-from qwen_model.head_loss import LMHead, summed_loss
+from qwen_model.forward_checks import PACKING, check_weights
+from qwen_model.head_loss import LMHead, mean_loss
 from qwen_model.positions import count_on
 from qwen_model.tokenization_qwen import CHAT_TEMPLATE
 
@@ -69,6 +69,7 @@ class PackedRows:
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         shift_labels=None,
+        shift_weights=None,
         skip_logits: bool | None = None,
         num_items_in_batch=None,
         past_key_values=None,
@@ -76,11 +77,13 @@ class PackedRows:
     ):
         """With shift_labels (1, R): the row of batches.pack(), as QWenLMHeadModel.forward takes it. Without: as it ever was.
 
-        The loss is the summed cross-entropy over num_items_in_batch, or over R. In training no logits are returned:
+        The loss is the summed cross-entropy over num_items_in_batch, or over R. With shift_weights (1, R) each label weighs so much
+        in the sum, and their sum is in the place of R. In training no logits are returned:
         skip_logits=False asks for them (1, R, V), True saves them in evaluation too.
         Raises TypeError or ValueError for what a packed row has no use for: a mask, a cache, labels, unknown keywords.
         """
         cache = one_cache(cache, past_key_values)
+        check_weights(shift_weights, shift_labels)
         if shift_labels is None:
             if skip_logits or kwargs.get("cu_seq_lens_q") is not None and self.config._attn_implementation == PACKED:
                 raise ValueError("cu_seq_lens_q and skip_logits belong to a packed row, which comes with shift_labels")
@@ -93,11 +96,11 @@ class PackedRows:
         if any(given is not None for given in (attention_mask, cache, labels)) or use_cache:
             raise ValueError("a packed row (shift_labels) takes no attention_mask, cache, use_cache or labels: leave them out")
         x_RH = self.packed_hidden(input_ids, position_ids, inputs_embeds, **kwargs)[0, logits_to_keep]
-        loss = summed_loss(self.lm_head, x_RH, shift_labels.reshape(-1))
+        weights_R = None if shift_weights is None else shift_weights.reshape(-1)
+        loss = mean_loss(self.lm_head, x_RH, shift_labels.reshape(-1), weights_R, num_items_in_batch)
         skip_logits = self.training if skip_logits is None else skip_logits
-        count = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(
-            loss=loss / count,
+            loss=loss,
             logits=None if skip_logits else self.lm_head(x_RH)[None],
         )
 

@@ -9,13 +9,15 @@ from .plan import Plan
 IGNORE = -100
 
 
-def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+def pack(samples: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray | None] | None = None) -> dict:
     """One packed row of (ids, labels) samples, T tokens together, R of them predicted.
+
+    weights: of each sample, what its tokens weigh in the loss (float32, one for each token), or None where that is 1.
 
     input_ids, position_ids (1, T); cu_seq_lens_q and _k int32: where each sample begins, and the end; bounds: the same as a
     list, for which no GPU has to be waited for; max_length_q and _k; logits_to_keep (R,): the positions from which a supervised
-    token is predicted; shift_labels (1, R): those tokens.
-    All names but bounds are transformers' own. The first token of a sample is never a target: what stands before it is another sample.
+    token is predicted; shift_labels (1, R): those tokens; shift_weights (1, R) float32: what they weigh, where a sample of the row says so.
+    All names but bounds and shift_weights are transformers' own. The first token of a sample is never a target: what stands before it is another sample.
     No samples at all make a row of one token that supervises nothing, for a rank that must keep step with the others.
     """
     if not samples:
@@ -26,7 +28,7 @@ def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict:
     labels[bounds[:-1]] = IGNORE
     targets = np.flatnonzero(labels != IGNORE)
     cu_seq_lens, longest = torch.from_numpy(bounds), int(lengths.max())
-    return {
+    row = {
         "input_ids": torch.from_numpy(np.concatenate([ids for ids, _ in samples]).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
         "cu_seq_lens_q": cu_seq_lens,
@@ -37,13 +39,18 @@ def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict:
         "logits_to_keep": torch.from_numpy(targets - 1),
         "shift_labels": torch.from_numpy(labels[targets].astype(np.int64))[None],
     }
+    if weights is not None and any(given is not None for given in weights):
+        every = [np.ones(length) if given is None else given for length, given in zip(lengths, weights, strict=True)]
+        row["shift_weights"] = torch.from_numpy(np.concatenate(every)[targets].astype(np.float32))[None]
+    return row
 
 
 class StepBatch:
-    """What one rank does in one step: its packed rows, and the counts of the whole step over all ranks."""
+    """What one rank does in one step: its packed rows, and the counts of the whole step over all ranks (see plan.Step)."""
 
-    def __init__(self, rows: list[dict], samples: int, tokens: int, supervised_tokens: int):
-        self.rows, self.samples, self.tokens, self.supervised_tokens = rows, samples, tokens, supervised_tokens
+    def __init__(self, rows: list[dict], samples: int, tokens: int, supervised_tokens: int, loss_weight: float):
+        self.rows, self.samples, self.tokens = rows, samples, tokens
+        self.supervised_tokens, self.loss_weight = supervised_tokens, loss_weight
 
     def pin_memory(self):
         """Called by DataLoader: page-locked rows travel to the GPU while it computes."""
@@ -63,8 +70,12 @@ class Steps(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> StepBatch:
         step = self.plan.step(*key)
-        rows = [pack([self.samples[i] for i in members]) for members in step.passes[self.rank]]
-        return StepBatch(rows, step.samples, step.tokens, step.supervised_tokens)
+        rows = [self.row(members) for members in step.passes[self.rank]]
+        return StepBatch(rows, step.samples, step.tokens, step.supervised_tokens, step.loss_weight)
+
+    def row(self, members: tuple[int, ...]) -> dict:
+        """The samples of one pass, packed."""
+        return pack([self.samples[i] for i in members], [self.samples.token_weights(i) for i in members])
 
 
 class StepSampler(BatchSampler):

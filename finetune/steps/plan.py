@@ -3,7 +3,7 @@
 A step holds the samples that its users asked for (batch size x accumulation x ranks). They are laid one after another,
 without padding, into as few forward passes as `max_tokens_per_pass` allows, every rank making the same number of passes
 of nearly the same number of tokens. Because the loss is a sum over tokens, divided by the supervised tokens of the whole
-step, the layout changes speed and memory and nothing else. Resuming at step k is asking for step k.
+step (or by what they weigh), the layout changes speed and memory and nothing else. Resuming at step k is asking for step k.
 """
 
 import heapq
@@ -23,12 +23,14 @@ class Step:
     samples: int
     tokens: int
     supervised_tokens: int
+    loss_weight: float  # what they weigh together: the loss's denominator
 
 
 class Plan:
     """The steps of every epoch.
 
     lengths, supervised: int arrays (samples,): tokens of each sample, and how many of them are predicted and count.
+    weights: float64 (samples,), what these weigh together; None: 1 each.
     samples_per_step: over all ranks. drop_last: leave out a last, smaller step.
     """
 
@@ -37,6 +39,7 @@ class Plan:
         lengths: np.ndarray,
         supervised: np.ndarray,
         *,
+        weights: np.ndarray | None = None,
         samples_per_step: int,
         world_size: int = 1,
         max_tokens_per_pass: int,
@@ -46,6 +49,8 @@ class Plan:
     ):
         assert len(lengths) == len(supervised) > 0 and samples_per_step >= 1 and world_size >= 1
         self.lengths, self.supervised = np.asarray(lengths), np.asarray(supervised)
+        self.weights = self.supervised if weights is None else np.asarray(weights)
+        assert len(self.weights) == len(self.lengths)
         self.samples_per_step, self.world_size = samples_per_step, world_size
         self.max_tokens_per_pass, self.seed, self.shuffle = max_tokens_per_pass, seed, shuffle
         full, rest = divmod(len(self.lengths), samples_per_step)
@@ -73,6 +78,7 @@ class Plan:
             samples=len(samples),
             tokens=int(lengths.sum()),
             supervised_tokens=int(self.supervised[samples].sum()),
+            loss_weight=float(self.weights[samples].sum()),
         )
 
     def laid_out(self, epoch: int, index: int):

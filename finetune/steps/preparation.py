@@ -128,7 +128,7 @@ def make_plans(args, samples, eval_samples):
         return plan, None
     count, each = training.world_size, training.per_device_eval_batch_size
     settings = {"world_size": count, "max_tokens_per_pass": limit, "samples_per_step": each * count, "shuffle": False}
-    return plan, Plan(eval_samples.lengths, eval_samples.supervised, **settings)
+    return plan, Plan(eval_samples.lengths, eval_samples.supervised, weights=eval_samples.weight_sums, **settings)
 
 
 def plan_of(args, samples, max_tokens_per_pass: int) -> Plan:
@@ -137,6 +137,7 @@ def plan_of(args, samples, max_tokens_per_pass: int) -> Plan:
     return Plan(
         samples.lengths,
         samples.supervised,
+        weights=samples.weight_sums,
         samples_per_step=training.per_device_train_batch_size * training.gradient_accumulation_steps * count,
         world_size=count,
         max_tokens_per_pass=max_tokens_per_pass,

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qwen_model.compat import overrides
 
-from ..compat import on_accelerate
+from ..compat import on_accelerate, on_torch
 from ..distributed import engines
 from ..distributed.engines import size_of
 from ..model import optimizers
@@ -39,7 +39,8 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
     """Trains on packed rows. `plan` and `samples` (and `eval_*`) take the place of a data set and a collator.
 
     The loss of a step is the sum of its token losses over its supervised tokens, all passes and ranks together: a number
-    that the plan knows beforehand. So the layout of a step changes none of its numbers, and no token weighs more than another.
+    that the plan knows beforehand. So the layout of a step changes none of its numbers, and no token weighs more than another,
+    but where the data says so: then it is the sum of weight times loss, over the sum of weights.
     """
 
     def __init__(
@@ -108,18 +109,25 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
         model.train()
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()  # optimizers that average weights (schedule-free) switch modes
-        denominator = step.supervised_tokens / self.accelerator.num_processes
+        assert step.loss_weight > 0, "a step in which nothing is learned"
+        denominator = step.loss_weight / self.accelerator.num_processes
         total = torch.zeros((), device=self.args.device)
         for number, row in enumerate(step.rows, start=1):
             last = number == len(step.rows)
             # DDP and FSDP keep their gradients to themselves until the last pass; DeepSpeed's engine asks gradient_state
             on_accelerate.set_last_pass(self.accelerator, last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = model(**self.on_device(row), num_items_in_batch=denominator).loss
+                loss = self.loss_of(model, row, denominator)
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.throughput.add(step)
         return total
+
+    def loss_of(self, model, row: dict, denominator: float) -> torch.Tensor:
+        """A row's summed loss over the denominator; no logits."""
+        if self.is_fsdp_enabled and "shift_weights" in row:
+            on_torch.leave_inputs(model)
+        return model(**self.on_device(row), num_items_in_batch=denominator, skip_logits=True).loss
 
     def on_device(self, row: dict) -> dict:
         """A row's tensors on this rank's device. Nobody waits for the copy, as transformers would, and with it for the GPU."""
@@ -164,26 +172,27 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """The mean loss over all supervised tokens of the evaluation data, and its exponential."""
+        """The mean loss over all supervised tokens of the evaluation data, weighted as in training, and its exponential."""
         model = (
             self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
         )
         training = model.training
         model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        tokens, weight = 0, 0.0  # of all ranks
         with torch.no_grad():
             for step in dataloader:
                 for row in step.rows:
-                    row = self._prepare_inputs(row)
-                    sums[0] += model(**row, num_items_in_batch=1, skip_logits=True).loss.double()
-                    sums[1] += row["shift_labels"].numel()
+                    total += self.loss_of(model, row, 1).double()
+                tokens, weight = tokens + step.supervised_tokens, weight + step.loss_weight
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(training)
-        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        assert weight > 0, "evaluation data of which nothing counts"
+        loss = self.accelerator.reduce(total, reduction="sum").item() / weight
         metrics = {
-            f"{metric_key_prefix}_loss": loss / tokens,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss / tokens, 700)),  # exp overflows at 710
-            f"{metric_key_prefix}_supervised_tokens": int(tokens),
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),  # exp overflows at 710
+            f"{metric_key_prefix}_supervised_tokens": tokens,
         }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_samples))
 

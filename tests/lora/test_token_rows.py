@@ -64,20 +64,24 @@ def test_logits_and_gradients_are_those_of_peft(pair):
     torch.testing.assert_close(pair[1](input_ids=ids).logits, pair[0](input_ids=ids).logits)
 
 
-def test_the_loss_of_a_packed_row_is_that_of_peft():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_of_a_packed_row_is_that_of_peft(weighted):
     """With labels, the head returns its loss without ever giving logits; peft's forward can only give logits."""
     theirs, ours = make_pair("qwen")
     samples, labels = random_samples(4)
     samples[0][1:4], labels[0][1:4] = IDS, IDS
     row = packed(samples, labels)
-    ours(**row, num_items_in_batch=5).loss.backward()
+    weights = torch.linspace(0.1, 3.0, row["shift_labels"].numel())
+    own_row = row | ({"shift_weights": weights[None]} if weighted else {})
+    ours(**own_row, num_items_in_batch=5).loss.backward()
     expected = theirs(**{key: value for key, value in row.items() if key != "shift_labels"}).logits
-    loss = cross_entropy(expected.flatten(0, 1), row["shift_labels"].flatten(), reduction="sum") / 5
+    losses = cross_entropy(expected.flatten(0, 1), row["shift_labels"].flatten(), reduction="none")
+    loss = (losses * weights if weighted else losses).sum() / 5
     loss.backward()
     for name, parameter in trained(ours).items():
         torch.testing.assert_close(parameter.grad, trained(theirs)[name].grad, rtol=1e-4, atol=1e-5, msg=name)
     # peft's own wrapper drops labels: there the loss must come from logits, too
-    torch.testing.assert_close(theirs(**row, num_items_in_batch=5).loss, loss.detach())
+    torch.testing.assert_close(theirs(**own_row, num_items_in_batch=5).loss, loss.detach())
 
 
 def test_switched_off_it_is_the_base(pair):

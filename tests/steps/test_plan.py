@@ -36,6 +36,19 @@ def test_sums_are_those_of_the_samples():
         assert step.samples == len(members)
         assert step.tokens == plan.lengths[members].sum()
         assert step.supervised_tokens == plan.supervised[members].sum()
+        assert step.loss_weight == step.supervised_tokens and isinstance(step.loss_weight, float)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_weights_are_those_of_all_ranks(world_size):
+    """They change nothing but the step's sum, which is the same whatever the ranks are."""
+    weights = np.random.default_rng(2).uniform(0, 200, 103)
+    plan, plain = make(world_size=world_size, weights=weights), make(world_size=world_size)
+    for step, other in zip(steps(plan), steps(plain), strict=True):
+        assert step.passes == other.passes and step.supervised_tokens == other.supervised_tokens
+        assert step.loss_weight == pytest.approx(sum(float(weights[i]) for i in flat(step)), rel=1e-12)
+    ranks, alone = steps(plan, epoch=1), steps(make(world_size=1, weights=weights), epoch=1)  # the first has a front, which depends on ranks
+    assert [step.loss_weight for step in ranks] == [step.loss_weight for step in alone]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

@@ -153,3 +153,14 @@ def test_a_model_of_a_hub_is_checked_twice_and_each_line_said_once(asked, base, 
     for _ in range(2):  # another run in the same process says it again
         preparation.check_and_download(asked("--lazy_preprocess", name="Qwen/Qwen-7B"))
         assert capsys.readouterr().err.count("--lazy_preprocess has no effect") == 1
+
+
+# ---- what tokens weigh
+
+
+def test_the_plans_know_what_the_samples_weigh(asked, tmp_path):
+    """In training and in evaluation."""
+    held_out = write_talks(tmp_path / "held_out.json", count=3)
+    job = preparation.prepare(asked("--eval_data_path", held_out, "--eval_strategy", "epoch"), tmp_path / "out")
+    assert job.plan.weights is job.samples.weight_sums and job.eval_plan.weights is job.eval_samples.weight_sums
+    assert job.plan.step(0, 0).loss_weight == job.samples.weight_sums.sum()

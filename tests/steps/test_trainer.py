@@ -23,12 +23,16 @@ class Samples:
         self.rows = [(np.array(a, np.int32), np.array(b, np.int32)) for a, b in zip(ids, labels)]
         self.lengths = np.array([len(a) for a, _ in self.rows])
         self.supervised = np.array([(b[1:] != -100).sum() for _, b in self.rows])
+        self.weight_sums = self.supervised.astype(np.float64)
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
         return self.rows[i]
+
+    def token_weights(self, i):
+        return None
 
 
 class NoTokenizer:
@@ -38,23 +42,27 @@ class NoTokenizer:
         pass
 
 
-def make_trainer(folder, model=None, max_tokens_per_pass=60, samples_per_step=8, eval_samples=None, **settings):
+def make_trainer(
+    folder, model=None, max_tokens_per_pass=60, samples_per_step=8, samples=None, eval_samples=None, **settings
+):
     settings = {
         "learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
         "lr_scheduler_type": "cosine", "warmup_steps": 0, "weight_decay": 0.1, "seed": 3, "disable_tqdm": True,
         "use_cpu": True,
     } | settings  # fmt: skip
-    samples = Samples()
+    samples = samples or Samples()
     plan = Plan(
         samples.lengths,
         samples.supervised,
+        weights=samples.weight_sums,
         samples_per_step=samples_per_step,
         max_tokens_per_pass=max_tokens_per_pass,
         seed=3,
     )
     eval_plan = eval_samples and Plan(
-        eval_samples.lengths, eval_samples.supervised, samples_per_step=5, max_tokens_per_pass=60, shuffle=False
-    )
+        eval_samples.lengths, eval_samples.supervised, weights=eval_samples.weight_sums, samples_per_step=5,
+        max_tokens_per_pass=60, shuffle=False,
+    )  # fmt: skip
     return PlannedTrainer(
         model or tiny_model(),
         TrainingArguments(output_dir=str(folder), **settings),
