@@ -1,4 +1,7 @@
-"""Rendering through a model's own chat template: the ids of transformers' own rendering, and labels on the answers alone."""
+"""Rendering through a model's own chat template, in the corners: what templates do to texts, and what is refused of them.
+
+Published templates are in test_real_templates.py; here small ones, written for the tests.
+"""
 
 import numpy as np
 import pytest
@@ -8,11 +11,14 @@ from tokenizers import AddedToken
 
 from finetune.data import chat_template, rendered_samples
 from finetune.data.chat_template import ChatTemplate
+from finetune.data.messages import Conversation, call
+from finetune.data.rendering import Rendering
 from finetune.data.rendered_samples import load
 from finetune.errors import UserError
 
 TEMPLATES = {"Qwen2": QWEN2, "Qwen2.5": QWEN25, "Qwen3": QWEN3, "thinking": THINKING}
-LEFT_OUT = "the model's chat template leaves them out; to learn them, end a conversation with that answer"
+LEFT_OUT = "the model's chat template leaves them out"
+AS_IS = {"multi_turn": "as_is", "empty_thoughts": "learn"}
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 CALL, RESULT = "<tool_call>\n{}\n</tool_call>", "<tool_response>\n5\n</tool_response>"
 
@@ -45,10 +51,10 @@ def model(request):
     return make_tokenizer(TEMPLATES[request.param])
 
 
-def render(tokenizer, messages, **settings):
-    """(ids, labels) as lists."""
-    (pair,) = ChatTemplate(tokenizer).render_batch([messages], **settings)
-    return [values.tolist() for values in pair]
+def render(tokenizer, messages, **rendering):
+    """(ids, labels) as lists, of a conversation that makes one sample."""
+    ((sample,),) = ChatTemplate(tokenizer, "", Rendering(**AS_IS | rendering)).render_batch([Conversation(messages)])
+    return [sample.ids.tolist(), sample.labels.tolist()]
 
 
 def learned(tokenizer, messages, **settings) -> list[str]:
@@ -66,13 +72,8 @@ def test_ids_are_those_of_transformers_own_rendering(model, name):
     text = model.apply_chat_template(messages, tokenize=False)
     expected = model.apply_chat_template(messages, tokenize=True, return_dict=False)
     ids, _ = render(model, messages)
-    assert model.decode(ids, clean_up_tokenization_spaces=False) == model.backend_tokenizer.normalizer.normalize_str(
-        text
-    )
-    if (
-        model.chat_template != THINKING
-    ):  # there the prompt for an answer ends between two newlines, which else are one token
-        assert ids == expected
+    assert model.decode(ids, clean_up_tokenization_spaces=False) == model.backend_tokenizer.normalizer.normalize_str(text)
+    assert ids == expected
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -83,7 +84,7 @@ def test_each_answer_and_its_end_are_learned_and_nothing_else(model, name):
     assert len(answers) == sum(message["role"] == "assistant" for message in messages)
     prompt = model.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     whole = model.apply_chat_template(messages, tokenize=False)
-    if whole.startswith(prompt):  # a Qwen3 forgets earlier thoughts only when the next question comes
+    if whole.startswith(prompt) and model.chat_template != THINKING:  # a Qwen3 forgets earlier thoughts only when the next question comes
         normal = model.backend_tokenizer.normalizer.normalize_str
         assert answers[-1] + "\n" == normal(whole[len(prompt) :])
     else:
@@ -92,7 +93,7 @@ def test_each_answer_and_its_end_are_learned_and_nothing_else(model, name):
         plain = [f"{message['content']}<|im_end|>" for message in messages if message["role"] == "assistant"]
         expected = [model.backend_tokenizer.normalizer.normalize_str(text) for text in plain]
         assert [
-            answer.removeprefix("<think>\n\n</think>\n\n").removeprefix("\n</think>\n\n") for answer in answers
+            answer.removeprefix("<think>\n\n").removeprefix("</think>\n\n") for answer in answers
         ] == expected
 
 
@@ -103,17 +104,18 @@ def test_the_place_of_thoughts_is_learned_too():
     assert learned(tokenizer, chat("a", thoughtful, "c", thoughtful)) == ["y<|im_end|>", f"{thoughtful}<|im_end|>"]
     assert learned(tokenizer, chat("a", "x</think>y")) == [f"{thoughtful}<|im_end|>"]
     assert learned(make_tokenizer(THINKING), chat("a", thoughtful)) == ["x\n</think>\n\ny<|im_end|>"]
+    assert learned(make_tokenizer(QWEN3), chat("a", "b"), empty_thoughts="context") == ["b<|im_end|>"]
     assert learned(make_tokenizer(QWEN2), chat("a", thoughtful, "c", "d")) == [
         f"{thoughtful}<|im_end|>",
         "d<|im_end|>",
     ]
 
 
-def test_an_answer_with_train_false_is_not_learned(model):
+def test_an_answer_of_weight_0_is_not_learned(model):
     messages = chat("a", "<think>\nb\n</think>\n\nc", "d", "e")
     every = learned(model, messages)
     first, last = [[dict(m) for m in messages] for _ in range(2)]
-    first[1]["train"], last[3]["train"] = False, False
+    first[1]["weight"], last[3]["weight"] = 0.0, 0.0
     assert learned(model, first) == every[1:] and learned(model, last) == every[:1]
     assert render(model, first)[0] == render(model, messages)[0]
 
@@ -143,37 +145,36 @@ def test_no_text_becomes_a_control_token(model):
     allowed, _ = render(model, messages, allow_special=True)
     assert model.decode(allowed) == model.decode(ids)
     assert np.isin(allowed, special).sum() == np.isin(ids, special).sum() + 3 * 3
+    # what is learned ends with the turn, wherever a text holds the token that ends turns
+    assert render(model, messages, allow_special=True)[1][-2:] == labels[-2:]
     assert render(model, messages)[0] == ids, "no setting stays behind in the tokenizer"
 
 
-def test_contents_are_tokenized_by_themselves():
-    """A newline at the beginning of an answer does not melt into the one that ends the header."""
+def test_a_token_that_begins_before_the_answer_is_not_learned():
+    """A newline at the beginning of an answer is one token with the one that ends the header, as in the template's text."""
     tokenizer = make_tokenizer(QWEN2)
     ids, labels = render(tokenizer, chat("a", "\nb"))
-    assert ids != tokenizer.apply_chat_template(chat("a", "\nb"), return_dict=False)
-    newline = tokenizer("\n")["input_ids"]
-    start = labels.index(newline[0])
-    assert ids[start - 1 : start + 1] == newline * 2 and labels[start - 1] == -100
+    assert ids == tokenizer.apply_chat_template(chat("a", "\nb"), return_dict=False)
+    both = tokenizer("\n\n")["input_ids"]
+    assert len(both) == 1 and labels[ids.index(both[0])] == -100 and learned(tokenizer, chat("a", "\nb")) == ["b<|im_end|>"]
 
 
-def test_max_length_and_batches(model):
-    conversations = [*CONVERSATIONS.values()]
-    together = ChatTemplate(model).render_batch(conversations, max_length=30)
-    for messages, (ids, labels) in zip(conversations, together):
-        alone = render(model, messages)
-        assert ids.dtype == labels.dtype == np.int32 and [ids.tolist(), labels.tolist()] == [
-            part[:30] for part in alone
-        ]
+def test_batches(model):
+    conversations = [Conversation(messages) for messages in CONVERSATIONS.values()]
+    together = ChatTemplate(model, "", Rendering(**AS_IS)).render_batch(conversations)
+    for conversation, ((ids, labels, weights),) in zip(conversations, together):
+        assert ids.dtype == labels.dtype == np.int32 and weights is None
+        assert [ids.tolist(), labels.tolist()] == render(model, conversation.messages)
     assert ChatTemplate(model).render_batch([]) == []
 
 
 # ---- what templates do to contents
 
 
-def refusal(template: str, *conversations, **settings) -> str:
-    renderer = ChatTemplate(make_tokenizer(template), "talk.json")
+def refusal(template: str, *conversations, tools=(), **rendering) -> str:
     with pytest.raises(UserError) as caught:
-        renderer.render_batch(list(conversations), **settings)
+        renderer = ChatTemplate(make_tokenizer(template), "talk.json", Rendering(**rendering))
+        renderer.render_batch([Conversation(messages, list(tools)) for messages in conversations])
     (line,) = caught.value.findings
     return line
 
@@ -193,7 +194,7 @@ def test_trimmed_contents_are_counted(trim):
     tokenizer = make_tokenizer(with_content(trim))
     renderer = ChatTemplate(tokenizer)
     messages = [chat("a", "b"), chat("\n a\n", "b"), chat("a", " b \n", "c", "\n")]
-    for own, (ids, _) in zip(messages, renderer.render_batch(messages)):
+    for own, ((ids, _, _),) in zip(messages, renderer.render_batch([Conversation(own) for own in messages])):
         assert tokenizer.decode(ids) == tokenizer.apply_chat_template(own, tokenize=False)
     assert renderer.notes() == [
         "2 samples with blanks or newlines around a text (first: 2): the model's chat template trims them"
@@ -207,18 +208,14 @@ def test_trimmed_contents_are_counted(trim):
         (with_content("m.content[:4]"), chat("a", "b" * 60), f'the text of message 2, by assistant ("{"b" * 39}…")'),
         (with_content("m.content.replace(' ', '')"), chat("a b", "b"), 'the text of message 1, by user ("a b")'),
         (with_content("(m.content if m.role == 'user' else 'x')"), chat("a", "b"), 'the text of message 2, by assistant ("b")'),
-        (with_content("(m.content * loop.index)"), chat("a", "b", "c", "d"), "what stands in the turns"),
-        (with_content("m.content.split('</think>')[-1]"), chat("a", "<think>b</think>c"), 'the thoughts of message 2, by assistant ("b")'),
         (QWEN3, chat("a", "but <think>b</think>c"), 'the text of message 2, by assistant ("but <think>b</think>c")'),
         (QWEN3, chat("a", "<think>b</think>c</think>d"), 'the answer of message 2, by assistant ("c</think>d")'),
-        (with_content("m.content") + "{{ 'end' if 'a' in messages[0].content }}", chat("a", "b"), "what stands in the turns"),
-        ("{{ 'begin' if 'a' in messages[0].content }}" + with_content("m.content"), chat("a", "b"), "what stands in the turns"),
         (QWEN25, [*chat("a", "b", system="c"), {"role": "system", "content": "d"}], 'the text of message 4, by system ("d")'),
     ],
 )  # fmt: skip
 def test_what_is_dropped_or_changed_is_refused(template, messages, part):
     line = refusal(template, messages)
-    assert line.startswith("talk.json: sample 1: the model's chat template drops ") and part in line
+    assert line.startswith("talk.json: sample 1: the model's chat template drops or changes ") and part in line
     assert line.endswith(" - change the text, or the template in the model's folder")
 
 
@@ -229,12 +226,19 @@ def test_a_template_may_ask_whether_there_is_a_text():
 
 
 def test_frames_are_rendered_once(monkeypatch):
-    """The template runs once for each conversation, and once more for each kind of them."""
+    """The template runs once for each sample, and some times more for each shape of conversations."""
     tokenizer = make_tokenizer(QWEN3)
     renderer, calls, plain = ChatTemplate(tokenizer), [], tokenizer.apply_chat_template
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    renderer.render_batch([chat("a", f"b{i}") for i in range(20)] + [chat("a", f"b{i}", "c", "d") for i in range(20)])
-    assert len(calls) == 40 + 2
+    once = [Conversation(chat("a", f"b{i}")) for i in range(20)]
+    renderer.render_batch(once)
+    asked, calls[:] = len(calls), []
+    renderer.render_batch(once)
+    assert len(calls) == 20 < asked
+    renderer.render_batch([Conversation(chat("a", f"b{i}", "c", "d")) for i in range(20)])
+    calls[:] = []
+    renderer.render_batch([Conversation(chat("a", f"b{i}", "c", "d")) for i in range(20)])
+    assert len(calls) == 40, "one for each of the samples that it makes"
 
 
 def test_a_template_that_raises_is_refused():
@@ -252,19 +256,13 @@ def test_a_template_without_an_end_or_a_beginning_of_answers_is_refused(ending):
     ):
         line = refusal(template.replace("ENDING", ending), chat("a", "b"))
         assert "sample 1: the model's chat template cannot be learned from" in line
-    untrained = chat("a", "b")
-    untrained[1]["train"] = False
-    assert learned(make_tokenizer(with_content("m.content").removesuffix(PROMPT)), untrained) == []
 
 
 def test_forgotten_thoughts_are_counted():
-    renderer = ChatTemplate(make_tokenizer(QWEN3))
-    renderer.render_batch([chat("a", "b")] * 4 + [CONVERSATIONS["thoughts once"], CONVERSATIONS["tools"]])
-    assert renderer.notes() == []
-    renderer.render_batch([CONVERSATIONS["thoughts first"], chat("a", "b"), CONVERSATIONS["thoughts twice"]])
-    assert renderer.notes() == [
-        f"2 samples with thoughts (<think>) before an answer that is not the last (first: 7): {LEFT_OUT}"
-    ]
+    renderer = ChatTemplate(make_tokenizer(QWEN3), "", Rendering(multi_turn="as_is"))
+    names = ["one turn"] * 4 + ["thoughts once", "tools", "thoughts first", "one turn", "thoughts twice"]
+    renderer.render_batch([Conversation(CONVERSATIONS[name]) for name in names])
+    assert renderer.notes()[0] == f"2 samples with thoughts before an answer that is not the last (first: 7): {LEFT_OUT}"
 
 
 def test_the_published_mask_and_missing_templates_are_refused():
@@ -276,6 +274,33 @@ def test_the_published_mask_and_missing_templates_are_refused():
 def test_a_model_with_several_templates_uses_its_default():
     tokenizer = make_tokenizer({"default": QWEN3, "tool_use": QWEN2})
     assert render(tokenizer, chat("a", "b")) == render(make_tokenizer(QWEN3), chat("a", "b"))
+
+
+TOOL = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}]
+CALLING = [*chat("a"), {"role": "assistant", "content": "", "tool_calls": [call("add", {})]}]
+
+
+@pytest.mark.parametrize(
+    "messages,tools,place",
+    [
+        (CALLING, [], 'tool calls ("tool_calls"): train a model that knows tools'),
+        ([*CALLING, {"role": "tool", "content": "5"}, {"role": "assistant", "content": "b"}], [], 'tool calls ("tool_calls")'),
+        (chat("a", "b"), TOOL, 'tools ("tools"): train a model that knows tools'),
+        ([*chat("a"), {"role": "assistant", "content": "b", "reasoning_content": "c"}], [], 'thoughts ("reasoning_content")'),
+    ],
+)
+def test_what_a_template_has_no_place_for_is_refused(messages, tools, place):
+    line = refusal(QWEN2, messages, tools=tools)
+    assert line.startswith("talk.json: sample 1: the model's chat template has no place for ") and place in line
+
+
+def test_a_template_that_looks_at_a_text_loses_nothing():
+    """What it adds is there, and learned or not by where it stands; a way of its own to begin an answer is refused."""
+    more = "{{ ' (json)' if 'json' in m.content and m.role == 'user' }}"
+    tokenizer = make_tokenizer(ALL.replace("{{ '<|im_start|>'", f"{{{{ '<|im_start|>'").replace("+ '<|im_end|>\\n' }}", "}}" + more + "{{ '<|im_end|>\\n' }}").replace("CONTENT", "m.content") + PROMPT)
+    with pytest.raises(UserError, match="drops or changes the text of message 1"):
+        render(tokenizer, chat("json, please", "b"))
+    assert render(tokenizer, chat("a", "json"))[0] == tokenizer.apply_chat_template(chat("a", "json"), return_dict=False)
 
 
 # ---- through rendered_samples.py
@@ -291,10 +316,8 @@ def test_samples_of_a_file(tmp_path, cache):
     talks = [talk("a", "<think>\nb\n</think>\n\nc", "d", "e"), talk("a", "b", system="c")]
     path = write(tmp_path, talks)
     for _ in range(2):  # rendered, then from the cache
-        samples = load(path, tokenizer, max_length=100)
-        assert samples.notes == [
-            f"{path}: 1 sample with thoughts (<think>) before an answer that is not the last (first: 1): {LEFT_OUT}"
-        ]
+        samples = load(path, tokenizer, max_length=100, **AS_IS)
+        assert samples.notes[0] == f"{path}: 1 sample with thoughts before an answer that is not the last (first: 1): {LEFT_OUT}"
         for i, messages in enumerate([talks[0]["messages"], chat("a", "b", system="c")]):
             assert [values.tolist() for values in samples[i]] == render(tokenizer, messages)
 
@@ -313,11 +336,11 @@ def test_a_refused_sample_is_named_through_batches(tmp_path, cache, monkeypatch)
 def test_an_answer_of_which_only_the_empty_thoughts_are_left(tmp_path, cache):
     tokenizer = make_tokenizer(QWEN3)
     path = write(tmp_path, [talk("a", "It is five.")])
-    whole = load(path, tokenizer, max_length=100)
+    whole = load(path, tokenizer, max_length=100, **AS_IS)
     begin = int(np.flatnonzero(whole[0][1] != -100)[0]) + len(tokenizer(NO_THOUGHTS)["input_ids"])
     with pytest.raises(UserError, match="1 of 1 samples have no answer token within"):
-        load(path, tokenizer, max_length=begin)
-    assert load(path, tokenizer, max_length=begin + 1).lengths.tolist() == [begin + 1]
+        load(path, tokenizer, max_length=begin, **AS_IS)
+    assert load(path, tokenizer, max_length=begin + 1, **AS_IS).lengths.tolist() == [begin + 1]
 
 
 def test_what_the_cache_depends_on(tmp_path, cache, monkeypatch):

@@ -63,8 +63,8 @@ def test_golden_samples_through_a_file(tmp_path, cache, tokenizer):
     for row, (ids, labels) in zip(rows, samples):
         assert ids.tolist() == row["input_ids"] and labels.tolist() == row["labels"]
     assert samples.notes == [
-        f"{path}: 1 sample contains special-token text (first: 12); it becomes control tokens",
         f"{path}: 1 sample with text outside Unicode's normal form C (first: 4); the tokenizer normalizes it",
+        f"{path}: 1 sample contains special-token text (first: 12); it becomes control tokens",
     ]
     plain = load(path, tokenizer, max_length=2048, supervise="chatml")
     for row, (ids, labels) in zip(rows[:-1], plain):
