@@ -221,6 +221,8 @@ def normal(messages: list[dict]) -> tuple[list[dict], list[int]]:
         raise ValueError(f"message {number} ({messages[number - 1]['role']}): {why}")
 
     def add(role: str, content: str, weight: float = 1, **more):
+        if role == "assistant" and f"\n{STOP}" in f"{content} {more.get('reasoning_content')}":
+            refuse(f'a line of it begins with "{STOP}", at which generation stops')
         found.append({"role": role, "content": content, **more} | ({} if weight == 1 else {"weight": weight}))
         numbers.append(number)
 

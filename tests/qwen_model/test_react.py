@@ -197,6 +197,9 @@ NOT_LISTED = {
     "call in an answer": ([user("?"), says("a\nAction: b\nAction Input: c")], r"message 2 \(assistant\): its text would be read back"),
     "thought in a result": ([*ASKED[:2], result("a\nThought: b"), says("c")], r"message 3 \(tool\): its text would be read back"),
     "final in reasoning": ([user("?"), says("a", reasoning_content="b\nFinal Answer: c")], r"message 2 \(assistant\): its text would"),
+    "observation in a thought": ([user("?"), says("a\nObservation: b", PARIS)], r"message 2 \(assistant\): a line of it begins with"),
+    "observation in an answer": ([*ASKED, says("a\nObservation: b")], r"message 4 \(assistant\): a line of it begins with"),
+    "observation in reasoning": ([user("?"), says("a", reasoning_content="b\nObservation:")], r"message 2 \(assistant\): a line"),
     "observation in arguments": (
         [user("?"), says("", {"function": {"name": "f", "arguments": "{\nObservation: x"}})], r"message 2 \(assistant\): its text would"),
     "a name of two lines": ([user("?"), says("", call("a\nAction Input: b"))], r"message 2 \(assistant\): its text would be read back"),
@@ -392,5 +395,4 @@ def test_a_rendered_answer_is_read_as_what_it_was(seed):
             content = text_of([user("?"), *answer])
         except ValueError:
             continue
-        if "\nObservation:" not in content or first.get("tool_calls"):
-            assert parse_answer(content) == {key: value for key, value in first.items() if key != "weight"}
+        assert parse_answer(content) == {key: value for key, value in first.items() if key != "weight"}
