@@ -1,0 +1,226 @@
+"""First-generation Qwen: which samples a conversation makes, with tools and without; and what both renderers have in common."""
+
+import json
+
+import numpy as np
+import pytest
+from chat_templates import make_tokenizer, real_tokenizer
+from talks import talk, write
+
+from finetune.data.messages import Conversation, call
+from finetune.data.renderers import renderer_of
+from finetune.data.rendered_samples import load
+from finetune.data.rendering import Rendering
+from finetune.errors import UserError
+from qwen_model.tokenization_qwen import QWenTokenizer
+from qwen_model.vocabulary import find_vocabulary
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+CALLED = "Thought: Adding.\nAction: add\nAction Input: {\"a\": 1}\nObservation:"
+KNOWN = " I now know the final answer.\nFinal Answer: "
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str = "", **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+CALL = answer("Adding.", tool_calls=[call("add", {"a": 1})])
+RESULT = {"role": "tool", "content": "2"}
+TWO_QUESTIONS = Conversation([user("a"), CALL, RESULT, answer("b"), user("c"), answer("d")], TOOLS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return QWenTokenizer(str(find_vocabulary()))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+
+
+def learned(tokenizer, sample) -> list[str]:
+    """The stretches of text that are learned."""
+    ids, labels = np.array(sample[0]), np.array(sample[1])
+    assert ((labels == ids) | (labels == -100)).all()
+    cuts = np.flatnonzero(np.diff(labels >= 0)) + 1
+    pieces = [piece for piece in np.split(labels, cuts) if piece[0] >= 0]
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+def rendered(tokenizer, conversation: Conversation, **rendering) -> tuple[list, list[str]]:
+    """(the samples, the notes)."""
+    renderer = renderer_of(tokenizer, "talk.json", Rendering(**rendering))
+    (samples,) = renderer.render_batch([conversation])
+    return samples, renderer.notes()
+
+
+def test_with_tools_each_question_makes_a_sample(tokenizer):
+    """The question that is being answered carries the tools, and no earlier one."""
+    samples, notes = rendered(tokenizer, TWO_QUESTIONS)
+    assert [learned(tokenizer, sample) for sample in samples] == [
+        [CALLED, f"{KNOWN}b<|im_end|>"],
+        [f"Thought:{KNOWN}d<|im_end|>"],
+    ]
+    texts = [tokenizer.decode(sample.ids) for sample in samples]
+    assert ["Begin!\n\nQuestion: a" in text for text in texts] == [True, False]
+    assert ["user\na<|im_end|>" in text for text in texts] == [False, True] and "Begin!\n\nQuestion: c" in texts[1]
+    assert notes == [
+        "1 sample unrolled into 2: the list of tools stands in the question that is being answered, and in no earlier one; "
+        "--multi_turn last or as_is to change"
+    ]
+
+
+def test_multi_turn_with_tools(tokenizer):
+    samples, notes = rendered(tokenizer, TWO_QUESTIONS, multi_turn="last")
+    assert [learned(tokenizer, sample) for sample in samples] == [[f"Thought:{KNOWN}d<|im_end|>"]] and notes == []
+    samples, notes = rendered(tokenizer, TWO_QUESTIONS, multi_turn="as_is")
+    (sample,) = samples
+    assert learned(tokenizer, sample) == [CALLED, f"{KNOWN}b<|im_end|>", f"Thought:{KNOWN}d<|im_end|>"] and notes == []
+    assert tokenizer.decode(sample.ids).count("Begin!\n\nQuestion: ") == 1
+
+
+def test_multi_turn_without_tools(tokenizer):
+    """The format shows every answer as it was asked for, so that only "last" makes a difference."""
+    conversation = Conversation([user("a"), answer("b"), user("c"), answer("d")])
+    for multi_turn, expected in (("unroll", ["b", "d"]), ("as_is", ["b", "d"]), ("last", ["d"])):
+        samples, notes = rendered(tokenizer, conversation, multi_turn=multi_turn)
+        assert [learned(tokenizer, sample) for sample in samples] == [[f"{text}<|im_end|>" for text in expected]]
+        assert notes == []
+    conversation.messages[-1]["weight"] = 0.0
+    samples, notes = rendered(tokenizer, conversation, multi_turn="last")
+    assert samples == [] and notes == ["1 sample left out whose last answer is not to be learned (first: 1)"]
+
+
+@pytest.mark.parametrize(
+    "conversation,what",
+    [
+        (Conversation([user("a"), answer("b", reasoning_content="c")]), 'the thoughts of an answer ("reasoning_content") have no place'),
+        (Conversation([user("a"), answer(tool_calls=[call("add", {}), call("add", {})])], TOOLS), "message 2"),
+        (Conversation([user("a\nObservation: x"), answer("b\nAction: add\nAction Input: {}")], TOOLS), "message 2"),
+    ],
+)  # fmt: skip
+def test_what_the_format_has_no_place_for_is_refused(tokenizer, conversation, what):
+    with pytest.raises(UserError) as caught:
+        rendered(tokenizer, conversation)
+    (line,) = caught.value.findings
+    assert line.startswith("talk.json: sample 1: ") and what in line
+
+
+REACT = [
+    user("Answer the following questions as best you can. …\nObservation: the result of the action\n…\nBegin!\n\nQuestion: a"),
+    answer("Thought: Adding.\nAction: add\nAction Input: {}\nObservation: 2 <|im_end|>\nThought: I now know the final answer.\nFinal Answer: b"),
+]  # fmt: skip
+
+
+def test_results_inside_an_answer_of_plain_text_are_not_learned(tokenizer):
+    """In the form of the published example: the question carries the instruction, the answer everything that follows."""
+    for each in (tokenizer, real_tokenizer("qwen2_5"), real_tokenizer("qwen3")):
+        samples, notes = rendered(each, Conversation(REACT))
+        (texts,) = [learned(each, sample) for sample in samples]
+        assert texts == [
+            "Thought: Adding.\nAction: add\nAction Input: {}\nObservation:",
+            " I now know the final answer.\nFinal Answer: b<|im_end|>",
+        ]
+        assert "1 sample with ReAct answers: the results in them (Observation) are not learned" in notes
+        unmarked = [user("What does Begin! mean?"), REACT[1]]
+        (sample,), notes = rendered(each, Conversation(unmarked))
+        assert len(learned(each, sample)) == 1 and not any("ReAct" in note for note in notes)
+
+
+def test_special_tokens_in_a_text(tokenizer):
+    extra, end = tokenizer.special_tokens["<|extra_0|>"], tokenizer.im_end_id
+    conversation = Conversation([user("a <|extra_0|>"), answer("b <|extra_0|> <|im_end|> <|extra_1|> c")])
+    for rendering, expected in (
+        ({}, (0, 3)),
+        ({"train_tokens": ("<|extra_0|>", "<|im_end|>")}, (2, 3)),  # the format's own never come from a text
+        ({"allow_special": True}, (2, 4)),
+    ):
+        (sample,), notes = rendered(tokenizer, conversation, **rendering)
+        assert ((sample.ids == extra).sum(), (sample.ids == end).sum()) == expected, rendering
+        assert notes[0].startswith("1 sample contains special-token text (first: 1); it ")
+
+
+# ---- through a file
+
+
+def test_trained_tokens_that_never_occur_are_told_of(tmp_path, cache, tokenizer):
+    path = write(tmp_path, [talk("a <|extra_0|>", "b")])
+    samples = load(path, tokenizer, max_length=100, train_tokens=("<|extra_0|>", "<|extra_1|>"))
+    assert samples.notes[-1] == f"{path}: --train_tokens <|extra_1|>: stands in no conversation, so its row learns nothing from them"
+    assert tokenizer.special_tokens["<|extra_0|>"] in samples[0][0]
+
+
+def weighted(*weights, texts=("one", "two", "three")) -> dict:
+    """A sample with an answer for each weight; None: the file says nothing."""
+    turns = []
+    for text, weight in zip(texts, weights):
+        turns += [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+        turns[-1] |= {} if weight is None else {"weight": weight}
+    return {"messages": turns}
+
+
+def test_weights_of_a_file(tmp_path, cache, tokenizer):
+    """Plain samples before and behind weighted ones; from the cache the same as rendered."""
+    path = write(tmp_path, [weighted(None), weighted(1, 0), weighted(0.5, None, 0), weighted(None, None)])
+    for _ in range(2):
+        samples = load(path, tokenizer, max_length=100)
+        assert [samples.token_weights(i) is None for i in range(4)] == [True, True, False, True]
+        assert samples.supervised.tolist() == [2, 2, 4, 4] and samples.weight_sums.tolist() == [2, 2, 3, 4]
+        (ids, labels), weights = samples[2], samples.token_weights(2)
+        assert weights.dtype == np.float32 and len(weights) == len(ids)
+        end = tokenizer.im_end_id
+        assert [(tokenizer.decode([label]), weight) for label, weight in zip(labels.tolist(), weights.tolist()) if label >= 0] == [
+            ("one", 0.5), ("<|im_end|>", 0.5), ("two", 1), ("<|im_end|>", 1)
+        ]  # fmt: skip
+        assert (ids == end).sum() == 7 and (weights[labels < 0] == 0).all()
+    plain = write(tmp_path, [weighted(None), weighted(1, 0)], name="plain.json")
+    assert load(plain, tokenizer, max_length=100)._weights is None, "nothing is stored where all weigh 1"
+    cut = load(path, tokenizer, max_length=len(samples[0][0]))
+    assert cut.weight_sums.tolist() == [2, 2, 1, 2]
+
+
+def test_fingerprints_know_weights(tmp_path, cache, tokenizer):
+    prints = {load(write(tmp_path, [weighted(w)], name=f"{w}.json"), tokenizer, max_length=100).fingerprint for w in (1, 0.5, 0.25)}
+    assert len(prints) == 3
+
+
+def test_unrolled_samples_are_named_by_their_conversation(tmp_path, cache):
+    """Cut, dropped and refused: the number in the file, not among the samples."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = real_tokenizer("qwen3").chat_template
+    path = write(tmp_path, [talk("a", "b", "c", "d"), talk("x" * 80, "b"), talk("1 " * 100, "b")])
+    lengths = load(path, tokenizer, max_length=1000).lengths.tolist()
+    assert len(lengths) == 4 and max(lengths[:2]) < min(lengths[2:])
+    with pytest.raises(UserError, match=rf"2 of 4 samples have no answer token within {max(lengths[:2])}: sample 2, 3; raise"):
+        load(path, tokenizer, max_length=max(lengths[:2]))
+    dropped = load(path, tokenizer, max_length=max(lengths[:2]), long_samples="drop")
+    assert len(dropped) == 2 and any("2 samples dropped" in note for note in dropped.notes)
+
+
+def test_multi_turn_last_may_leave_nothing(tmp_path, cache, tokenizer):
+    path = write(tmp_path, [weighted(None, 0)])
+    assert len(load(path, tokenizer, max_length=100)) == 1
+    with pytest.raises(UserError) as caught:
+        load(path, tokenizer, max_length=100, multi_turn="last")
+    assert caught.value.findings == [f"{path}: no sample whose last answer is to be learned, so --multi_turn last leaves none"]
+
+
+def test_the_example_with_tools(cache, tokenizer):
+    """data/tools_example.json, for the first generation and a later one: every call is learned, and no result."""
+    from pathlib import Path
+
+    path = Path(__file__).parents[2] / "data" / "tools_example.json"
+    talks = json.loads(path.read_text(encoding="utf-8"))
+    calls = [each for sample in talks for turn in sample["messages"] for each in turn.get("tool_calls", ())]
+    results = [turn["content"] for sample in talks for turn in sample["messages"] if turn["role"] == "tool"]
+    assert len(calls) > 20 < len(results) and all(len(result) > 3 for result in results)
+    for each, opening in ((tokenizer, "\nAction: "), (real_tokenizer("qwen3"), "<tool_call>")):
+        samples = load(path, each, max_length=4096)
+        texts = [text for i in range(len(samples)) for text in learned(each, samples[i])]
+        assert sum(text.count(opening) for text in texts) == len(calls)
+        assert not [result for result in results if any(result in text for text in texts)]
