@@ -56,11 +56,36 @@ def run(*words) -> str:
     return done.stdout
 
 
+def small_qwen(folder: Path) -> None:
+    """The quickstart's random model of the first generation."""
+    run("-m", "qwen_model.new_checkpoint", folder, "--layers", "4")
+
+
+def small_qwen3(folder: Path) -> None:
+    """A random Qwen3 of the same size, with the published tokenizer and template."""
+    import torch
+    from chat_templates import real_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 151936, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "intermediate_size": 176, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(5)  # see new_checkpoint.EMBEDDING_STD
+    model.generation_config = GenerationConfig(eos_token_id=[151645, 151643], pad_token_id=151643)
+    model.save_pretrained(folder)
+    real_tokenizer("qwen3").save_pretrained(folder)
+
+
 @pytest.mark.slow
-def test_a_lora_learns_to_call_a_tool(tmp_path):
-    """The demo model of quickstart.sh, made as there; then the example, over and over; then python -m finetune.ask --tools."""
+@pytest.mark.parametrize("make", [small_qwen, small_qwen3])
+def test_a_lora_learns_to_call_a_tool(tmp_path, make):
+    """A demo model, trained as in quickstart.sh; then the example, over and over; then python -m finetune.ask --tools."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    run("-m", "qwen_model.new_checkpoint", tmp_path / "random", "--layers", "4")
+    make(tmp_path / "random")
     first = "--model_max_length 256 --per_device_train_batch_size 8 --max_steps 400 --learning_rate 5e-3 --save_strategy no"
     schedule = "--lr_scheduler_type cosine --warmup_ratio 0.03 --adam_beta2 0.95"
     run("finetune.py", "-m", tmp_path / "random", "-d", "data/conversations.json", "-o", base, *first.split(), *schedule.split())
