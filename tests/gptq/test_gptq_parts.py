@@ -49,10 +49,9 @@ def test_the_seed_decides_what_is_drawn(data, tokenizer):
 
 
 def test_rendered_as_for_training(data, tokenizer):
-    from finetune.data.chat_template import renderer_of
+    from finetune.data.renderers import renderer_of
 
-    messages = list(data)
-    expected = renderer_of(tokenizer).render_batch(messages, supervise="assistant", allow_special=False)
+    expected = [(ids, labels) for ((ids, labels, _),) in renderer_of(tokenizer).render_batch(list(data))]
     drawn = calibration.draw(data, tokenizer, 1000, 0, 60)
     assert len(drawn) == 100 and drawn.cut == sum(len(ids) > 60 for ids, _ in expected) > 0
     for (ids, labels), (whole, whole_labels) in zip(drawn.samples, expected):
