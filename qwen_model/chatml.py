@@ -17,7 +17,7 @@ newline before it. Any tokenizer will do that has encode_ordinary, encode_ordina
 also need convert_ids_to_tokens, and that it makes text NFC before anything else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 from unicodedata import normalize
@@ -50,6 +50,7 @@ class Frame:
     end: list[int]  # <|im_end|>
     newline: list[int]
     headers: dict[str, list[int]]  # role -> ids of "role\n"
+    sizes: dict[int, int] = field(default_factory=dict)  # of tokens met so far, in bytes
 
 
 _frames: WeakKeyDictionary = WeakKeyDictionary()
@@ -106,9 +107,8 @@ class Sequences:
         if not ((weights != 0) & (weights != 1)).any():
             return [Rendered(ids[span], labels[span]) for span in spans]
         weights = np.repeat(weights, lengths)
-        plain = ((weights == 0) | (weights == 1)).astype(np.int8)
-        every = [bool(plain[span].all()) for span in spans]
-        return [Rendered(ids[span], labels[span], None if one else weights[span]) for span, one in zip(spans, every)]
+        plain = (weights == 0) | (weights == 1)
+        return [Rendered(ids[span], labels[span], None if plain[span].all() else weights[span]) for span in spans]
 
 
 def add_message(sequences: Sequences, frame: Frame, message: dict, content: list[int], chatml: bool, tokenizer) -> None:
@@ -123,7 +123,7 @@ def add_message(sequences: Sequences, frame: Frame, message: dict, content: list
     sequences.add(frame.start, chatml)
     sequences.add(frame.headers[message["role"]], 0)
     if answer and message.get("spans"):
-        for ids, part_weight in divided(tokenizer, message, content, weight, chatml):
+        for ids, part_weight in divided(tokenizer, frame, message, content, weight, chatml):
             sequences.add(ids, part_weight)
     else:
         sequences.add(content, weight)
@@ -133,7 +133,9 @@ def add_message(sequences: Sequences, frame: Frame, message: dict, content: list
         sequences.add(frame.newline, after if chatml else 0)
 
 
-def divided(tokenizer, message: dict, ids: list[int], weight: float, chatml: bool) -> list[tuple[list[int], float]]:
+def divided(
+    tokenizer, frame: Frame, message: dict, ids: list[int], weight: float, chatml: bool
+) -> list[tuple[list[int], float]]:
     """The ids of a content as runs of equal weight. A token that reaches over two parts has the smaller of their weights.
 
     ids: of the whole content, in one piece: a seam that the model never sees would make other tokens.
@@ -143,7 +145,10 @@ def divided(tokenizer, message: dict, ids: list[int], weight: float, chatml: boo
         text = message["content"][:character].encode("utf-16", "surrogatepass")
         return len(normalize("NFC", text.decode("utf-16", "replace")).encode())  # surrogates: as tiktoken does
 
-    lengths = [len(token if isinstance(token, bytes) else token.encode()) for token in tokenizer.convert_ids_to_tokens(ids)]
+    if new := list(set(ids) - frame.sizes.keys()):
+        tokens = tokenizer.convert_ids_to_tokens(new)
+        frame.sizes |= {i: len(token if isinstance(token, bytes) else token.encode()) for i, token in zip(new, tokens)}
+    lengths = [frame.sizes[i] for i in ids]
     byte_weights = np.full(sum(lengths), weight, np.float32)
     for begin, end, span_weight in message["spans"]:
         if span_weight is None:
