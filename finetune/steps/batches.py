@@ -16,8 +16,10 @@ def pack(samples: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray 
 
     input_ids, position_ids (1, T); cu_seq_lens_q and _k int32: where each sample begins, and the end; bounds: the same as a
     list, for which no GPU has to be waited for; max_length_q and _k; logits_to_keep (R,): the positions from which a supervised
-    token is predicted; shift_labels (1, R): those tokens; shift_weights (1, R) float32: what they weigh, where a sample of the row says so.
-    All names but bounds and shift_weights are transformers' own. The first token of a sample is never a target: what stands before it is another sample.
+    token is predicted; shift_labels (1, R): those tokens; shift_weights (1, R) float32: what they weigh, where a sample of the row
+    says so, and no key where none does.
+    All names but bounds and shift_weights are transformers' own. The first token of a sample is never a target: what stands
+    before it is another sample.
     No samples at all make a row of one token that supervises nothing, for a rank that must keep step with the others.
     """
     if not samples:
