@@ -13,7 +13,7 @@ from ..flags import checks, definitions
 from ..folders import checkpoint, hub
 from ..lora import adapters
 from ..model import kinds, loading
-from . import memory_plan
+from . import memory_plan, run_record
 from .memory_model import Estimate
 from .plan import Plan
 
@@ -49,7 +49,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     samples, eval_samples = load_data(args, tokenizer)
     memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
-    record = loading.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
+    record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
     if launches:
         record["launches"] = list(launches)
     resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
