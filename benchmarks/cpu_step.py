@@ -117,7 +117,7 @@ def child(way: str, folder: str, options) -> dict:
     from transformers import TrainingArguments
 
     from finetune.model.loading import load_tokenizer
-    from finetune.steps.trainer import memory_gb
+    from finetune.steps.peak_memory import memory_gb
 
     tokenizer = load_tokenizer(Path(folder))
     limit = options.model_max_length

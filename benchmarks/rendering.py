@@ -143,7 +143,7 @@ def speed(folder: Path, options) -> dict:
 def memory(folder: Path, options) -> dict:
     from finetune.data import rendered_samples
     from finetune.model import loading
-    from finetune.steps.trainer import memory_gb
+    from finetune.steps.peak_memory import memory_gb
 
     tokenizer, begin = loading.load_tokenizer(folder / "model"), time.perf_counter()
     samples = rendered_samples.load(folder / "data.jsonl", tokenizer, max_length=2048)

@@ -9,7 +9,7 @@ import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # as in launch.sh
+NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 

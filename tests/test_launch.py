@@ -296,6 +296,15 @@ def test_missing_packages_are_named(start, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "bin"]
 
 
+def test_scripts_and_programs_ask_for_the_same_packages_in_the_same_words(start, tmp_path):
+    """launch.sh's `needed` and its line, against errors.NEEDED and errors.wrong_python()."""
+    python = program(tmp_path / "bare", f'#!/bin/sh\nexec {PYTHON} -I -S "$@"\n')
+    by_script = start("-d", "D", FINETUNE_PYTHON=str(python)).stderr.splitlines()[-1].replace(str(python), sys.executable)
+    by_program = subprocess.run([sys.executable, "-S", ROOT / "finetune.py", "-d", "D"], capture_output=True, text=True).stderr
+    alike = by_program.index("is needed") + len("is needed")
+    assert by_script[:alike] == by_program[:alike]
+
+
 def test_a_python_that_is_not_there(start, tmp_path):
     done = start("-d", "D", FINETUNE_PYTHON=str(tmp_path / "none"))
     assert done.returncode == 2

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from qwen_model.chatml import IGNORE
+
 from .opened import GREEDY
 
 QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
-IGNORE = -100
 ROWS = 32  # positions whose logits stand in memory at once: 32 x 152k x 8 bytes are 39 MB
 
 

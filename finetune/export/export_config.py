@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_model.configuration_qwen import QWenConfig
+from qwen_model.generation_qwen import MAX_NEW_TOKENS, MAX_WINDOW_SIZE
 from qwen_model.tokenization_qwen import N_RANKS
 
 from ..errors import UserError, note
@@ -179,8 +180,8 @@ def generation_for_qwen2(settings: dict, chats: bool) -> dict:
 
 def generation_for_qwen(settings: dict, chats: bool, seq_length: int) -> dict:
     ends = {"eos_token_id": STOPS if chats else END_OF_TEXT, "pad_token_id": END_OF_TEXT}
-    chat = {"chat_format": "chatml" if chats else "raw", "max_window_size": min(6144, seq_length)}
-    return carried(settings) | ends | chat | {"max_new_tokens": settings.get("max_new_tokens", 512)}
+    chat = {"chat_format": "chatml" if chats else "raw", "max_window_size": min(MAX_WINDOW_SIZE, seq_length)}
+    return carried(settings) | ends | chat | {"max_new_tokens": settings.get("max_new_tokens", MAX_NEW_TOKENS)}
 
 
 def carried(settings: dict) -> dict:

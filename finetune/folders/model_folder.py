@@ -17,7 +17,8 @@ TRAINED_TYPES = ("qwen", *LATER_TYPES)
 LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")} | dict.fromkeys(LATER_TYPES, LATER_LAYERS)
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
-SPECIAL_TOKENS = 208  # of first-generation Qwen, above the ranks of qwen.tiktoken
+# Of first-generation Qwen, above the ranks of qwen.tiktoken: as many as tokenization_qwen.py lists, whose import takes seconds.
+SPECIAL_TOKENS = 208
 # What a config.json may say beyond QWenConfig's own fields.
 MORE_KEYS = {"auto_map", "torch_dtype", "quantization_config", "padded_vocab_size", "use_bfloat16"}
 

@@ -11,8 +11,8 @@ import numpy as np
 from ..data.chat_template import renderer_of
 from ..data.conversations import Conversations
 from ..folders import config_files, model_folder
+from .settings import FEW, MANY
 
-ENOUGH = (64, 512)  # samples: with fewer the statistics are poor, with more nothing is gained but hours
 BATCH = 256  # conversations rendered at a time
 
 
@@ -41,14 +41,14 @@ class Calibration:
 
     def describe(self) -> list[str]:
         """Lines for people: how many, how long, and whether that is enough."""
-        lengths, few, many = self.lengths, *ENOUGH
+        lengths = self.lengths
         drawn = f"{self.given:,} given, {len(self):,} taken (seed {self.seed})"
         median, cut = lengths[len(lengths) // 2], f", {self.cut:,} cut" if self.cut else ""
         sizes = f"shortest {lengths[0]:,}, median {median:,}, longest {lengths[-1]:,} (limit {self.max_length:,}{cut})"
         lines = [f"calibration: {self.path}: {drawn}; {sum(lengths):,} tokens, {sizes}"]
-        if not few <= len(self) <= many:
+        if not FEW <= len(self) <= MANY:
             asked = f"{self.given:,} given" if len(self) == self.given else f"{len(self):,} taken"
-            lines.append(f"use {few}-{many} samples; {asked}")
+            lines.append(f"use {FEW}-{MANY} samples; {asked}")
         return lines
 
     def record(self) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..errors import Findings, UserError
 from ..folders import config_files, model_folder, new_folder, quant_settings
 from ..quantized import quantized_model
+from .settings import FEW, MANY
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel makes
 ROW_PARALLEL = ("c_proj", "o_proj", "down_proj")  # tensor parallelism shares out their inputs; of all others, outputs
@@ -60,7 +61,7 @@ def check_numbers(settings, samples: int, max_length: int) -> None:
     if not 0 < settings.damp_percent < 1:
         findings.append(f"--damp_percent {settings.damp_percent}: out of range - give a value between 0 and 1: 0.01")
     if samples < 1:
-        findings.append(f"--samples {samples}: nothing to calibrate on - give 64 to 512")
+        findings.append(f"--samples {samples}: nothing to calibrate on - give {FEW} to {MANY}")
     if max_length < 16:
         findings.append(f"--max_len {max_length}: no room for a conversation - give at least 16 tokens")
     if findings:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from qwen_model.chatml import IGNORE
+
 from ..compare.agreement import Agreement, measure
 from ..folders import quant_settings
 from ..folders.shards import Shards
@@ -52,5 +54,5 @@ def lines(before: Agreement, after: Agreement) -> list[str]:
 def choose(samples: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
     """SAMPLES of them from beginning to end, of which something is an answer."""
     cut = [(ids[:TOKENS], labels[:TOKENS]) for ids, labels in samples]
-    answered = [(ids, labels) for ids, labels in cut if (labels[1:] != -100).any()]
+    answered = [(ids, labels) for ids, labels in cut if (labels[1:] != IGNORE).any()]
     return answered[:: -(-len(answered) // SAMPLES)]

@@ -99,7 +99,7 @@ def stripped(folder: Path, place: Path, names: Container[str]) -> None:
         elif path.is_file() and path.suffix not in (".py", ".bin") and not path.name.endswith(".bin.index.json"):
             os.symlink(path.resolve(), place / path.name)
     if pickled:
-        writer = ShardWriter(place, 2 * 10**9)
+        writer = ShardWriter(place, tensor_files.size_in_bytes(tensor_files.MAX_SHARD_SIZE))
         with Shards(folder) as shards:
             for name in shards:
                 if name in names:

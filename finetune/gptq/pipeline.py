@@ -19,6 +19,7 @@ from ..errors import note, on_first_rank, warn
 from ..folders import checkpoint, model_writer, shards
 from ..model import loading
 from ..quiet import errors_only
+from ..steps.peak_memory import memory_gb
 from . import gptq_tensors
 from .calibration import Calibration
 from .gptq_proof import WORSE, lines, proof
@@ -79,21 +80,12 @@ def run(folder: Path, source: Path, made: Path, names, calibration, settings, dt
     with tqdm(**bar) as progress, contained(), errors_only():
 
         def block_done() -> None:
-            progress.set_postfix_str(f"{memory(device)} GB", refresh=False)
+            progress.set_postfix_str(f"{memory_gb():.1f} GB", refresh=False)
             progress.update()
 
         gptq_run.run(source, made, calibration.samples, settings, dtype, device, block_done)
     shutil.rmtree(source)
     release_memory()
-
-
-def memory(device) -> str:
-    """The most that was used so far, in GB: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
-    import resource
-
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f}"
 
 
 # ---- the folder

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import UserError, note, run
 from ..folders.new_folder import check_free, new_folder
 from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
+from ..gptq.settings import FEW, MANY, SAMPLES, SEED
 from ..model import packages
 from ..quiet import quiet
 
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     back = parser.add_argument_group("back to the bits of a quantized base, in the same run")
     back.add_argument("--requantize", action="store_true", help="quantize the merged model as its GPTQ base was")
     back.add_argument("--data_path", help="conversations to calibrate on; data/README.md: their form")
-    back.add_argument("--samples", type=int, help="of them, 64 to 512 (default: 128)")
-    back.add_argument("--seed", type=int, help="which ones are drawn (default: 42)")
+    back.add_argument("--samples", type=int, help=f"of them, {FEW} to {MANY} (default: {SAMPLES})")
+    back.add_argument("--seed", type=int, help=f"which ones are drawn (default: {SEED})")
     options = parser.parse_args(argv)
     quiet()
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
+from qwen_model.generation_qwen import MAX_WINDOW_SIZE
 
 from ..errors import UserError, note
 from ..folders import model_folder, quant_settings
@@ -107,4 +108,4 @@ def set_chat_settings(model, tokenizer) -> None:
     settings.eos_token_id = [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]
     settings.pad_token_id = tokenizer.eod_id
     if getattr(settings, "max_window_size", None) is None:
-        settings.max_window_size = min(6144, model.config.seq_length)
+        settings.max_window_size = min(MAX_WINDOW_SIZE, model.config.seq_length)
