@@ -1,7 +1,8 @@
-"""peft, beyond its public API: its layers' classes, and two functions that it calls."""
+"""peft, beyond its public API: its layers' classes, and functions that it calls."""
 
 import contextlib
 import sys
+from types import SimpleNamespace
 
 from . import patches
 
@@ -41,15 +42,35 @@ def unquantized():
         yield
 
 
+def token_classes() -> SimpleNamespace:
+    """peft's classes of trained rows, by their names; ImportError where one is gone."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    return SimpleNamespace(TrainableTokensLayer=TrainableTokensLayer, TrainableTokensWrapper=TrainableTokensWrapper)
+
+
+def lora_layers(model) -> dict:
+    """{name: layer} of the model's LoRA layers, of whatever kind."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def gathered(weights, changes: bool = False):
+    """A context in which weights (one or a list) that ZeRO-3 holds in shards are whole. changes: they are written there, too."""
+    from peft.utils.integrations import gather_params_ctx
+
+    return gather_params_ctx(weights, modifier_rank=0 if changes else None)
+
+
 @contextlib.contextmanager
 def first_values_of_rows():
     """While peft makes trained rows from a matrix that ZeRO-3 holds in shards: peft's own way works on CUDA alone."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.utils.integrations import gather_params_ctx
 
     def collect(self, weight, rows, embed_dim):
-        with gather_params_ctx([weight], modifier_rank=None):
+        with gathered([weight]):
             return weight.detach()[rows].clone()
 
-    with patches.replaced(TrainableTokensLayer, "_collect_token_weights", collect):
+    with patches.replaced(token_classes().TrainableTokensLayer, "_collect_token_weights", collect):
         yield

@@ -1,4 +1,38 @@
-"""torch, beyond its public API. (Its elastic agent, all of it unstable, is used in distributed/agent.py alone.)"""
+"""torch, beyond its public API."""
+
+from types import SimpleNamespace
+
+from . import patches
+
+
+def elastic() -> SimpleNamespace:
+    """The classes of torch's elastic agent, all of them unstable, that distributed/agent.py builds on, by their names.
+
+    ImportError where one is gone, RuntimeError where a method is that agent.py overrides: torch would go on without ours.
+    """
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.rendezvous.api import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousInfo,
+        RendezvousStoreInfo,
+        RendezvousTimeoutError,
+    )
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+    for name in ("_initialize_workers", "_monitor_workers", "_exit_barrier"):
+        patches.require(LocalElasticAgent, name)
+    for name in ("next_rendezvous", "use_agent_store"):
+        patches.require(DynamicRendezvousHandler, name)
+    classes = (
+        RunResult, WorkerSpec, WorkerState, LocalElasticAgent, DefaultLogsSpecs, SignalException, RendezvousClosedError,
+        RendezvousConnectionError, RendezvousInfo, RendezvousStoreInfo, RendezvousTimeoutError, C10dRendezvousBackend,
+        DynamicRendezvousHandler, RendezvousTimeout,
+    )  # fmt: skip
+    return SimpleNamespace(**{kind.__name__: kind for kind in classes})
 
 
 def ignore_in_ddp(model, names: list[str]) -> None:

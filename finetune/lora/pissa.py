@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..compat import on_peft
+
 START = "pissa_start.safetensors"
 
 
@@ -48,7 +50,7 @@ def begin_again(adapted, folder: Path, init: str) -> None:
     """Restores the initial state of the run that wrote `folder`, on a model with plain adapters."""
     start = read_start(folder)
     take_out_of_base(adapted, start)
-    for name, layer in lora_layers(adapted):
+    for name, layer in on_peft.lora_layers(adapted).items():
         for matrix, side in ((layer.lora_A, "A"), (layer.lora_B, "B")):
             matrix["default"].weight.data.copy_(start[f"{name}.lora_{side}.weight"])
     adapted.peft_config["default"].init_lora_weights = init
@@ -56,25 +58,14 @@ def begin_again(adapted, folder: Path, init: str) -> None:
 
 def take_out_of_base(adapted, start: dict[str, torch.Tensor]) -> None:
     """W becomes W - s B0 A0, to the bit as when the run began; also where ZeRO-3 holds W in shards."""
-    from peft.utils.integrations import gather_params_ctx
-
-    for name, layer in lora_layers(adapted):
+    for name, layer in on_peft.lora_layers(adapted).items():
         A, B = (start[f"{name}.lora_{side}.weight"] for side in "AB")
         weight = layer.get_base_layer().weight
         scale = layer.scaling["default"]
-        with gather_params_ctx(weight):
+        with on_peft.gathered(weight, changes=True):
             B, A = B.to(weight.device), A.to(weight.device)
             weight.data = (weight.data.float() - scale * B @ A).to(weight.dtype)
     adapted.pissa_start = start
-
-
-def lora_layers(adapted):
-    """Yields (name, layer) of what has an adapter."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
 
 
 # ---- saving
