@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.errors import Findings, note, run
+from finetune.folders import hub
+from finetune.folders.new_folder import new_folder
 from finetune.folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
+from finetune.gptq import gptq_checks
 from finetune.gptq.settings import FEW, MANY, MAX_LENGTH, SAMPLES, SEED, Settings
 from finetune.quiet import quiet
 
@@ -26,10 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(options) -> None:
     """Everything a user gave is checked before a weight is read."""
-    from finetune.data import conversations
-    from finetune.folders import hub
-    from finetune.folders.new_folder import new_folder
-    from finetune.gptq import gptq_checks
+    from finetune.data import conversations  # and with it tqdm, which reads quiet()'s settings then
 
     findings, folder = Findings(), hub.find_folder(options.model_name_or_path)
     settings = settings_of(options)

@@ -22,6 +22,7 @@ import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from qwen_model.new_checkpoint import new_checkpoint  # noqa: E402
 
 BATCH = 16
 
@@ -50,8 +51,6 @@ def main() -> None:
 
 def measure(options) -> dict:
     """Runs both ways in turns, each time in a fresh process."""
-    from qwen_model.new_checkpoint import new_checkpoint
-
     runs = {"plain": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
         parameters = new_checkpoint(Path(folder), hidden_size=options.hidden_size)

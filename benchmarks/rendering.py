@@ -29,6 +29,7 @@ import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from qwen_model.new_checkpoint import new_checkpoint  # noqa: E402
 
 PARTS = ("speed", "memory", "start")
 TURNS = 5  # of each in the race
@@ -69,8 +70,6 @@ LINES = {
 
 def run_part(part: str, folder: Path, options) -> dict:
     """The part's figures, measured in a process of its own."""
-    from qwen_model.new_checkpoint import new_checkpoint
-
     new_checkpoint(folder / "model", hidden_size=16, heads=2)
     environment = os.environ | {"FINETUNE_CACHE": str(folder / "cache"), "TRANSFORMERS_VERBOSITY": "error"}
 

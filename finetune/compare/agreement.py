@@ -129,7 +129,7 @@ def as_ids(numbers) -> torch.Tensor:
 
 
 def positions(labels) -> torch.Tensor:
-    """Where labels stand (K,): each is predicted from the position before it."""
+    """Positions (K,) that have a label; each is predicted from the position before it."""
     found = (as_ids(labels) != IGNORE).nonzero().flatten()
     return found[found > 0]
 

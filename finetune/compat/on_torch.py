@@ -36,14 +36,14 @@ def elastic() -> SimpleNamespace:
 
 
 def ignore_in_ddp(model, names: list[str]) -> None:
-    """DistributedDataParallel neither broadcasts nor reduces these parameters and buffers. model: as it will be wrapped."""
+    """Makes DistributedDataParallel ignore these parameters and buffers. model: the module that it will wrap."""
     from torch.nn.parallel import DistributedDataParallel
 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def has_forward_hooks(module) -> bool:
-    """Whether calling the module runs more than its forward: hooks of ZeRO-3 or of a user, a forward that accelerate has put there."""
+    """Whether calling the module runs more than its forward: hooks of ZeRO-3 or of a user, or accelerate's wrapped forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 

@@ -27,7 +27,7 @@ def put(entries: dict, key: str, value) -> None:
 
 @contextlib.contextmanager
 def replaced(owner, name: str, value):
-    """The same for a while."""
+    """replace(), undone at the end of the context."""
     before = replace(owner, name, value)
     try:
         yield

@@ -39,7 +39,7 @@ LOST = (elastic.RendezvousConnectionError, DistError, ConnectionError, TimeoutEr
 
 
 class Ended(Exception):
-    """The run is over on all machines, for a reason that another machine has told."""
+    """Another machine has ended the run, and has told why."""
 
     def __init__(self, code: int, line: str = ""):
         super().__init__(line)
@@ -47,7 +47,7 @@ class Ended(Exception):
 
 
 class Lost(Exception):
-    """The store does not answer any more: machine 0 is gone. restarts: those that are left."""
+    """The store no longer answers, since machine 0 is gone. restarts: how many are left."""
 
     def __init__(self, restarts: int):
         super().__init__()
@@ -129,7 +129,7 @@ class Rendezvous(elastic.DynamicRendezvousHandler):
         return Ended(**json.loads(self.root.get("ended"))) if self.root.check(["ended"]) else None
 
     def leave(self) -> None:
-        """Machine 0 holds the store, so it leaves last."""
+        """Machine 0 keeps the store, so it waits here until the others have left."""
         try:
             if self.job.node_rank > 0:
                 self.root.add("left", 1)
@@ -185,7 +185,7 @@ class Agent(elastic.LocalElasticAgent):
         return result
 
     def look_at_workers(self) -> None:
-        """Notes who has failed before torch stops the rest, and before that lets rank 0 tell an error that all have."""
+        """Notes which workers failed, before torch stops the rest. Gives rank 0 time to print an error that all have."""
         processes = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
         codes = [process.poll() for process in processes]
         deadline = time.monotonic() + GRACE_SECONDS
@@ -195,9 +195,9 @@ class Agent(elastic.LocalElasticAgent):
         self.died = [rank for rank, code in enumerate(codes) if code]
 
     def to_blame(self, result: elastic.RunResult):
-        """(rank, torch's ProcessFailure): of a user error, else of a signal, else of the first that was seen.
+        """(rank, torch's ProcessFailure) of the cause: a user error, else a signal, else the first failure.
 
-        When one worker vanishes, the others fail as well, for they miss it.
+        When one worker is killed, the others fail as well, since they lose their peer.
         """
         ranks = [self._worker_group.workers[local].global_rank for local in self.died]
         failures = [pair for pair in result.failures.items() if not ranks or pair[0] in ranks]
@@ -211,7 +211,7 @@ class Agent(elastic.LocalElasticAgent):
         return self.rendezvous.root.check(["ended"])
 
     def hear_others_out(self) -> None:
-        """Another machine may have lost a worker, which this one's have missed, or be about to tell the same error."""
+        """Waits GRACE_SECONDS for another machine to report the cause: a failure there makes workers here fail, too."""
         deadline = time.monotonic() + GRACE_SECONDS
         while self.job.nnodes > 1 and time.monotonic() < deadline and not self.rendezvous.ended():
             time.sleep(0.1)
@@ -226,19 +226,19 @@ class Agent(elastic.LocalElasticAgent):
         return group.store.add("finished", 0) == group.group_world_size
 
     def _exit_barrier(self) -> None:
-        """Nothing: all_finished() has waited for the others."""
+        """Does nothing: all_finished() has waited for the others."""
 
 
 # ---- what has happened, in a line
 
 
 def exit_code(failure) -> int:
-    """As a shell gives it: 128 and the signal, where it was one."""
+    """The worker's exit code as a shell reports it: 128 + N after signal N."""
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
 def describe_failure(rank: int, failure) -> str:
-    """What became of a worker, and what it wrote into torch's error file, if it did."""
+    """One line on how a worker failed, with the message of torch's error file if there is one."""
     who = f"rank {rank} on {socket.gethostname()}"
     message = failure.error_file_data.get("message")
     if os.path.isfile(failure.error_file) and isinstance(message, str):
@@ -251,7 +251,7 @@ def describe_failure(rank: int, failure) -> str:
 
 
 def tell_failure(agent: Agent, result: elastic.RunResult) -> int:
-    """Ends the run on all machines; prints a line unless a worker has told what it was. The exit code."""
+    """Ends the run on all machines and returns the exit code. Prints a line unless a worker has printed its error."""
     rank, failure = agent.to_blame(result)
     code, line = exit_code(failure), describe_failure(rank, failure)
     # a worker that wrote its error file has told its user, too
@@ -268,7 +268,7 @@ def tell_failure(agent: Agent, result: elastic.RunResult) -> int:
 
 
 def run(job: Job) -> int:
-    """The exit code. Raises UserError where the machines do not come together."""
+    """Runs the job and returns its exit code. Raises UserError where the machines do not meet in time."""
     if "LOGLEVEL" not in os.environ:  # torch's own switch for the agent's log
         logging.disable(logging.CRITICAL)
     restarts = job.max_restarts
@@ -291,7 +291,7 @@ def run(job: Job) -> int:
 
 
 def attempt(job: Job, restarts: int, folder: str) -> int:
-    """One life of the store: returns the exit code, or raises Lost, after which the machines may meet once more."""
+    """One rendezvous with its store: returns the exit code, or raises Lost, after which the machines may meet again."""
     try:
         rendezvous = Rendezvous.of(job)
     except LOST as error:
@@ -319,7 +319,7 @@ def attempt(job: Job, restarts: int, folder: str) -> int:
 
 
 def watch(agent: Agent) -> int:
-    """Runs the agent to its end, and tells the other machines of it. The exit code."""
+    """Runs the agent to its end, tells the other machines, and returns the exit code."""
     rendezvous = agent.rendezvous
     try:
         result = agent.run()

@@ -40,7 +40,7 @@ class Calibration:
         return sorted(len(ids) for ids, _ in self.samples)
 
     def describe(self) -> list[str]:
-        """Lines for people: how many, how long, and whether that is enough."""
+        """Lines to print: how many samples, how long, and whether that is enough."""
         lengths = self.lengths
         drawn = f"{self.given:,} given, {len(self):,} taken (seed {self.seed})"
         median, cut = lengths[len(lengths) // 2], f", {self.cut:,} cut" if self.cut else ""
@@ -52,7 +52,7 @@ class Calibration:
         return lines
 
     def record(self) -> dict:
-        """For the record in the folder."""
+        """What training.json says of the calibration."""
         lengths = self.lengths
         sizes = {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
         drawn = {"path": self.path, "given": self.given, "taken": len(self), "seed": self.seed}

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ..compat import on_peft
 
@@ -16,19 +17,17 @@ START = "pissa_start.safetensors"
 
 
 def is_asked_for(init) -> bool:
-    """Of --init_lora_weights, or of an adapter's init_lora_weights."""
+    """Whether --init_lora_weights, or an adapter's init_lora_weights, asks for PiSSA."""
     return isinstance(init, str) and init.startswith("pissa")
 
 
 def stored(folder: Path) -> bool:
-    """Does a checkpoint hold its initial A and B?"""
+    """Whether a checkpoint holds its initial A and B."""
     return (folder / START).is_file()
 
 
 def read_start(folder: Path) -> dict[str, torch.Tensor]:
-    """{name of an adapter's tensor, as saved: its beginning}."""
-    from safetensors.torch import load_file
-
+    """{name of an adapter's tensor, as saved: its initial value}."""
     return load_file(folder / START)
 
 
@@ -73,8 +72,6 @@ def take_out_of_base(adapted, start: dict[str, torch.Tensor]) -> None:
 
 def save_start(model, folder: Path) -> None:
     """Saves the initial A and B beside a checkpoint's; without PiSSA, nothing."""
-    from safetensors.torch import save_file
-
     if getattr(model, "pissa_start", None):
         save_file(model.pissa_start, folder / START, metadata={"format": "pt"})
 
@@ -90,8 +87,6 @@ def as_plain(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def make_plain(model, folder: Path) -> None:
     """Turns a saved adapter into one for the untouched base; without PiSSA, leaves it."""
-    from safetensors.torch import load_file, save_file
-
     if not getattr(model, "pissa_start", None):
         return
     file = folder / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""A model merged onto dequantized weights goes back to the bits that its base had, calibrated on conversations."""
+"""Quantizes a merged model again as its base was, calibrated on conversations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ class RequantizeOptions:
 
 
 def earlier(adapter: Path, base: Path) -> Quantization:
-    """How the weights were quantized that the adapter was trained over. UserError where there is nothing to go back to."""
+    """The GPTQ settings of the weights that the adapter was trained over. UserError where these were not GPTQ."""
     kept = checkpoint.read_record(adapter).get("method", {}).get("quantization")
     found = quant_settings.of_folder(base) or (Quantization(**kept) if kept else None)
     if found is None or found.method != "gptq":

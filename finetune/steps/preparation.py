@@ -65,13 +65,13 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
 
 
 def check_and_download(args) -> Path:
-    """The model's folder, or one UserError with all findings. What has to be downloaded comes last."""
+    """The model's folder, or one UserError with all findings. Downloads come last."""
     with each_line_once():  # a model from a hub is checked twice: as an id, and as a folder
         return checked(args)
 
 
 def checked(args) -> Path:
-    """As check_and_download(), which says each line once."""
+    """check_and_download() without its filter for repeated lines."""
     findings, name = Findings(), args.model.model_name_or_path
     with findings:
         checks.check_flags(args)
@@ -168,7 +168,7 @@ REMEDIES = {
 
 
 def in_short(samples: Samples) -> str:
-    """A fingerprint for people, too."""
+    """A short fingerprint, to compare and to print."""
     return f"{samples.fingerprint[:12]} ({len(samples):,} samples, {samples.total_tokens:,} tokens)"
 
 

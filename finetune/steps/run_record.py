@@ -9,7 +9,7 @@ from ..quantized import quantized_model
 
 
 def of_run(name: str, folder: Path, args, samples, samples_per_step: int) -> dict:
-    """base, method, data, versions and the like, for training.json. name: of the base, as the user gave it; folder: the base's."""
+    """training.json: base, method, data, versions and more. name: of the base, as the user gave it; folder: the base's."""
     training, quantization = args.training, quantized_model.of_run(folder, args.lora)
     return {
         "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
@@ -45,4 +45,5 @@ def versions(training, quantization) -> dict[str, str]:
     optim = optim_of(training)
     packages += ["torchao"] if optim in optimizers.ROUNDING else []
     packages += ["bitsandbytes"] if optimizers.is_of_bitsandbytes(optim) else []
-    return {package: importlib.metadata.version(package) for package in dict.fromkeys(packages) if quantized_model.installed(package)}
+    installed = filter(quantized_model.installed, dict.fromkeys(packages))
+    return {package: importlib.metadata.version(package) for package in installed}
