@@ -11,6 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.errors import Findings, note, run
+from finetune.folders import hub
+from finetune.folders.new_folder import new_folder
+from finetune.folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
+from finetune.gptq import gptq_checks
+from finetune.gptq.settings import FEW, MANY, MAX_LENGTH, SAMPLES, SEED, Settings
 from finetune.quiet import quiet
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,15 +29,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(options) -> None:
     """Everything a user gave is checked before a weight is read."""
-    from finetune.data import conversations
-    from finetune.folders import hub, tensor_files
-    from finetune.folders.new_folder import new_folder
-    from finetune.gptq import gptq_checks
+    from finetune.data import conversations  # and with it tqdm, which reads quiet()'s settings then
 
     findings, folder = Findings(), hub.find_folder(options.model_name_or_path)
     settings = settings_of(options)
     with findings:
-        settings = replace(settings, max_shard_bytes=tensor_files.max_shard_bytes(options.max_shard_size))
+        settings = replace(settings, max_shard_bytes=max_shard_bytes(options.max_shard_size))
     with findings:
         gptq_checks.check_quantizing(folder, options.out_path, settings, options.samples, options.max_len)
     with findings:
@@ -54,8 +56,6 @@ def job(options) -> None:
 
 def settings_of(options):
     """The flags as the library takes them, but for the one that may be no size."""
-    from finetune.gptq.settings import Settings
-
     return Settings(
         bits=options.bits,
         group_size=options.group_size,
@@ -73,16 +73,20 @@ def parse(argv: list[str] | None):
     add("-m", "--model_name_or_path", required=True, metavar="MODEL", help="a 16-bit model: folder, or id on the hub")
     add("-d", "--data_path", required=True, metavar="DATA", help="conversations to calibrate on (data/README.md)")
     add("-o", "--out_path", required=True, type=Path, metavar="OUT", help="a new folder for the quantized model")
-    add("--bits", type=int, default=4, help="2, 3, 4 or 8 (default 4)")
-    add("--group-size", "--group_size", type=int, default=128, help="weights that share a scale; -1: a whole row (128)")
-    add("--max_len", "--max-len", type=int, default=8192, help="tokens of a sample, up to the model's length (8192)")
-    add("--samples", type=int, default=128, help="conversations to calibrate on, 64 to 512 (128)")
-    add("--seed", type=int, default=42, help="which ones are drawn (42)")
-    add("--desc_act", type=truth, nargs="?", const=True, default=False, help="in order of activations' size (false)")
-    add("--sym", type=truth, nargs="?", const=True, default=True, help="zero in the middle of the range (true)")
-    add("--damp_percent", type=float, default=0.01, help="added to the diagonal, as a share of its mean (0.01)")
-    add("--max_shard_size", default="2GB", help="of the files written (2GB)")
-    add("--dtype", choices=DTYPES, default="auto", help="of the passes (auto: as stored; on CPUs float32)")
+    add("--bits", type=int, default=Settings.bits, help="2, 3, 4 or 8 (%(default)s)")
+    what = "weights that share a scale; -1: a whole row (%(default)s)"
+    add("--group-size", "--group_size", type=int, default=Settings.group_size, help=what)
+    what = "tokens of a sample, up to the model's length (%(default)s)"
+    add("--max_len", "--max-len", type=int, default=MAX_LENGTH, help=what)
+    add("--samples", type=int, default=SAMPLES, help=f"conversations to calibrate on, {FEW} to {MANY} (%(default)s)")
+    add("--seed", type=int, default=SEED, help="which ones are drawn (%(default)s)")
+    switch = {"type": truth, "nargs": "?", "const": True}
+    add("--desc_act", **switch, default=Settings.desc_act, help="in order of activations' size (%(default)s)")
+    add("--sym", **switch, default=Settings.symmetric, help="zero in the middle of the range (%(default)s)")
+    what = "added to the diagonal, as a share of its mean (%(default)s)"
+    add("--damp_percent", type=float, default=Settings.damp_percent, help=what)
+    add("--max_shard_size", default=MAX_SHARD_SIZE, help="of the files written (%(default)s)")
+    add("--dtype", choices=DTYPES, default=Settings.dtype, help="of the passes (auto: as stored; on CPUs float32)")
     return parser.parse_args(argv)
 
 

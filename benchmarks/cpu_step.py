@@ -22,6 +22,7 @@ import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from qwen_model.new_checkpoint import new_checkpoint  # noqa: E402
 
 BATCH = 16
 
@@ -50,8 +51,6 @@ def main() -> None:
 
 def measure(options) -> dict:
     """Runs both ways in turns, each time in a fresh process."""
-    from qwen_model.new_checkpoint import new_checkpoint
-
     runs = {"plain": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
         parameters = new_checkpoint(Path(folder), hidden_size=options.hidden_size)
@@ -117,7 +116,7 @@ def child(way: str, folder: str, options) -> dict:
     from transformers import TrainingArguments
 
     from finetune.model.loading import load_tokenizer
-    from finetune.steps.trainer import memory_gb
+    from finetune.steps.peak_memory import memory_gb
 
     tokenizer = load_tokenizer(Path(folder))
     limit = options.model_max_length

@@ -29,6 +29,7 @@ import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from qwen_model.new_checkpoint import new_checkpoint  # noqa: E402
 
 PARTS = ("speed", "memory", "start")
 TURNS = 5  # of each in the race
@@ -69,8 +70,6 @@ LINES = {
 
 def run_part(part: str, folder: Path, options) -> dict:
     """The part's figures, measured in a process of its own."""
-    from qwen_model.new_checkpoint import new_checkpoint
-
     new_checkpoint(folder / "model", hidden_size=16, heads=2)
     environment = os.environ | {"FINETUNE_CACHE": str(folder / "cache"), "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -143,7 +142,7 @@ def speed(folder: Path, options) -> dict:
 def memory(folder: Path, options) -> dict:
     from finetune.data import rendered_samples
     from finetune.model import loading
-    from finetune.steps.trainer import memory_gb
+    from finetune.steps.peak_memory import memory_gb
 
     tokenizer, begin = loading.load_tokenizer(folder / "model"), time.perf_counter()
     samples = rendered_samples.load(folder / "data.jsonl", tokenizer, max_length=2048)

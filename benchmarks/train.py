@@ -225,7 +225,7 @@ def timed(trainer, more: dict) -> dict:
     """Trains; the median step and the memory, and what is said in `more`."""
     import torch
 
-    from finetune.steps.trainer import memory_gb
+    from finetune.steps.peak_memory import memory_gb
 
     clock = stopwatch()
     trainer.add_callback(clock)

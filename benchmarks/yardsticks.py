@@ -8,6 +8,8 @@ llamafactory and unsloth want other versions of transformers and torch than this
 see NOTES.md.
 """
 
+import tempfile
+
 import torch
 from cells import SIZES, Cell
 
@@ -69,8 +71,6 @@ def model_of(cell: Cell, on_gpu: bool):
 
 def in_nf4(model):
     """The same with the blocks' layers in bitsandbytes' NF4, through a folder, which is the way that it has."""
-    import tempfile
-
     from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
 
     config = BitsAndBytesConfig(

@@ -9,7 +9,9 @@ import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # as in launch.sh
+from qwen_model.versions import too_old
+
+NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -55,12 +57,12 @@ def on_first_rank() -> bool:
 
 
 def note(line: str) -> None:
-    """Something worth knowing."""
+    """Prints something worth knowing."""
     say(f"note: {line}")
 
 
 def warn(line: str) -> None:
-    """Something that the user probably wants to change."""
+    """Prints something that the user probably wants to change."""
     say(f"warning: {line}")
 
 
@@ -80,7 +82,7 @@ said: set[str] | None = None  # within each_line_once()
 
 @contextlib.contextmanager
 def each_line_once():
-    """For checks that are made twice: what they note or warn of is said the first time."""
+    """A context for checks that run twice: each of their notes and warnings is printed once."""
     global said
     said = set()
     try:
@@ -94,7 +96,7 @@ held: list[str] | None = None  # within first_of_two()
 
 @contextlib.contextmanager
 def first_of_two():
-    """For checks that are made once more if they find nothing: what they note or warn of is said once, whichever is the last."""
+    """A context for checks that run again if they find nothing. Prints their notes only if they find something; else the second run does."""
     global held
     held = lines = []
     try:
@@ -122,21 +124,20 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
         note(when_stopped)
         sys.exit(130)  # as a program that Ctrl-C ended
     except UserError as error:
-        speak(error.findings[0], lambda: tell(*error.findings))
+        findings = error.findings
+        speak(findings[0], lambda: tell(*findings))
         sys.exit(2)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (line := wrong_python()):
             speak(line, lambda: tell(line))
             sys.exit(2)
-        line, shown = explained(error), f"{type(error).__name__}: {error}"
-        speak(line or shown, lambda: tell(line) if line else traceback.print_exception(error))
+        failure, line = error, explained(error)
+        speak(line or f"{type(error).__name__}: {error}", lambda: tell(line) if line else traceback.print_exception(failure))
         sys.exit(1)
 
 
 def check_transformers() -> None:
     """Raises UserError for a transformers that is too old, before anything of it is imported."""
-    from qwen_model.versions import too_old
-
     if line := too_old():
         raise UserError(line)
 

@@ -29,7 +29,7 @@ def quiet() -> None:
 
 
 def first_rank_only() -> None:
-    """transformers' bars (loading weights, writing shards) on one of several processes."""
+    """Shows transformers' progress bars (loading weights, writing shards) on the first process only."""
     if not on_first_rank():
         from transformers.utils import logging as transformers_logging
 
@@ -38,7 +38,7 @@ def first_rank_only() -> None:
 
 @contextlib.contextmanager
 def errors_only():
-    """transformers' log without its warnings, such as its table of tensors that a model did not expect."""
+    """A context in which transformers logs errors only, not warnings such as its table of unexpected tensors."""
     from transformers.utils import logging as log
 
     before = log.get_verbosity()

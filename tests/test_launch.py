@@ -286,13 +286,16 @@ def test_dry_run_off(start, tmp_path, value):
 
 
 def test_missing_packages_are_named(start, tmp_path):
-    """An interpreter without site-packages: what is missing, and the command that helps. Nothing is written."""
+    """An interpreter without site-packages: what is missing and what to do, in the words of errors.py. Nothing is written."""
     python = program(tmp_path / "bare", f'#!/bin/sh\nexec {PYTHON} -I -S "$@"\n')
     done = start("-d", "D", FINETUNE_PYTHON=str(python))
     assert done.returncode == 2
     finding, remedy = done.stderr.splitlines()[-1].split(" - ")
     assert finding == f"error: {python} has no torch, transformers, accelerate, peft, tiktoken"
     assert shlex.split(remedy)[:2] == ["bash", str(ROOT / "setup_env.sh")]
+    by_program = subprocess.run([sys.executable, "-S", ROOT / "finetune.py", "-d", "D"], capture_output=True, text=True).stderr
+    alike = by_program[: by_program.index("is needed")].replace(sys.executable, str(python))
+    assert done.stderr.splitlines()[-1].startswith(alike)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "bin"]
 
 

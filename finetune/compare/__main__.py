@@ -8,11 +8,13 @@ share of equal greedy tokens, and a few answers side by side. One model at a tim
 import argparse
 import importlib.metadata
 import json
+import random
 from pathlib import Path
 
 from ..errors import UserError, note, run
 from ..model import packages
 from ..quiet import quiet
+from . import opened, side_by_side
 
 SAMPLES, SEED = 64, 42
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -53,7 +55,6 @@ def main(argv: list[str] | None = None) -> None:
 def compare(options) -> None:
     """Checks, measures, prints."""
     from ..data import conversations  # and with it tqdm, which reads quiet()'s settings then
-    from . import opened
 
     check_options(options)
     adapters = [name for name in options.models if opened.is_adapter(name)]
@@ -62,7 +63,7 @@ def compare(options) -> None:
     models = [opened.open_named(name, options.base if name in adapters else None) for name in options.models]
     if options.data_path and not conversations.begins_well(options.data_path):
         conversations.read(options.data_path)  # which says what is wrong, before seconds of imports
-    from . import agreement, side_by_side
+    from . import agreement  # with torch
 
     samples, prompts = scored_samples(options, models)
     prompts, dtype = prompts[: options.answers], dtype_of(options.dtype)
@@ -128,8 +129,6 @@ def scored_samples(options, models: list):
 
 def drawn(options, tokenizer) -> tuple[list, str]:
     """(the drawn samples, what tells whether another tokenizer makes the same ones)."""
-    import random
-
     from ..data import rendered_samples
 
     length, long_samples = options.model_max_length, options.long_samples
@@ -150,7 +149,7 @@ def check_same(names: list[str], tokens: list) -> None:
 
 def prompt_of(ids, labels) -> list[int]:
     """A sample up to its first answer."""
-    from .agreement import IGNORE
+    from qwen_model.chatml import IGNORE
 
     begin = next(i for i, label in enumerate(labels) if label != IGNORE)
     return [int(token) for token in ids[:begin]]
@@ -188,7 +187,6 @@ def table(names: list[str], results: list, own: bool) -> str:
 
 
 def write_json(options, results: list, questions: list[str], dtype) -> None:
-    packages = ("torch", "transformers", "peft")
     models = [{"model": name} | found.figures() for name, found in zip(options.models, results)]
     for entry, found in zip(models, results):
         entry["kl_max_at"] = dict(zip(("sample", "position"), found.kl_max_at))
@@ -198,7 +196,7 @@ def write_json(options, results: list, questions: list[str], dtype) -> None:
     ]
     settings = {name: value for name, value in vars(options).items() if name not in ("models", "json")}
     settings["dtype"] = str(dtype or "as stored").removeprefix("torch.")
-    versions = {package: importlib.metadata.version(package) for package in packages}
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     whole = {"models": models, "answers": answers, "settings": settings, "versions": versions}
     options.json.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

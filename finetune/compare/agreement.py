@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from qwen_model.chatml import IGNORE
+
 from .opened import GREEDY
 
 QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
-IGNORE = -100
 ROWS = 32  # positions whose logits stand in memory at once: 32 x 152k x 8 bytes are 39 MB
 
 
@@ -129,7 +130,7 @@ def as_ids(numbers) -> torch.Tensor:
 
 
 def positions(labels) -> torch.Tensor:
-    """Where labels stand (K,): each is predicted from the position before it."""
+    """Positions (K,) that have a label; each is predicted from the position before it."""
     found = (as_ids(labels) != IGNORE).nonzero().flatten()
     return found[found > 0]
 

@@ -51,7 +51,7 @@ def is_adapter(name: str) -> bool:
 
 
 def open_named(name: str, base: str | None = None) -> Opened:
-    """Finds the files. base: of an adapter whose own has moved. UserError for what is not whole."""
+    """Finds the files. base: of an adapter whose own has moved. UserError for an incomplete folder."""
     folder = Path(name)
     if is_adapter(name):
         return Opened(name, checkpoint.find_base(folder, base), folder)

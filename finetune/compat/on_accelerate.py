@@ -4,7 +4,7 @@ from . import patches
 
 
 def forget_state() -> None:
-    """As if nothing had asked for a device or a process group yet."""
+    """Resets accelerate's state, so that the next use chooses device and process group anew."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -4,7 +4,7 @@ from . import patches
 
 
 def leave_out_shm_operator() -> None:
-    """On the CPU DeepSpeed would compile an operator for inference, a minute long."""
+    """Keeps DeepSpeed on CPUs from compiling an operator for inference, which takes a minute."""
     import deepspeed
 
     patches.put(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)

@@ -11,11 +11,10 @@ from . import patches
 
 @contextlib.contextmanager
 def contained():
-    """While gptqmodel is imported or at work: it prints nothing, and leaves the log and the environment as they were.
+    """A context for importing and using gptqmodel: prints nothing, and restores the log and the environment afterwards.
 
-    But for GPTQMODEL_CPU_WORKERS, which it reads later, too.
-
-    It would print a banner and its steps, move Hugging Face's folders under /tmp for child processes, and renumber GPUs.
+    Only GPTQMODEL_CPU_WORKERS stays set, since gptqmodel reads it later, too. Without this it prints a banner and its steps, moves
+    Hugging Face's folders under /tmp for child processes, and renumbers GPUs.
     """
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its thread pool refuses to start with fewer, as on two cores
     environment, root = dict(os.environ), logging.getLogger()
@@ -33,7 +32,7 @@ def contained():
 
 
 def keep_to(folder: Path) -> None:
-    """Its logs go into `folder`, not to where the program was started; of its dozen bars it shows none."""
+    """Its logs go into `folder` instead of the working directory, and its progress bars are off."""
     from gptqmodel.looper import loop_processor
     from gptqmodel.utils import logger
 

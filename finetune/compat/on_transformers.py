@@ -13,7 +13,7 @@ from . import patches
 
 @contextlib.contextmanager
 def checkpoints_into(trainer, folder: Path):
-    """transformers puts a checkpoint into `folder`: it asks _get_output_dir where."""
+    """A context in which transformers writes checkpoints into `folder`."""
     patches.replace(trainer, "_get_output_dir", lambda trial: str(folder))
     try:
         yield
@@ -22,9 +22,9 @@ def checkpoints_into(trainer, folder: Path):
 
 
 def training_flags(base: type) -> type | None:
-    """A dataclass with the fields of TrainingArguments over those of `base`, read in the source: to import it takes seconds.
+    """A dataclass with the fields of TrainingArguments over those of `base`, read from the source, since its import takes seconds.
 
-    A type that the source alone does not tell is text, and such a default is None. None where the class is not found there.
+    A type that needs an import becomes str, and such a default None. Returns None where the class is not found.
     """
     fields = {}
     for node in class_body("training_args.py", "TrainingArguments"):
@@ -35,7 +35,7 @@ def training_flags(base: type) -> type | None:
 
 
 def knows_model_type(kind: str) -> bool:
-    """Does transformers know this model_type of a config.json? Told by the names in its two files of them."""
+    """Whether transformers knows this model_type, judged by the names in its two auto-mapping files."""
     trees = [source(f"models/auto/{name}.py") for name in ("auto_mappings", "configuration_auto")]
     if all(trees):
         return any(isinstance(node, ast.Constant) and node.value == kind for tree in trees for node in ast.walk(tree))
@@ -45,7 +45,7 @@ def knows_model_type(kind: str) -> bool:
 
 
 def class_body(file: str, name: str) -> list:
-    """The statements of a class; [] where it is not in the file, or has fields elsewhere: of a base, under a condition."""
+    """The statements of a class. [] where it is not in the file, has a base class, or defines fields under a condition."""
     tree = source(file)
     found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None) if tree else None
     if found is None or found.bases:
@@ -78,7 +78,7 @@ def kind_of(annotation: ast.expr):
 
 
 def field_of(value: ast.expr | None):
-    """A field with the default that stands there as a literal, and what changes how many words the flag takes."""
+    """A field with its literal default, and its metadata `nargs` and `const`."""
     given = {word.arg: word.value for word in getattr(value, "keywords", ())}
     metadata, written = {}, given.get("metadata")
     for key, setting in zip(getattr(written, "keys", ()), getattr(written, "values", ())):

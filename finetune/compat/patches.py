@@ -1,13 +1,18 @@
-"""Replaces something of another package, and fails loudly where it is gone."""
+"""Asks for, or replaces, something of another package, and fails loudly where it is gone."""
 
 import contextlib
 
 
-def replace(owner, name: str, value):
-    """owner.name = value; returns what was there. RuntimeError where there is nothing to replace."""
+def require(owner, name: str) -> None:
+    """RuntimeError unless a module or a class of another package has this name."""
     if not hasattr(owner, name):
         where = getattr(owner, "__qualname__", getattr(owner, "__name__", type(owner).__name__))
         raise RuntimeError(f"{where}.{name} is gone: another version of its package than requirements.txt has?")
+
+
+def replace(owner, name: str, value):
+    """owner.name = value; returns what was there. RuntimeError where there is nothing to replace."""
+    require(owner, name)
     before = getattr(owner, name)
     setattr(owner, name, value)
     return before
@@ -22,7 +27,7 @@ def put(entries: dict, key: str, value) -> None:
 
 @contextlib.contextmanager
 def replaced(owner, name: str, value):
-    """The same for a while."""
+    """replace(), undone at the end of the context."""
     before = replace(owner, name, value)
     try:
         yield

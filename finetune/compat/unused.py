@@ -4,10 +4,10 @@ import sys
 
 
 def leave_out(names) -> None:
-    """Makes this process find none of these packages, as if they were not installed.
+    """Makes imports of these packages fail in this process, as if they were not installed.
 
-    For a program that knows from its command line what it will do, and before transformers is imported: it asks once which
-    packages are there. Where it is imported already (in tests, in a notebook), nothing changes.
+    Call it before transformers is imported, which checks once what is installed. Where it is imported already (in tests, in a
+    notebook), nothing changes.
     """
     if "transformers" not in sys.modules:
         for name in names:

@@ -24,32 +24,22 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import DistError, TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous.api import (
-    RendezvousClosedError,
-    RendezvousConnectionError,
-    RendezvousInfo,
-    RendezvousStoreInfo,
-    RendezvousTimeoutError,
-)
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
+from ..compat import on_torch
 from ..errors import UserError, note, tell, warn
 from .network import Job, own_address, wait_for_master
 
+elastic = on_torch.elastic()
 USER_ERROR = 2  # the exit code of a worker whose user has to change something
 STORE_SECONDS = 60  # for an answer of the store
 GRACE_SECONDS = 3  # in which what several processes find wrong at the same time is told by rank 0
 LEAVING_SECONDS = 10  # in which machine 0 lets the others read why the run has ended
 FINISHING_SECONDS = 300  # for which machine 0 waits for the others' workers to end after its own
-LOST = (RendezvousConnectionError, DistError, ConnectionError, TimeoutError)  # what a vanished store raises
+LOST = (elastic.RendezvousConnectionError, DistError, ConnectionError, TimeoutError)  # what a vanished store raises
 
 
 class Ended(Exception):
-    """The run is over on all machines, for a reason that another machine has told."""
+    """Another machine has ended the run, and has told why."""
 
     def __init__(self, code: int, line: str = ""):
         super().__init__(line)
@@ -57,7 +47,7 @@ class Ended(Exception):
 
 
 class Lost(Exception):
-    """The store does not answer any more: machine 0 is gone. restarts: those that are left."""
+    """The store no longer answers, since machine 0 is gone. restarts: how many are left."""
 
     def __init__(self, restarts: int):
         super().__init__()
@@ -67,7 +57,7 @@ class Lost(Exception):
 # ---- the machines meet
 
 
-class Rendezvous(DynamicRendezvousHandler):
+class Rendezvous(elastic.DynamicRendezvousHandler):
     """torch's c10d rendezvous of a fixed number of machines, with ranks by NODE_RANK.
 
     Each round has a new store for its workers, on machine 0: what an earlier round has left in one would confuse them.
@@ -84,23 +74,23 @@ class Rendezvous(DynamicRendezvousHandler):
         store = TCPStore(host, job.master_port, is_master=job.node_rank == 0, multi_tenant=True, timeout=wait)
         name = os.environ.get("SLURM_JOB_ID", "finetune")  # the same whenever a machine of this job comes back
         # machine 0 is the first to lose patience, so that it can tell the others
-        limits = RendezvousTimeout(join=timedelta(seconds=job.master_timeout + 10 * (job.node_rank > 0)))
-        count, backend = job.nnodes, C10dRendezvousBackend(store, name)
+        limits = elastic.RendezvousTimeout(join=timedelta(seconds=job.master_timeout + 10 * (job.node_rank > 0)))
+        count, backend = job.nnodes, elastic.C10dRendezvousBackend(store, name)
         self = cls.from_backend(name, store, backend, count, count, address, limits)
         self.job, self.root, self.host = job, store, host
         return self
 
-    def next_rendezvous(self) -> RendezvousInfo:
+    def next_rendezvous(self) -> elastic.RendezvousInfo:
         arrived, name = f"arrived/{self.job.node_rank}", socket.gethostname()
         self.root.set(arrived, name)
         try:
             info = super().next_rendezvous()
-        except RendezvousTimeoutError:
+        except elastic.RendezvousTimeoutError:
             raise UserError(self.who_is_missing()) from None
         self.root.delete_key(arrived)
         self.check_ranks(info.store)
-        place = RendezvousStoreInfo(self.host, self.workers_port(info.store))
-        return RendezvousInfo(info.store, self.job.node_rank, info.world_size, place)
+        place = elastic.RendezvousStoreInfo(self.host, self.workers_port(info.store))
+        return elastic.RendezvousInfo(info.store, self.job.node_rank, info.world_size, place)
 
     def who_is_missing(self) -> str:
         count = self.job.nnodes
@@ -139,7 +129,7 @@ class Rendezvous(DynamicRendezvousHandler):
         return Ended(**json.loads(self.root.get("ended"))) if self.root.check(["ended"]) else None
 
     def leave(self) -> None:
-        """Machine 0 holds the store, so it leaves last."""
+        """Machine 0 keeps the store, so it waits here until the others have left."""
         try:
             if self.job.node_rank > 0:
                 self.root.add("left", 1)
@@ -154,18 +144,18 @@ class Rendezvous(DynamicRendezvousHandler):
 # ---- the workers of one machine
 
 
-class Agent(LocalElasticAgent):
+class Agent(elastic.LocalElasticAgent):
     """Watches this machine's workers and looks after the other machines while it does."""
 
     def __init__(self, job: Job, rendezvous: Rendezvous, restarts: int, folder: str):
         program = Path(__file__).with_name("dies_with_parent.py")
         starter = ["-I", "-S", str(program), str(os.getpid()), sys.executable, "-u"]
         words = [word.replace("$", "$$") for word in [*starter, *job.command]]  # torch replaces $local_rank in them
-        spec = WorkerSpec(
+        spec = elastic.WorkerSpec(
             role="worker", local_world_size=job.nproc_per_node, rdzv_handler=rendezvous, entrypoint=sys.executable,
             args=tuple(words), max_restarts=restarts,
         )  # fmt: skip
-        super().__init__(spec, logs_specs=DefaultLogsSpecs(log_dir=folder))
+        super().__init__(spec, logs_specs=elastic.DefaultLogsSpecs(log_dir=folder))
         self.job, self.rendezvous = job, rendezvous
         self.finished_at = None  # time.monotonic() of the end of this round's workers
         self.died: list[int] = []  # local ranks that had failed before torch stopped the others
@@ -179,7 +169,7 @@ class Agent(LocalElasticAgent):
         self.finished_at = None
         super()._initialize_workers(group)
 
-    def _monitor_workers(self, group) -> RunResult:
+    def _monitor_workers(self, group) -> elastic.RunResult:
         """As torch's, but for what the other machines are doing."""
         self.look_at_workers()
         result = super()._monitor_workers(group)
@@ -189,12 +179,13 @@ class Agent(LocalElasticAgent):
             warn(f"{describe_failure(*self.to_blame(result))}; starting again, restarts left: {self.restarts - 1}")
         elif not result.is_failed() and self.others_ended():
             raise self.rendezvous.ended()
-        if result.state == WorkerState.SUCCEEDED and not self.all_finished(group):
-            return RunResult(state=WorkerState.HEALTHY)  # so that torch goes on to look for machines that come back
+        if result.state == elastic.WorkerState.SUCCEEDED and not self.all_finished(group):
+            # so that torch goes on to look for machines that come back
+            return elastic.RunResult(state=elastic.WorkerState.HEALTHY)
         return result
 
     def look_at_workers(self) -> None:
-        """Notes who has failed before torch stops the rest, and before that lets rank 0 tell an error that all have."""
+        """Notes which workers failed, before torch stops the rest. Gives rank 0 time to print an error that all have."""
         processes = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
         codes = [process.poll() for process in processes]
         deadline = time.monotonic() + GRACE_SECONDS
@@ -203,10 +194,10 @@ class Agent(LocalElasticAgent):
             codes = [process.poll() for process in processes]
         self.died = [rank for rank, code in enumerate(codes) if code]
 
-    def to_blame(self, result: RunResult):
-        """(rank, torch's ProcessFailure): of a user error, else of a signal, else of the first that was seen.
+    def to_blame(self, result: elastic.RunResult):
+        """(rank, torch's ProcessFailure) of the cause: a user error, else a signal, else the first failure.
 
-        When one worker vanishes, the others fail as well, for they miss it.
+        When one worker is killed, the others fail as well, since they lose their peer.
         """
         ranks = [self._worker_group.workers[local].global_rank for local in self.died]
         failures = [pair for pair in result.failures.items() if not ranks or pair[0] in ranks]
@@ -220,7 +211,7 @@ class Agent(LocalElasticAgent):
         return self.rendezvous.root.check(["ended"])
 
     def hear_others_out(self) -> None:
-        """Another machine may have lost a worker, which this one's have missed, or be about to tell the same error."""
+        """Waits GRACE_SECONDS for another machine to report the cause: a failure there makes workers here fail, too."""
         deadline = time.monotonic() + GRACE_SECONDS
         while self.job.nnodes > 1 and time.monotonic() < deadline and not self.rendezvous.ended():
             time.sleep(0.1)
@@ -235,24 +226,19 @@ class Agent(LocalElasticAgent):
         return group.store.add("finished", 0) == group.group_world_size
 
     def _exit_barrier(self) -> None:
-        """Nothing: all_finished() has waited for the others."""
-
-
-for _name in ("_initialize_workers", "_monitor_workers", "_exit_barrier"):
-    if not hasattr(LocalElasticAgent, _name):  # torch would go on without ours, in silence
-        raise ImportError(f"torch's LocalElasticAgent.{_name} is gone - pip install the version of torch in requirements.txt")
+        """Does nothing: all_finished() has waited for the others."""
 
 
 # ---- what has happened, in a line
 
 
 def exit_code(failure) -> int:
-    """As a shell gives it: 128 and the signal, where it was one."""
+    """The worker's exit code as a shell reports it: 128 + N after signal N."""
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
 def describe_failure(rank: int, failure) -> str:
-    """What became of a worker, and what it wrote into torch's error file, if it did."""
+    """One line on how a worker failed, with the message of torch's error file if there is one."""
     who = f"rank {rank} on {socket.gethostname()}"
     message = failure.error_file_data.get("message")
     if os.path.isfile(failure.error_file) and isinstance(message, str):
@@ -264,8 +250,8 @@ def describe_failure(rank: int, failure) -> str:
     return f"{who} was killed by signal {number} ({failure.signal_name()}){memory}"
 
 
-def tell_failure(agent: Agent, result: RunResult) -> int:
-    """Ends the run on all machines; prints a line unless a worker has told what it was. The exit code."""
+def tell_failure(agent: Agent, result: elastic.RunResult) -> int:
+    """Ends the run on all machines and returns the exit code. Prints a line unless a worker has printed its error."""
     rank, failure = agent.to_blame(result)
     code, line = exit_code(failure), describe_failure(rank, failure)
     # a worker that wrote its error file has told its user, too
@@ -282,7 +268,7 @@ def tell_failure(agent: Agent, result: RunResult) -> int:
 
 
 def run(job: Job) -> int:
-    """The exit code. Raises UserError where the machines do not come together."""
+    """Runs the job and returns its exit code. Raises UserError where the machines do not meet in time."""
     if "LOGLEVEL" not in os.environ:  # torch's own switch for the agent's log
         logging.disable(logging.CRITICAL)
     restarts = job.max_restarts
@@ -305,7 +291,7 @@ def run(job: Job) -> int:
 
 
 def attempt(job: Job, restarts: int, folder: str) -> int:
-    """One life of the store: returns the exit code, or raises Lost, after which the machines may meet once more."""
+    """One rendezvous with its store: returns the exit code, or raises Lost, after which the machines may meet again."""
     try:
         rendezvous = Rendezvous.of(job)
     except LOST as error:
@@ -333,16 +319,16 @@ def attempt(job: Job, restarts: int, folder: str) -> int:
 
 
 def watch(agent: Agent) -> int:
-    """Runs the agent to its end, and tells the other machines of it. The exit code."""
+    """Runs the agent to its end, tells the other machines, and returns the exit code."""
     rendezvous = agent.rendezvous
     try:
         result = agent.run()
-    except RendezvousClosedError:
+    except elastic.RendezvousClosedError:
         result = None
     except UserError as error:
         rendezvous.end(USER_ERROR, " ".join(error.findings))
         raise
-    except (SignalException, SystemExit) as stopped:
+    except (elastic.SignalException, SystemExit) as stopped:
         code = stopped.code if isinstance(stopped, SystemExit) else 128 + stopped.sigval
         if code == 128 + signal.SIGTERM and agent.restarts:
             sys.exit(code)  # this machine is wanted elsewhere for a while; the others wait for it

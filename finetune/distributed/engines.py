@@ -102,7 +102,7 @@ def connect(training) -> None:
 
 
 def alone() -> None:
-    """The environment of a run of one rank that nobody launched."""
+    """Sets the environment variables of a run of one rank without a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -37,7 +37,7 @@ def local_rank() -> int:
 
 
 def count() -> int:
-    """Of all processes, on all machines."""
+    """The number of processes, on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -46,7 +46,7 @@ def machines() -> int:
 
 
 def name() -> str:
-    """Of this process, for people."""
+    """This process's name in messages: rank and host."""
     return f"rank {rank()} on {socket.gethostname()}"
 
 
@@ -122,7 +122,7 @@ class Meeting:
         return [json.loads(self.get(f"{topic}/{other}", what, other)) for other in range(count())]
 
     def wait(self, what: str) -> None:
-        """Until all ranks have come here. For as long as it takes: waiting inside a collective operation times out."""
+        """Waits until all ranks have come here, without a time-out, which collective operations have."""
         if count() == 1:
             return
         if self.store is None:
@@ -194,7 +194,7 @@ class Meeting:
 
 
 def merged(told: list[tuple[str, list[str]]]) -> list[str]:
-    """Every finding once; those that not all ranks made, with the name of the first that did."""
+    """Every finding once. One that only some ranks made begins with the name of the first of them."""
     result = []
     for who, findings in told:
         for finding in findings:
@@ -237,7 +237,7 @@ def differences(what: str, one, two):
 
 
 def sees_the_same(folder: Path) -> bool:
-    """Do all machines see what the first writes into `folder`?"""
+    """Whether all machines see what the first writes into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f".seen-by-all-{meeting.exchange('marking a folder', os.getpid())[0]}"
     if rank() == 0:
@@ -283,7 +283,7 @@ def locked(path: Path, what: str):
 
 
 def lies_at(path: Path, file) -> bool:
-    """Is it this open file that others find at `path`?"""
+    """Whether this open file is the one at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False

@@ -1,11 +1,11 @@
 """Writes a model, or a LoRA adapter, in another layout: python -m finetune.export MODEL OUT --to qwen2
 
-First-generation Qwen (Qwen-7B and its like) in the layout of transformers' own Qwen2, which any server of today takes
-without remote code; or, with --to qwen, back. The same weights under other names, 16 bit or GPTQ, one tensor at a time;
-then the logits of both are compared, and the folder put into its place. Beyond the trained length dynamic NTK and LogN
-cannot go along: it says so, and config.json states the longest length that is exact.
+First-generation Qwen (Qwen-7B and the like) is written in the layout of transformers' own Qwen2, which servers load without
+remote code; --to qwen converts it back. The weights stay the same, 16 bit or GPTQ; only their names change. Afterwards the
+logits of both are compared. Qwen2 has no dynamic NTK and no LogN attention: a note says so, and config.json states the
+length up to which both compute the same.
 
-An adapter goes along with its base: export that first, then the adapter with --base EXPORTED_BASE.
+For an adapter, export its base first, then the adapter with --base EXPORTED_BASE.
 """
 
 import argparse
@@ -23,7 +23,7 @@ HELP = {
     "model": "a model's folder (or its id on a hub), or the output folder of a LoRA run",
     "out": "a new folder for what is exported",
     "to": "qwen2: first-generation Qwen for servers; qwen: back, to its own layout and code",
-    "base": "of an adapter: its base, exported to the same layout",
+    "base": "for an adapter: its base, exported to the same layout",
     "max_shard_size": f"of a file of weights (default: {MAX_SHARD_SIZE})",
 }
 
@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export(model: str, out: Path, to: str, base: str | None = None, max_shard_size: str | None = None) -> float:
-    """Exports `model` into `out`; returns the largest difference of a logit between the two layouts."""
+    """Exports `model` into `out`; returns the largest difference between the two layouts' logits."""
     folder, max_bytes = hub.find_folder(str(model)), max_shard_bytes(max_shard_size or MAX_SHARD_SIZE)
     check_free(out, "what is exported", folder)
     if (folder / "adapter_config.json").is_file():
         if max_shard_size is not None:
-            what = f"--max_shard_size {max_shard_size}: {folder} is an adapter, which is one file"
+            what = f"--max_shard_size {max_shard_size}: {folder} is an adapter, which is written as one file"
             raise UserError(f"{what} - leave it out")
         if base is not None:
             export_checks.find_base(folder, to, base)

@@ -1,8 +1,7 @@
-"""A LoRA adapter for its exported base: is it that base, what it is there, and do both compute the same?"""
+"""Exports a LoRA adapter for its exported base: checks that the base is its own, converts it, compares logits."""
 
 import copy
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from ..model import loading
 from ..quantized import quantized_model
 from ..quantized.plain_weights import PlainWeights
 from . import export_config, export_proof, layouts
+from .converted_adapter import ConvertedAdapter
 from .export_checks import OTHER, QWEN, find_base
-from .export_model import new_config, plain_config, zeros_of
-from .layouts import Relaid
-from .relaid_adapter import RelaidAdapter
+from .export_model import left_out_biases, new_config, unquantized_config
+from .layouts import ConvertedTensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_FILES = (
@@ -33,7 +32,7 @@ TOKENIZER_FILES = (
 
 
 def export(folder: Path, out: Path, to: str, base: str | None) -> float:
-    """Writes the adapter in `folder` to `out`, for its exported base; returns the largest difference of a logit."""
+    """Writes the adapter in `folder` to `out`, for its exported base; returns the largest difference between two logits."""
     qwen_model.register()
     adapter = formulas.Adapter(folder)
     check_adapter(adapter, to)
@@ -41,52 +40,55 @@ def export(folder: Path, out: Path, to: str, base: str | None) -> float:
     check_free(out, "what is exported", base_folder)
     note(f"exporting the adapter {folder} for {base_folder}")
     with Shards(base_folder) as stored, new_folder(out, CONFIG) as staging:
-        there = Relaid(stored, to, zeros_of(checkpoint.read_record(base_folder), OTHER[to]))
-        check_base(folder, base_folder, there)
-        relaid = RelaidAdapter(adapter, OTHER[to], config_files.config_of(base_folder)["num_hidden_layers"])
-        write(staging, folder, base_folder, relaid, name=str(base_folder) if Path(base).is_dir() else base)
+        original = ConvertedTensors(stored, to, left_out_biases(checkpoint.read_record(base_folder), OTHER[to]))
+        check_base(folder, base_folder, original)
+        converted = ConvertedAdapter(adapter, OTHER[to], config_files.config_of(base_folder)["num_hidden_layers"])
+        write(staging, folder, base_folder, converted, name=str(base_folder) if Path(base).is_dir() else base)
         adapter_folder.check_adapter(staging, base_folder)
-        return prove(staging, base_folder, adapter, there)
+        return prove(staging, base_folder, adapter, original)
 
 
 # ---- checks
 
 
 def check_adapter(adapter: formulas.Adapter, to: str) -> None:
-    """UserError for an adapter that is in the layout already, or that belongs to no stored base."""
+    """UserError for an adapter in layout `to`, of another architecture, or of a base that is stored nowhere (PiSSA)."""
     folder = adapter.folder
     if pissa.stored(folder):
-        what = f"{folder}: a checkpoint of PiSSA, which is trained over a changed base"
+        what = f"{folder}: a checkpoint of PiSSA, whose base has other weights than the stored one"
         raise UserError(f"{what} - export the run's result instead, which is plain LoRA")
     names = list(adapter.tensors)
     if not any(layouts.place_of(name, OTHER[to]) for name in names):
         if any(layouts.place_of(name, to) for name in names):
             raise UserError(f"{folder}: is in that layout already - use it as it is")
-        what = f"{folder}: holds {next(iter(names), 'nothing')}, which is of no layer of first-generation Qwen or Qwen2"
+        what = f"{folder}: holds {next(iter(names), 'nothing')}, which belongs to no layer of first-generation Qwen or Qwen2"
         raise UserError(f"{what} - give the output folder of a LoRA run")
 
 
-def check_base(folder: Path, base: Path, there: Relaid) -> None:
-    """Refuses a base that is not the export of the adapter's own. there: the base, as it was before it was exported."""
+def check_base(folder: Path, base: Path, original: ConvertedTensors) -> None:
+    """UserError for a base that is not the export of the adapter's own.
+
+    original: the tensors of `base` in the adapter's layout, as they were before they were exported.
+    """
     made_for = checkpoint.read_record(folder).get("base", {}).get("fingerprint")
     if made_for is None:
-        return note(f"{folder}: does not say which base it was trained on, so that {base} is the one is not checked")
-    found = fingerprint(base, there)
+        return note(f"{folder}: has no record of its base, so it is not checked that {base} is the right one")
+    found = original_fingerprint(base, original)
     if quant_settings.may_take(made_for, found, base):
-        note(f"{folder}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
+        note(f"{folder}: was trained over a quantized base, and {base} has the same sizes: taken for its 16-bit sibling")
     elif found != made_for:
         what = f"{folder}: the adapter was made for another base ({checkpoint.describe_fingerprint(made_for)})"
         other = f"{base} is an export of {checkpoint.describe_fingerprint(found)}"
         raise UserError(f"{what}; {other} - give the export of the adapter's own with --base")
     if quantized_model.of_adapter(folder):
-        what = f"{folder}: was trained over NF4, whose scales are rounded for a whole layer"
-        note(f"{what}: c_attn's three parts in NF4 differ from it in the last bits")
+        what = f"{folder}: was trained over NF4, whose scales are quantized per layer"
+        note(f"{what}: q, k and v in NF4 differ from c_attn in NF4 in the last bits")
 
 
-def fingerprint(base: Path, there: Relaid) -> dict:
-    """checkpoint.fingerprint of what the base was before it was exported, read off the export."""
+def original_fingerprint(base: Path, original: ConvertedTensors) -> dict:
+    """checkpoint.fingerprint() of the base before it was exported, computed from the export."""
     found = checkpoint.fingerprint(base)
-    lines = [checkpoint.beginning(name, there.shape(name), there.beginning(name), 8) for name in there]
+    lines = [checkpoint.beginning(name, original.shape(name), original.first_row(name), 8) for name in original]
     digest = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
     return found | {"model_type": OTHER[found["model_type"]], "sha256": digest}
 
@@ -94,29 +96,25 @@ def fingerprint(base: Path, there: Relaid) -> dict:
 # ---- writing
 
 
-def write(staging: Path, folder: Path, base: Path, relaid: RelaidAdapter, name: str) -> None:
-    """The whole adapter folder. name: of the base, as it is to be found."""
-    to, record = relaid.other, checkpoint.read_record(folder)
-    write_json(staging / CONFIG, relaid.config(name))
+def write(staging: Path, folder: Path, base: Path, converted: ConvertedAdapter, name: str) -> None:
+    """Writes the whole adapter folder. name: folder or hub id of the base, for adapter_config.json."""
+    to, record = converted.target, checkpoint.read_record(folder)
+    config_files.write_json(staging / CONFIG, converted.config(name))
     own = export_config.settings_of(folder)
-    settings = export_config.generation(own, base, relaid.layout, record) if own else export_config.settings_of(base)
-    write_json(staging / "generation_config.json", settings)
+    settings = export_config.generation_config(own, base, converted.layout, record) if own else export_config.settings_of(base)
+    config_files.write_json(staging / "generation_config.json", settings)
     write_tokenizer(staging, base, to)
     now = {"name": name, "folder": str(base.resolve()), "fingerprint": checkpoint.fingerprint(base)}
-    came_from = {"from": str(folder.resolve()), "layout": relaid.layout, "base": record.get("base")}
-    came_from |= {"generation_config": own}
-    write_json(staging / checkpoint.RECORD, record | {"base": now, "exported": came_from})
+    source = {"from": str(folder.resolve()), "layout": converted.layout, "base": record.get("base")}
+    source |= {"generation_config": own}
+    config_files.write_json(staging / checkpoint.RECORD, record | {"base": now, "exported": source})
     (staging / "README.md").write_text(adapter_folder.adapter_model_card(name), encoding="utf-8")
     hide_config_until_done(staging, CONFIG)
-    save_file(relaid.stored(), staging / WEIGHTS, metadata={"format": "pt"})
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_file(converted.stored(), staging / WEIGHTS, metadata={"format": "pt"})
 
 
 def write_tokenizer(staging: Path, base: Path, to: str) -> None:
-    """The base's."""
+    """Writes the base's tokenizer files."""
     if to == QWEN:
         loading.load_tokenizer(base).save_pretrained(staging)
         return
@@ -127,13 +125,13 @@ def write_tokenizer(staging: Path, base: Path, to: str) -> None:
 # ---- the proof
 
 
-def prove(staging: Path, base: Path, adapter: formulas.Adapter, there: Relaid) -> float:
-    """Base and adapter as they were, against base and adapter as they are."""
-    config, to = plain_config(base), OTHER[there.layout]
+def prove(staging: Path, base: Path, adapter: formulas.Adapter, original: ConvertedTensors) -> float:
+    """Compares base + adapter before the export with both after it; returns the largest difference between two logits."""
+    config, to = unquantized_config(base), OTHER[original.layout]
     record = checkpoint.read_record(base)
     with PlainWeights(base) as after:
         before = copy.copy(after)
-        before.shards = there  # the same weights, as they were called when the adapter was trained
+        before.shards = original  # the same weights by the names that the adapter was trained with
         exported = formulas.Adapter(staging)
         one = new_config(config, base, to, record), lambda name: adapter.merged(name, before[name])
         other = config, lambda name: exported.merged(name, after[name])

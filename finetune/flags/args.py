@@ -101,7 +101,7 @@ def parse(argv: list[str] | None = None) -> Args:
 
 
 def parse_as(training_kind, argv: list[str]) -> Args:
-    """The flags with those of `training_kind`, a dataclass, for training: as a dict of values, of which nothing is made yet."""
+    """The parsed flags. training_kind: the dataclass of the training flags, whose values stay a plain dict here."""
     argv, findings = modernize(argv)
     kinds = (ModelArguments, DataArguments, LoraArguments, training_kind)
     parser = Parser(kinds)
@@ -115,7 +115,7 @@ def parse_as(training_kind, argv: list[str]) -> Args:
 
 
 def unknown(rest: list[str], parser: Parser) -> list[str]:
-    """A finding for each flag of `rest` that nobody knows; for words that belong to none, one."""
+    """A finding for each unknown flag of `rest`; one finding for words that belong to no flag."""
     flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
     if rest and not flags:
         return [f"{' '.join(rest)}: belongs to no flag - put a flag before it, or quotes around a value with blanks"]

@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..data.sample_files import SampleFile
 from ..distributed import engines
 from ..errors import UserError, note, warn
 from ..folders import adapter_folder, config_files, model_folder
+from ..folders.checkpoint import resume_point
 from ..model import kinds, optimizers
 from . import method_checks
 
@@ -45,12 +47,12 @@ def check_flags(args) -> None:
 
 
 def check_first(args) -> None:
-    """The same, as far as neither torch nor transformers is needed for it."""
+    """The checks that need neither torch nor transformers."""
     check_parts(args, FIRST)
 
 
 def check_parts(args, parts) -> None:
-    """Raises one UserError with what the parts find."""
+    """Raises one UserError with the findings of all parts."""
     findings = list(args.findings)
     for part in parts:
         try:
@@ -63,7 +65,7 @@ def check_parts(args, parts) -> None:
 
 
 def ranges(args) -> Iterator[str]:
-    """Numbers that cannot be."""
+    """Numbers that are out of range."""
     values = vars(args.data) | vars(args.lora) | vars(args.training)
     for name, (low, high) in RANGES.items():
         value = values.get(name)
@@ -93,9 +95,7 @@ def reporting(args) -> Iterator[str]:
 
 
 def data_files(args) -> Iterator[str]:
-    """The files are there, and evaluation is either asked for and possible, or neither."""
-    from ..data.sample_files import SampleFile
-
+    """The files exist, and evaluation has both data and a strategy, or neither."""
     data, evaluates = args.data, args.training.eval_strategy != "no" or args.training.eval_on_start
     if data.lazy_preprocess:
         note("--lazy_preprocess has no effect: the data is checked and tokenized once, and kept on disk from then on")
@@ -117,7 +117,7 @@ def data_files(args) -> Iterator[str]:
 
 
 def base_model(args) -> Iterator[str]:
-    """A folder that holds a whole checkpoint, or a name that the Hub may know."""
+    """A folder with a complete checkpoint, or a name that may be a Hub id."""
     name = args.model.model_name_or_path
     if not name:
         yield f"--model_name_or_path: missing - {GIVE_MODEL}"
@@ -158,7 +158,7 @@ def values_of_config(args) -> Iterator[str]:
 
 
 def output_folder(args) -> Iterator[str]:
-    """Can be written, and no earlier run's work lies there, unless that is meant."""
+    """The folder can be written, and holds no earlier run's work unless a flag allows that."""
     training, out = args.training, out_of(args)
     inputs = {"--model_name_or_path": args.model.model_name_or_path, "--lora_weight_path": args.lora.lora_weight_path}
     for flag, folder in inputs.items():
@@ -183,9 +183,7 @@ def output_folder(args) -> Iterator[str]:
 
 
 def resuming(args) -> Iterator[str]:
-    """The checkpoint is there, and of this run's method."""
-    from ..folders.checkpoint import resume_point
-
+    """The checkpoint exists and was made with this run's method."""
     wish, lora = args.training.resume_from_checkpoint, args.lora
     if not wants_resume(args.training):
         return
@@ -242,7 +240,7 @@ def bytes_to_write(args, folder: Path) -> tuple[float, float]:
 
 
 def full_size(folder: Path) -> int:
-    """Parameters of the model; of .bin files, two bytes each."""
+    """Number of the model's parameters; of .bin files, their size over two bytes each."""
     found = model_folder.shapes(folder)
     if not found:
         return sum(path.stat().st_size for path in folder.glob("pytorch_model*.bin")) // 2
@@ -250,7 +248,7 @@ def full_size(folder: Path) -> int:
 
 
 def adapter_size(args, folder: Path) -> int:
-    """Parameters of the adapters, and of embedding and head where they train whole."""
+    """Number of parameters of the adapters, and of embedding and head where they train whole."""
     found = model_folder.shapes(folder)
     targets = tuple(f".{name}.weight" for name in lora_layers(args, folder))
     adapted = [shape for name, shape in found.items() if len(shape) == 2 and name.endswith(targets)]
@@ -261,7 +259,7 @@ def adapter_size(args, folder: Path) -> int:
 
 
 def lora_layers(args, folder: Path) -> list[str]:
-    """--lora_target_modules, with auto spelt out."""
+    """--lora_target_modules, with auto replaced by the layers' names."""
     asked = list(args.lora.lora_target_modules)
     return asked if asked != ["auto"] else model_folder.block_layers(config_files.config_of(folder).get("model_type"))
 
@@ -281,16 +279,16 @@ def wants_resume(training) -> bool:
 
 
 def checkpoints_in(out: Path) -> list[Path]:
-    """Folders called checkpoint-N, whole or not, oldest first."""
+    """Folders called checkpoint-N, complete or not, oldest first."""
     found = [path for path in out.glob("checkpoint-*") if path.name.split("-", 1)[1].isdigit()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def existing(path: Path) -> Path:
-    """The path itself, or what there is of it."""
+    """The path itself, or its nearest parent that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def same(one, other) -> bool:
-    """Do two paths, either of them possibly None, lead to one existing file or folder?"""
+    """Whether two paths, each possibly None, are the same existing file or folder."""
     return bool(one and other) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)

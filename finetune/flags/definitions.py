@@ -222,5 +222,5 @@ def shared_flags(args: Args) -> dict[str, str]:
 
 
 def on_folder(args: Args, folder) -> Args:
-    """The same wishes, for a model that has been downloaded to `folder`."""
+    """The same flags, for a model that has been downloaded to `folder`."""
     return dataclasses.replace(args, model=dataclasses.replace(args.model, model_name_or_path=str(folder)))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..distributed import engines
 from ..errors import note, warn
-from ..folders import adapter_folder, config_files, model_folder
-from ..model import kinds
+from ..folders import adapter_folder, checkpoint, config_files, model_folder
+from ..model import kinds, optimizers
+from ..quantized import quantized_model
 from . import methods
 
 
@@ -38,8 +39,6 @@ def method(args) -> Iterator[str]:
 
 def combination(args) -> Iterator[str]:
     """The table of methods, weights and engines; and what --q_lora asks of the folder."""
-    from ..quantized import quantized_model
-
     lora, folder = args.lora, Path(args.model.model_name_or_path or "")
     yield from quantized_model.flag_problems(lora)
     there = (folder / "config.json").is_file()
@@ -60,7 +59,7 @@ def combination(args) -> Iterator[str]:
 
 
 def variants(lora) -> Iterator[str]:
-    """Biases, how adapters begin, LoRA+."""
+    """--lora_bias, --init_lora_weights, --loraplus_lr_ratio."""
     if lora.lora_bias not in ("none", "all", "lora_only"):
         yield f"--lora_bias {lora.lora_bias}: unknown - give none, all or lora_only"
     init, ratio = lora.init_lora_weights, lora.loraplus_lr_ratio
@@ -78,8 +77,6 @@ def variants(lora) -> Iterator[str]:
 
 def half_weights(args) -> Iterator[str]:
     """--bf16_weights: what it needs."""
-    from ..model import optimizers
-
     training = args.training
     if not training.bf16_weights:
         return
@@ -94,18 +91,14 @@ def half_weights(args) -> Iterator[str]:
 
 
 def optimizer(args) -> Iterator[str]:
-    """What the optimizer asked for lacks on this machine."""
-    from ..model import optimizers
-
+    """What --optim needs and this machine lacks."""
     asked = word(args.training.optim)
     if lacking := optimizers.lacking(str(asked)):
         yield f"--optim {asked}: {lacking}"
 
 
 def adapter(args) -> Iterator[str]:
-    """An adapter to go on from: whole, with every tensor that it lists."""
-    from ..folders import checkpoint
-
+    """The adapter of --lora_weight_path: complete, with every tensor that it lists."""
     folder = Path(args.lora.lora_weight_path)
     if not (folder / "adapter_config.json").is_file():
         yield f"--lora_weight_path {folder}: no adapter_config.json there - give the output folder of a LoRA run"
@@ -134,5 +127,5 @@ def adapter(args) -> Iterator[str]:
 
 
 def word(choice) -> str:
-    """The text of an enum of transformers, or of plain text."""
+    """The text of one of transformers' enums; a plain text as it is."""
     return getattr(choice, "value", choice)

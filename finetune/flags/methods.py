@@ -83,7 +83,7 @@ RULES = (
 
 
 def refused(methods, weights: str, engine: str) -> Iterator[str]:
-    """The lines of the rules that a run breaks. methods: all that it combines, LoRA with rows and DoRA, say."""
+    """A line for each rule that a run breaks. methods: all that it combines, such as LoRA, rows and DoRA."""
     return (rule.line for rule in RULES if rule.forbids(methods, weights, engine))
 
 

@@ -68,7 +68,7 @@ def add_flag(place, field, hint) -> None:
 
 
 def spelt(name: str) -> list[str]:
-    """With underscores and with dashes."""
+    """The flag's spellings, with underscores and with dashes."""
     return list(dict.fromkeys((name, "--" + name[2:].replace("_", "-"))))
 
 
@@ -85,7 +85,7 @@ def one_type(hint):
 
 
 def truth(text) -> bool:
-    """yes or no, in transformers' words."""
+    """True or False for the words that transformers accepts."""
     if isinstance(text, bool):
         return text
     if text.lower() in (*TRUE, *FALSE):

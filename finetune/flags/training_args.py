@@ -68,7 +68,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
 
     @property
     def engine(self) -> str:
-        """Of engines.py."""
+        """The engine's name, one of engines.py."""
         return engines.name_of(vars(self))
 
     @functools.cached_property
@@ -120,7 +120,7 @@ def build(values: dict):
 
 
 def precision(values: dict) -> list[str]:
-    """Whether the GPU that is there has bf16."""
+    """A finding for --bf16 on a GPU without bf16."""
     if not values["bf16"] or values["fp16"] or values["use_cpu"] or not torch.cuda.is_available() or torch.version.hip:
         return []
     major, minor = torch.cuda.get_device_capability()

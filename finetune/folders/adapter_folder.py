@@ -1,4 +1,4 @@
-"""Does an adapter folder hold every tensor that its config lists? Told from headers, before weights are loaded."""
+"""Checks that an adapter folder holds every tensor that its config lists, from headers alone."""
 
 import dataclasses
 import os
@@ -45,7 +45,7 @@ def match(ending: str, name: str) -> bool:
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """The tensors of adapter_model.safetensors, or of .bin."""
+    """The names of the tensors in adapter_model.safetensors or .bin."""
     file = folder / "adapter_model.safetensors"
     if file.is_file():
         return list(model_folder.tensors_of(file))

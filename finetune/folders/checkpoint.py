@@ -1,4 +1,4 @@
-"""What a run has left on disk: its record, which base an adapter belongs to, and its checkpoints."""
+"""What a run leaves on disk: its record, the fingerprint of an adapter's base, and its checkpoints."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ RECORD = "training.json"
 
 
 def fingerprint(folder: Path) -> dict:
-    """What tells a base model from another: its sizes, and a hash of the first values of every tensor.
+    """Identifies a base model: its sizes, and a hash of the first values of every tensor.
 
     Sharding and file format do not matter, nor does a type that holds the same values.
     """
@@ -28,7 +28,7 @@ def fingerprint(folder: Path) -> dict:
 
 
 def hash_of_tensors(folder: Path) -> str:
-    """Of the names, shapes and first values of all."""
+    """SHA-256 of the names, shapes and first values of all tensors."""
     digest = hashlib.sha256()
     for line in sorted(beginnings(folder)):
         digest.update(line.encode())
@@ -36,7 +36,7 @@ def hash_of_tensors(folder: Path) -> str:
 
 
 def hash_of_adapter(folder: Path) -> str:
-    """Of its tensors and its settings, but for where its base lay."""
+    """SHA-256 of an adapter's tensors and settings, without the path of its base."""
     settings = config_files.read_json(folder / "adapter_config.json")
     settings["base_model_name_or_path"] = None
     return hashlib.sha256((hash_of_tensors(folder) + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
@@ -65,7 +65,7 @@ def describe_fingerprint(print_: dict) -> str:
 
 
 def read_record(folder: Path) -> dict:
-    """What a run wrote about itself, or {} for a folder from elsewhere."""
+    """training.json, or {} for a folder that this toolkit did not write."""
     path = folder / RECORD
     return config_files.read_json(path) if path.is_file() else {}
 

@@ -17,6 +17,10 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def config_of(folder: Path) -> dict:
     """config.json, or {} where there is none to read."""
     try:

@@ -17,7 +17,8 @@ TRAINED_TYPES = ("qwen", *LATER_TYPES)
 LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")} | dict.fromkeys(LATER_TYPES, LATER_LAYERS)
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
-SPECIAL_TOKENS = 208  # of first-generation Qwen, above the ranks of qwen.tiktoken
+# Of first-generation Qwen, above the ranks of qwen.tiktoken: as many as tokenization_qwen.py lists, whose import takes seconds.
+SPECIAL_TOKENS = 208
 # What a config.json may say beyond QWenConfig's own fields.
 MORE_KEYS = {"auto_map", "torch_dtype", "quantization_config", "padded_vocab_size", "use_bfloat16"}
 
@@ -47,7 +48,7 @@ def first_problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
 
 
 def lfs_pointers(folder: Path) -> list[str]:
-    """A line if files of the folder are what git leaves in their place without git-lfs."""
+    """A line if files of the folder are Git LFS pointers instead of the files themselves."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS):
@@ -74,7 +75,7 @@ def no_config(folder: Path) -> str:
 
 
 def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[str]:
-    """A model that this toolkit trains?"""
+    """A finding for a model that this toolkit does not train."""
     kind = config.get("model_type")
     if kind not in TRAINED_TYPES and not (isinstance(kind, str) and on_transformers.knows_model_type(kind)):
         what = f'model_type "{kind}"' if kind else "no model_type"
@@ -103,7 +104,7 @@ def value_problems(folder: Path) -> list[str]:
 
 
 def warn_of_unknown_keys(folder: Path, config: dict) -> None:
-    """A key that is nearly one of first-generation Qwen's is a slip of the pen: nobody will read it."""
+    """Warns of a key that looks like a misspelt one of first-generation Qwen's: it has no effect."""
     from qwen_model.configuration_qwen import QWenConfig
 
     known = MORE_KEYS | set(QWenConfig().to_dict())
@@ -121,7 +122,7 @@ def trained_length(config: dict) -> int | None:
 
 
 def weight_problems(folder: Path) -> list[str]:
-    """All files that the index lists, each as long as its header says?"""
+    """Findings for files that the index lists and that are missing, or shorter than their header says."""
     files = tensor_files.weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]
     if missing:
@@ -156,7 +157,7 @@ def tensors_of(path: Path) -> dict[str, list[int]]:
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of each of the folder's tensors; {} where headers do not tell."""
+    """{name: shape} of the folder's tensors, from the headers of safetensors files; {} for .bin."""
     found = {}
     try:
         for path in tensor_files.weight_files(folder):
@@ -167,7 +168,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def unpacked_shapes(found: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The weights (out, in) that GPTQ's tensors stand for, under the names of plain ones: what LoRA is as wide as."""
+    """{name: shape (out, in)} of the plain weights that GPTQ's tensors stand for."""
     layers = [name.removesuffix(".g_idx") for name in found if name.endswith(".g_idx")]
     return {f"{name}.weight": [found[f"{name}.scales"][1], *found[f"{name}.g_idx"]] for name in layers}
 
@@ -192,7 +193,7 @@ def vocabulary_problems(folder: Path, config: dict) -> list[str]:
 
 
 def has_outdated_code(folder: Path) -> bool:
-    """Is there code of this toolkit's from before it said which transformers it works with? Published code has no head_loss.py."""
+    """Whether the folder has this toolkit's code of before versions.py. (Published code has no head_loss.py.)"""
     return (folder / "head_loss.py").is_file() and not (folder / "versions.py").is_file()
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import UserError
 from . import checkpoint
@@ -14,8 +16,6 @@ from .shards import ShardWriter
 
 def skeleton(config):
     """The model on the meta device: which code and tensors a folder must hold."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -42,8 +42,6 @@ def write_frame(folder: Path, model, tokenizer, generation_config, dtype: torch.
     model: a skeleton, or the model itself; its config is written as it is, with `dtype`. From here on the folder only loads
     as long as this process lives (see new_folder.hide_config_until_done).
     """
-    from transformers.dynamic_module_utils import custom_object_save
-
     config = model.config
     config.use_cache, config.dtype = True, dtype
     if config.model_type == "qwen":  # which says it in three flags as well

@@ -84,7 +84,7 @@ def needs_q_lora(folder: Path) -> str:
 
 
 def sibling(folder: Path) -> str:
-    """What the 16-bit checkpoint is called, by the name that published ones have; its own name where that is all."""
+    """The 16-bit checkpoint's name: the folder's own without -Int4, -GPTQ-Int8 and the like."""
     return re.sub(r"-(GPTQ-)?Int[48]$", "", config_files.name_of(folder))
 
 

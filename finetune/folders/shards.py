@@ -52,12 +52,12 @@ class Shards:
         return self.slice(name).get_shape()
 
     def slice(self, name: str):
-        """What reads, indexed, a part of the tensor."""
+        """A slice object: indexing it reads a part of the tensor."""
         return self.files[name].get_slice(name)
 
 
 class Mapped(dict):
-    """The tensors of a .bin file, mapped from the disk, behind the methods of safetensors' files."""
+    """The tensors of a memory-mapped .bin file, with the methods of safetensors' files."""
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self[name]
@@ -67,7 +67,7 @@ class Mapped(dict):
 
 
 class MappedSlice:
-    """What safetensors tells of a tensor that it has not read."""
+    """A tensor's shape and parts, without reading all of it, as safetensors' slices have them."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -99,13 +99,13 @@ class ShardWriter:
         self.bytes, self.total = self.bytes + size, self.total + size
 
     def flush(self) -> None:
-        """Writes the shard that is full."""
+        """Writes the collected tensors as one shard."""
         save_file(self.shard, self.part(len(self.written)), metadata={"format": "pt"})
         self.written.append(list(self.shard))
         self.shard, self.bytes = {}, 0
 
     def part(self, number: int) -> Path:
-        """A shard's place, before it is known how many there are."""
+        """A shard's path while the number of shards is not known yet."""
         return self.folder / f"part-{number}.safetensors"
 
     def close(self) -> None:
@@ -130,5 +130,5 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of a folder's weights as they lie there."""
+    """The dtype that a folder's weights are stored in."""
     return next(tensor.dtype for _, tensor in read_tensors(folder) if tensor.is_floating_point())

@@ -13,8 +13,8 @@ from ..data.messages import Conversation
 from ..data.renderers import renderer_of
 from ..data.rendering import Rendering
 from ..folders import config_files, model_folder
+from .settings import FEW, MANY
 
-ENOUGH = (64, 512)  # samples: with fewer the statistics are poor, with more nothing is gained but hours
 BATCH = 256  # conversations rendered at a time
 
 
@@ -42,19 +42,19 @@ class Calibration:
         return sorted(len(ids) for ids, _ in self.samples)
 
     def describe(self) -> list[str]:
-        """Lines for people: how many, how long, and whether that is enough."""
-        lengths, few, many = self.lengths, *ENOUGH
+        """Lines to print: how many samples, how long, and whether that is enough."""
+        lengths = self.lengths
         drawn = f"{self.given:,} given, {len(self):,} taken (seed {self.seed})"
         median, cut = lengths[len(lengths) // 2], f", {self.cut:,} cut" if self.cut else ""
         sizes = f"shortest {lengths[0]:,}, median {median:,}, longest {lengths[-1]:,} (limit {self.max_length:,}{cut})"
         lines = [f"calibration: {self.path}: {drawn}; {sum(lengths):,} tokens, {sizes}"]
-        if not few <= len(self) <= many:
+        if not FEW <= len(self) <= MANY:
             asked = f"{self.given:,} given" if len(self) == self.given else f"{len(self):,} taken"
-            lines.append(f"use {few}-{many} samples; {asked}")
+            lines.append(f"use {FEW}-{MANY} samples; {asked}")
         return lines
 
     def record(self) -> dict:
-        """For the record in the folder."""
+        """What training.json says of the calibration."""
         lengths = self.lengths
         sizes = {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
         drawn = {"path": self.path, "given": self.given, "taken": len(self), "seed": self.seed}

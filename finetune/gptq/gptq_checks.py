@@ -1,4 +1,4 @@
-"""What cannot be quantized as asked, told by config.json and the flags alone; and which tensor-parallel sizes fit."""
+"""Checks before quantizing that need only config.json and the flags; and the tensor-parallel sizes that fit."""
 
 import shlex
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from ..errors import Findings, UserError
 from ..folders import config_files, model_folder, new_folder, quant_settings
 from ..quantized import quantized_model
+from .settings import FEW, MANY
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel makes
 ROW_PARALLEL = ("c_proj", "o_proj", "down_proj")  # tensor parallelism shares out their inputs; of all others, outputs
@@ -27,7 +28,7 @@ def check_quantizing(folder: Path, out: Path, settings, samples: int, max_length
 
 
 def check_model(folder: Path) -> None:
-    """A whole 16-bit Qwen?"""
+    """UserError unless the folder is a complete 16-bit Qwen."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds a LoRA adapter - merge first: python -m finetune.merge {shlex.quote(str(folder))} MERGED")
     if found := quant_settings.of_folder(folder):
@@ -44,13 +45,13 @@ def check_model(folder: Path) -> None:
 
 
 def check_values(folder: Path) -> None:
-    """What of config.json can be told with torch alone, whose import takes seconds: after all other checks."""
+    """Checks of config.json that need torch, whose import takes seconds: called after all other checks."""
     if problems := model_folder.value_problems(folder):
         raise UserError(*problems)
 
 
 def check_numbers(settings, samples: int, max_length: int) -> None:
-    """Settings that no model allows."""
+    """UserError for settings that are out of range for every model."""
     findings = []
     if settings.bits not in quant_settings.GPTQ_BITS:
         findings.append(f"--bits {settings.bits}: the format holds 2, 3, 4 or 8 bits - give one of these")
@@ -60,7 +61,7 @@ def check_numbers(settings, samples: int, max_length: int) -> None:
     if not 0 < settings.damp_percent < 1:
         findings.append(f"--damp_percent {settings.damp_percent}: out of range - give a value between 0 and 1: 0.01")
     if samples < 1:
-        findings.append(f"--samples {samples}: nothing to calibrate on - give 64 to 512")
+        findings.append(f"--samples {samples}: nothing to calibrate on - give {FEW} to {MANY}")
     if max_length < 16:
         findings.append(f"--max_len {max_length}: no room for a conversation - give at least 16 tokens")
     if findings:
@@ -83,7 +84,7 @@ def layers_of(folder: Path) -> dict[str, list[int]]:
 
 
 def check_widths(layers: dict[str, list[int]], settings) -> None:
-    """Do groups divide the layers' input widths, and does what is packed along either side fill whole 32-bit words?"""
+    """UserError unless groups divide the layers' input widths, and packed rows and columns fill whole 32-bit words."""
     bits, size = settings.bits, settings.group_size
     inputs = sorted({shape[1] for shape in layers.values()})
     if bits not in quant_settings.GPTQ_BITS or size not in (-1, *GROUP_SIZES):
@@ -104,7 +105,7 @@ def check_widths(layers: dict[str, list[int]], settings) -> None:
 
 
 def tensor_parallel_sizes(folder: Path, settings) -> list[int]:
-    """Over how many GPUs a server can share out each layer: heads, packed words and groups must stay whole."""
+    """The tensor-parallel sizes that split no head, no packed word and no group."""
     from . import gptq_tensors
 
     config, layers = gptq_tensors.config_of(folder), layers_of(folder)
@@ -120,7 +121,7 @@ def tensor_parallel_sizes(folder: Path, settings) -> list[int]:
 
 
 def shared_out(name: str, shape: list[int], size: int, kv_heads: int, settings) -> bool:
-    """Can one layer be cut into `size` parts?"""
+    """Whether one layer can be split over `size` GPUs."""
     outputs, inputs = shape
     row_parallel = name.endswith(ROW_PARALLEL)
     if name.endswith(("k_proj", "v_proj")):

@@ -1,4 +1,4 @@
-"""The 16-bit and the quantized model on a few of the calibration samples: what the answers have lost."""
+"""Compares the 16-bit with the quantized model on a few calibration samples."""
 
 import functools
 import math
@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoConfig
+
+from qwen_model.chatml import IGNORE
 
 from ..compare.agreement import Agreement, measure
 from ..folders import quant_settings
@@ -41,7 +43,7 @@ def proof(
 
 
 def lines(before: Agreement, after: Agreement) -> list[str]:
-    """For people."""
+    """The comparison as two lines of text."""
     old, new = before.perplexity, after.perplexity
     return [
         f"perplexity on answers of the calibration: {old:.4g} before, {new:.4g} quantized ({new / old - 1:+.1%})",
@@ -50,7 +52,7 @@ def lines(before: Agreement, after: Agreement) -> list[str]:
 
 
 def choose(samples: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """SAMPLES of them from beginning to end, of which something is an answer."""
+    """About SAMPLES samples, evenly spread, cut at TOKENS; each has a token of an answer."""
     cut = [(ids[:TOKENS], labels[:TOKENS]) for ids, labels in samples]
-    answered = [(ids, labels) for ids, labels in cut if (labels[1:] != -100).any()]
+    answered = [(ids, labels) for ids, labels in cut if (labels[1:] != IGNORE).any()]
     return answered[:: -(-len(answered) // SAMPLES)]

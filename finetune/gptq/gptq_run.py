@@ -21,7 +21,7 @@ from ..folders.shards import Shards, ShardWriter
 
 
 class FirstGeneration(QwenQModel):
-    """gptqmodel's definition is for the published code; the bundled model's blocks get their positions handed in."""
+    """gptqmodel's definition, adapted from the published code to the bundled model, whose blocks are given rotary embeddings."""
 
     shared_input_verified_model_types = frozenset({"qwen"})  # w1 and w2 read the same: statistics are gathered once
     module_tree = [
@@ -99,7 +99,7 @@ def stripped(folder: Path, place: Path, names: Container[str]) -> None:
         elif path.is_file() and path.suffix not in (".py", ".bin") and not path.name.endswith(".bin.index.json"):
             os.symlink(path.resolve(), place / path.name)
     if pickled:
-        writer = ShardWriter(place, 2 * 10**9)
+        writer = ShardWriter(place, tensor_files.size_in_bytes(tensor_files.MAX_SHARD_SIZE))
         with Shards(folder) as shards:
             for name in shards:
                 if name in names:
@@ -108,7 +108,7 @@ def stripped(folder: Path, place: Path, names: Container[str]) -> None:
 
 
 def without_code(file: Path, place: Path) -> None:
-    """Copies a JSON file without its way to code."""
+    """Copies a JSON file without its auto_map."""
     values = json.loads(file.read_text(encoding="utf-8"))
     values.pop("auto_map", None)
     (place / file.name).write_text(json.dumps(values), encoding="utf-8")

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import AutoConfig
+
+import qwen_model
 
 from ..folders import gptq_format, model_folder, model_writer
 from ..folders.shards import Shards
@@ -18,16 +21,12 @@ PACKED = "module.safetensors"  # of a folder called as the layer: where gptqmode
 
 def config_of(folder: Path):
     """The model's config, read without code from its folder."""
-    from transformers import AutoConfig
-
-    import qwen_model
-
     qwen_model.register()
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def skeleton(folder: Path):
-    """The model without memory for its weights."""
+    """The model on the meta device."""
     return model_writer.skeleton(config_of(folder))
 
 

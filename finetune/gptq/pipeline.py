@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from ..compare.agreement import Agreement
 from ..compat.on_gptqmodel import contained
@@ -19,6 +20,7 @@ from ..errors import note, on_first_rank, warn
 from ..folders import checkpoint, model_writer, shards
 from ..model import loading
 from ..quiet import errors_only
+from ..steps.peak_memory import memory_gb
 from . import gptq_tensors
 from .calibration import Calibration
 from .gptq_proof import WORSE, lines, proof
@@ -79,7 +81,7 @@ def run(folder: Path, source: Path, made: Path, names, calibration, settings, dt
     with tqdm(**bar) as progress, contained(), errors_only():
 
         def block_done() -> None:
-            progress.set_postfix_str(f"{memory(device)} GB", refresh=False)
+            progress.set_postfix_str(f"{memory_gb():.1f} GB", refresh=False)
             progress.update()
 
         gptq_run.run(source, made, calibration.samples, settings, dtype, device, block_done)
@@ -87,22 +89,11 @@ def run(folder: Path, source: Path, made: Path, names, calibration, settings, dt
     release_memory()
 
 
-def memory(device) -> str:
-    """The most that was used so far, in GB: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
-    import resource
-
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f}"
-
-
 # ---- the folder
 
 
 def write_frame(folder: Path, staging: Path, skeleton, settings: Settings, record: dict) -> None:
     """All but the weights. From here on `staging` loads only as long as this process lives."""
-    from transformers import GenerationConfig
-
     config, tokenizer = skeleton.config, loading.load_tokenizer(folder)
     config.quantization_config = settings.config()
     chat = skeleton.generation_config
@@ -113,7 +104,7 @@ def write_frame(folder: Path, staging: Path, skeleton, settings: Settings, recor
 
 
 def record(folder: Path, calibration: Calibration, settings: Settings, dtype, made_from: dict | None) -> dict:
-    """What the folder says of its making, beside what its source said of its own."""
+    """training.json: the source's, with how it was quantized."""
     source = {"folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)}
     made = {
         "from": made_from or source,
@@ -141,10 +132,8 @@ def model_card(made: dict) -> str:
 
 def check_written(folder: Path, made) -> None:
     """Reads the folder again: RuntimeError unless each tensor is, bit by bit, the one that was made."""
-    from ..folders.shards import Shards
-
-    with Shards(folder) as shards:
+    with shards.Shards(folder) as written:
         for name, tensor in made:
-            if not torch.equal(shards[name], tensor):
+            if not torch.equal(written[name], tensor):
                 fault = "the disk or its quota may be at fault"
                 raise RuntimeError(f"{folder}: {name} was not written as it was made; {fault}")

@@ -1,7 +1,12 @@
-"""How a model is quantized, as the command line says it."""
+"""How a model is quantized and calibrated, as the command line says it. The defaults of all programs that quantize are here."""
 
 import importlib.metadata
 from dataclasses import dataclass
+
+from ..folders.tensor_files import MAX_SHARD_SIZE, size_in_bytes
+
+SAMPLES, SEED, MAX_LENGTH = 128, 42, 8192  # of the calibration: conversations, which ones are drawn, tokens of each
+FEW, MANY = 64, 512  # conversations: with fewer the statistics are poor, with more nothing is gained but hours
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Settings:
     desc_act: bool = False
     damp_percent: float = 0.01
     dtype: str = "auto"
-    max_shard_bytes: int = 2 * 10**9
+    max_shard_bytes: int = size_in_bytes(MAX_SHARD_SIZE)
 
     def config(self) -> dict:
         """As published folders state it in quantize_config.json."""

@@ -6,7 +6,10 @@ import gc
 from collections.abc import Callable
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 
 def streamed(config, weights: Callable, dtype=torch.float32, device="cpu", block_done: Callable = lambda: None):
@@ -15,9 +18,6 @@ def streamed(config, weights: Callable, dtype=torch.float32, device="cpu", block
     Memory: one block, and what lies outside of them, embedding and head, which stays once it was read. block_done() is
     called after each block of each pass.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -48,8 +48,6 @@ def attach_offload_hooks(part: nn.Module, weight: Callable, own: list[str], dtyp
 
     weight(name): the tensor of one of them. done: None for a part that is brought once and not dropped.
     """
-    from accelerate.utils import set_module_tensor_to_device
-
     def bring(*_):
         for name in own:
             set_module_tensor_to_device(part, name, device, value=weight(name), dtype=dtype)

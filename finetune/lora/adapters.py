@@ -1,4 +1,4 @@
-"""LoRA on a loaded model, and what trains beside it: rows of embedding and head, both whole, biases."""
+"""LoRA on a loaded model, and what else trains: rows of embedding and head, both matrices whole, biases."""
 
 import dataclasses
 from pathlib import Path
@@ -103,7 +103,7 @@ def embedding_names(model) -> list[str]:
 
 
 def is_tied(model) -> bool:
-    """Are embedding and head one matrix?"""
+    """Whether embedding and head are tied."""
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 

@@ -15,7 +15,7 @@ BLOCK = 512
 
 @triton.jit
 def apply(x, out, at, bits, count, dropped, ADD: tl.constexpr):
-    """Eight-fold below: one stretch of elements, with 16 random bits each."""
+    """One stretch of elements, with 16 random bits each; drop_kernel calls it eight times."""
     inside = at < count
     value = tl.load(x + at, mask=inside, other=0.0)  # dropped ones too: a mask of its own would break up the reads
     value = tl.where(bits >= dropped, value, 0.0)

@@ -9,24 +9,25 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from ..compat import on_peft
 
 START = "pissa_start.safetensors"
 
 
 def is_asked_for(init) -> bool:
-    """Of --init_lora_weights, or of an adapter's init_lora_weights."""
+    """Whether --init_lora_weights, or an adapter's init_lora_weights, asks for PiSSA."""
     return isinstance(init, str) and init.startswith("pissa")
 
 
 def stored(folder: Path) -> bool:
-    """Does a checkpoint hold its initial A and B?"""
+    """Whether a checkpoint holds its initial A and B."""
     return (folder / START).is_file()
 
 
 def read_start(folder: Path) -> dict[str, torch.Tensor]:
-    """{name of an adapter's tensor, as saved: its beginning}."""
-    from safetensors.torch import load_file
-
+    """{name of an adapter's tensor, as saved: its initial value}."""
     return load_file(folder / START)
 
 
@@ -48,7 +49,7 @@ def begin_again(adapted, folder: Path, init: str) -> None:
     """Restores the initial state of the run that wrote `folder`, on a model with plain adapters."""
     start = read_start(folder)
     take_out_of_base(adapted, start)
-    for name, layer in lora_layers(adapted):
+    for name, layer in on_peft.lora_layers(adapted).items():
         for matrix, side in ((layer.lora_A, "A"), (layer.lora_B, "B")):
             matrix["default"].weight.data.copy_(start[f"{name}.lora_{side}.weight"])
     adapted.peft_config["default"].init_lora_weights = init
@@ -56,25 +57,14 @@ def begin_again(adapted, folder: Path, init: str) -> None:
 
 def take_out_of_base(adapted, start: dict[str, torch.Tensor]) -> None:
     """W becomes W - s B0 A0, to the bit as when the run began; also where ZeRO-3 holds W in shards."""
-    from peft.utils.integrations import gather_params_ctx
-
-    for name, layer in lora_layers(adapted):
+    for name, layer in on_peft.lora_layers(adapted).items():
         A, B = (start[f"{name}.lora_{side}.weight"] for side in "AB")
         weight = layer.get_base_layer().weight
         scale = layer.scaling["default"]
-        with gather_params_ctx(weight):
+        with on_peft.gathered(weight, changes=True):
             B, A = B.to(weight.device), A.to(weight.device)
             weight.data = (weight.data.float() - scale * B @ A).to(weight.dtype)
     adapted.pissa_start = start
-
-
-def lora_layers(adapted):
-    """Yields (name, layer) of what has an adapter."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
 
 
 # ---- saving
@@ -82,8 +72,6 @@ def lora_layers(adapted):
 
 def save_start(model, folder: Path) -> None:
     """Saves the initial A and B beside a checkpoint's; without PiSSA, nothing."""
-    from safetensors.torch import save_file
-
     if getattr(model, "pissa_start", None):
         save_file(model.pissa_start, folder / START, metadata={"format": "pt"})
 
@@ -99,8 +87,6 @@ def as_plain(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def make_plain(model, folder: Path) -> None:
     """Turns a saved adapter into one for the untouched base; without PiSSA, leaves it."""
-    from safetensors.torch import load_file, save_file
-
     if not getattr(model, "pissa_start", None):
         return
     file = folder / "adapter_model.safetensors"

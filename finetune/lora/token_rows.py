@@ -8,21 +8,23 @@ Imported where adapters are made: it needs peft.
 """
 
 import torch
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch.nn.functional import embedding
 
 from qwen_model.compat import overrides
 from qwen_model.head_loss import LMHead, put_row_logits
 
+from ..compat import on_peft
 
-class TokenRows(TrainableTokensLayer):
+theirs = on_peft.token_classes()
+
+
+class TokenRows(theirs.TrainableTokensLayer):
     """peft's layer around an embedding or a head, with a forward that copies no matrix.
 
     The rows are read inside this module's forward, through its parameters: there ZeRO-3 gathers them.
     """
 
-    @overrides(TrainableTokensLayer, "x", "active_adapters")
+    @overrides(theirs.TrainableTokensLayer, "x", "active_adapters")
     def forward_adapters(self, x, active_adapters, *args, **kwargs):
         """ids (B, T) -> (B, T, H), or hidden (..., H) -> logits (..., V); a head of ours also takes labels and their weights."""
         if self.disable_adapters or self.merged or not active_adapters:
@@ -37,7 +39,7 @@ class TokenRows(TrainableTokensLayer):
         return put_row_logits(logits, x, rows_KH, self.row_ids)
 
 
-class TokenRowsWrapper(TrainableTokensWrapper):
+class TokenRowsWrapper(theirs.TrainableTokensWrapper):
     """peft's wrapper, which hands on all that the head takes, labels and their weights too."""
 
     @property
@@ -45,7 +47,7 @@ class TokenRowsWrapper(TrainableTokensWrapper):
         """Whether what is wrapped returns a loss where it is given labels; see head_loss.summed_loss."""
         return getattr(self.original_module, "takes_labels", False)
 
-    @overrides(TrainableTokensWrapper, "x")
+    @overrides(theirs.TrainableTokensWrapper, "x")
     def _forward_wrapped(self, x, *args, **kwargs):
         return self.token_adapter(x, *args, **kwargs)
 
@@ -59,7 +61,7 @@ def put_rows(embedded, ids, rows_KH, row_ids_K):
 
 def install(model) -> None:
     """Turns the layers of trained rows that peft put into `model` into ours. Without any, nothing happens."""
-    for wrapper in [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]:
+    for wrapper in [module for module in model.modules() if isinstance(module, theirs.TrainableTokensWrapper)]:
         layer = wrapper.token_adapter
         (adapter,) = layer.token_indices
         ids = torch.tensor(layer.token_indices[adapter], device=layer.get_base_layer().weight.device)

@@ -11,10 +11,14 @@ import shutil
 from pathlib import Path
 
 from ..errors import UserError, note, run
+from ..folders import checkpoint, model_folder, quant_settings, tensor_files
 from ..folders.new_folder import check_free, new_folder
 from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
+from ..gptq.settings import FEW, MANY, SAMPLES, SEED
 from ..model import packages
+from ..quantized import quantized_model
 from ..quiet import quiet
+from . import requantize
 
 # Largest difference of a logit, computed in float32, as a share of the largest: of the sums before they are rounded, and what
 # rounding them makes of it. Each rounded number is also compared with its sum.
@@ -42,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     back = parser.add_argument_group("back to the bits of a quantized base, in the same run")
     back.add_argument("--requantize", action="store_true", help="quantize the merged model as its GPTQ base was")
     back.add_argument("--data_path", help="conversations to calibrate on; data/README.md: their form")
-    back.add_argument("--samples", type=int, help="of them, 64 to 512 (default: 128)")
-    back.add_argument("--seed", type=int, help="which ones are drawn (default: 42)")
+    back.add_argument("--samples", type=int, help=f"of them, {FEW} to {MANY} (default: {SAMPLES})")
+    back.add_argument("--seed", type=int, help=f"which ones are drawn (default: {SEED})")
     options = parser.parse_args(argv)
     quiet()
 
@@ -57,14 +61,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(options) -> None:
     """The flags as merge() takes them."""
-    from .requantize import RequantizeOptions  # not above: --help is there at once
-
     given = {name: getattr(options, name) for name in ("data_path", "samples", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not options.requantize:
         name, value = next(iter(given.items()))
         raise UserError(f"--{name} {value}: only --requantize calibrates - add it, or leave this out")
-    wish = RequantizeOptions(**given) if options.requantize else None
+    wish = requantize.RequantizeOptions(**given) if options.requantize else None
     kept = {name: getattr(options, name) for name in ("base", "to", "max_shard_size")}
     merge(options.adapter, options.out, **kept, requantized=wish)
 
@@ -81,10 +83,6 @@ def merge(
 
     Returns the largest difference between a logit of base + adapter and of the merged model, as a share of the largest logit.
     """
-    from ..folders import checkpoint, quant_settings
-    from ..quantized import quantized_model
-    from . import requantize
-
     check_folders(adapter, out)
     max_bytes = max_shard_bytes(max_shard_size)
     base_folder = checkpoint.find_base(adapter, base)
@@ -116,7 +114,7 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
     import torch
     from tqdm import tqdm
 
-    from ..folders import checkpoint, model_writer
+    from ..folders import model_writer
     from ..model import loading
     from . import formulas
 
@@ -137,7 +135,7 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
 
 
 def rounded(name: str, tensor, dtype):
-    """What is written of a sum."""
+    """The sum, rounded to the type it is written in."""
     from ..folders import model_writer
 
     return model_writer.rounded(name, tensor, dtype, "give --to bfloat16, or --to float32")
@@ -175,8 +173,6 @@ def model_card(adapter: Path, base: Path) -> str:
 
 def check_folders(adapter: Path, out: Path) -> None:
     """Raises UserError if there is no whole adapter, or OUT is not free."""
-    from ..folders import tensor_files
-
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
             f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run; a full model needs no merge"
@@ -245,7 +241,7 @@ def whole(folder: Path, adapter: Path, base: Path, weights, dtype: str, as_train
 
 
 def block_by_block(folder: Path, adapter: Path, weights, dtype: str) -> list:
-    """For models that memory does not hold: the sums once more from base and adapter, against the files that were written."""
+    """For models larger than memory: compares the files that were written with base + adapter, computed once more block by block."""
     from transformers import AutoConfig
 
     from ..gptq.streamed import streamed
@@ -256,7 +252,7 @@ def block_by_block(folder: Path, adapter: Path, weights, dtype: str) -> list:
 
 
 class Sums:
-    """What base and adapter make of each tensor, and whether that, rounded, is what the merged folder holds."""
+    """base + adapter for each tensor; checks that the merged folder holds its rounded value."""
 
     def __init__(self, folder: Path, adapter: Path, weights, dtype: str):
         import torch
@@ -268,7 +264,7 @@ class Sums:
         self.changes, self.dtype = Adapter(adapter), getattr(torch, dtype)
 
     def __getitem__(self, name: str):
-        """In float32; RuntimeError where the folder holds something else."""
+        """The sum in float32; RuntimeError where the folder holds another value."""
         import torch
 
         tensor = self.changes.merged(name, self.weights[name])
@@ -278,10 +274,8 @@ class Sums:
 
 
 def too_large(folder: Path) -> bool:
-    """Whether the model in float32, and what loading it takes beside, is more than the memory that is free."""
+    """Whether loading the model in float32 takes more memory than is free."""
     import psutil
-
-    from ..folders import model_folder
 
     numbers = sum(math.prod(shape) for shape in model_folder.shapes(folder).values())
     return 1.2 * 4 * numbers > psutil.virtual_memory().available

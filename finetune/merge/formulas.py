@@ -138,5 +138,5 @@ class Adapter:
 
 
 def plain(name: str) -> str:
-    """A tensor's name without what peft has wrapped around its module."""
+    """A tensor's name without peft's wrappers."""
     return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")

@@ -1,4 +1,4 @@
-"""A model merged onto dequantized weights goes back to the bits that its base had, calibrated on conversations."""
+"""Quantizes a merged model again as its base was, calibrated on conversations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,20 +6,21 @@ from pathlib import Path
 from ..errors import UserError, note
 from ..folders import checkpoint, quant_settings
 from ..folders.quant_settings import Quantization
+from ..gptq.settings import FEW, MANY, MAX_LENGTH, SAMPLES, SEED, Settings
 
 
 @dataclass
 class RequantizeOptions:
-    """What to calibrate on; the defaults are those of run_gptq.py."""
+    """What to calibrate on."""
 
     data_path: str | None = None
-    samples: int = 128
-    seed: int = 42
-    max_len: int = 8192
+    samples: int = SAMPLES
+    seed: int = SEED
+    max_len: int = MAX_LENGTH
 
 
 def earlier(adapter: Path, base: Path) -> Quantization:
-    """How the weights were quantized that the adapter was trained over. UserError where there is nothing to go back to."""
+    """The GPTQ settings of the weights that the adapter was trained over. UserError where these were not GPTQ."""
     kept = checkpoint.read_record(adapter).get("method", {}).get("quantization")
     found = quant_settings.of_folder(base) or (Quantization(**kept) if kept else None)
     if found is None or found.method != "gptq":
@@ -36,14 +37,13 @@ def read_calibration_data(wish: RequantizeOptions):
     if not wish.data_path:
         raise UserError("--requantize needs conversations to calibrate on - give them with --data_path")
     if wish.samples < 1:
-        raise UserError(f"--samples {wish.samples}: nothing to calibrate on - give 64 to 512")
+        raise UserError(f"--samples {wish.samples}: nothing to calibrate on - give {FEW} to {MANY}")
     return conversations.read(wish.data_path)
 
 
 def requantize(merged: Path, staging: Path, read, wish: RequantizeOptions, to: Quantization, name: str, max_bytes: int) -> None:
     """Writes the model of `merged` into `staging`, quantized. read: of read_calibration_data(). name: what it was made from, for people."""
     from ..gptq import calibration, pipeline
-    from ..gptq.settings import Settings
     from ..model import loading
 
     settings = Settings(

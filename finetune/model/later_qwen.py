@@ -45,7 +45,7 @@ def prepare(model, half_on_cuda: bool = False):
 
 
 def has_sliding_layers(config) -> bool:
-    """Do some layers see only a window of what came before?"""
+    """Whether some layers use sliding-window attention."""
     return "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 

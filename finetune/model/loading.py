@@ -1,6 +1,5 @@
 """The tokenizer and the model to train: full-parameter or LoRA, in the precision asked for."""
 
-import importlib.metadata as metadata
 import os
 from pathlib import Path
 
@@ -8,13 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
+from qwen_model.generation_qwen import MAX_WINDOW_SIZE
 
 from ..errors import UserError, note
-from ..folders import checkpoint, model_folder, quant_settings
+from ..folders import model_folder, quant_settings
 from ..folders.model_folder import LATER_TYPES
 from ..lora import adapters
 from ..quantized import quantized_model
-from . import later_qwen, optimizers
+from . import later_qwen
 
 
 def load_tokenizer(folder: Path):
@@ -108,44 +108,4 @@ def set_chat_settings(model, tokenizer) -> None:
     settings.eos_token_id = [tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id]
     settings.pad_token_id = tokenizer.eod_id
     if getattr(settings, "max_window_size", None) is None:
-        settings.max_window_size = min(6144, model.config.seq_length)
-
-
-def record(name: str, folder: Path, args, samples, samples_per_step: int) -> dict:
-    """What a saved folder says of its making: base, method, data, versions."""
-    training, quantization = args.training, quantized_model.of_run(folder, args.lora)
-    return {
-        "base": {"name": name, "folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)},
-        # settings of the adapter, but for a place, which may move
-        "method": vars(args.lora)
-        | {"lora_weight_path": None, "quantization": quant_settings.as_record(quantization)},
-        "data": {
-            "path": str(args.data.data_path),
-            "fingerprint": samples.fingerprint,
-            "supervise": args.data.supervise,
-        },
-        "samples_per_step": samples_per_step,
-        "engine": training.engine,
-        "ranks": training.world_size,
-        "precision": str(compute_dtype(training)).removeprefix("torch."),
-        "bf16_weights": training.bf16_weights,
-        "optim": optim_of(training),
-        "seed": training.seed,
-        "versions": versions(training, quantization),
-    }
-
-
-def optim_of(training) -> str:
-    """--optim, as the user writes it."""
-    return str(getattr(training.optim, "value", training.optim))
-
-
-def versions(training, quantization) -> dict[str, str]:
-    """Of the packages that this run computes with."""
-    packages = ["torch", "transformers", "peft", "accelerate", "tiktoken"]
-    packages += ["deepspeed"] if training.deepspeed else []
-    packages += quantized_model.PACKAGES.get(quantization.method, ()) if quantization else ()
-    optim = optim_of(training)
-    packages += ["torchao"] if optim in optimizers.ROUNDING else []
-    packages += ["bitsandbytes"] if optimizers.is_of_bitsandbytes(optim) else []
-    return {package: metadata.version(package) for package in dict.fromkeys(packages) if quantized_model.installed(package)}
+        settings.max_window_size = min(MAX_WINDOW_SIZE, model.config.seq_length)

@@ -1,4 +1,4 @@
-"""Which of the packages that transformers and peft would import a program does without."""
+"""Which of the packages that transformers and peft would import a program does not need."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from . import optimizers
 
 
 def unused_in_run(args) -> set[str]:
-    """Of a training run. args: of the command line, its training flags as a plain object."""
+    """The packages that a training run does not need. args: of the command line, its training flags as a plain object."""
     lora, training = args.lora, args.training
     if lora.q_lora and lora.quant == "none":
         return set()  # gptqmodel imports half of them itself
@@ -31,7 +31,7 @@ def leave_out_with(folders, base: str | None = None) -> None:
 
 
 def unused_with(folders: list[Path], base: Path | None = None) -> set[str]:
-    """Of a program that computes with these folders. base: of the adapters among them, where it has moved."""
+    """The packages that a program does not need for these folders. base: of the adapters among them, where it has moved."""
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
     bases = [base or base_of(folder) for folder in adapters]
     if None in bases or any(map(may_be_quantized, [*folders, *bases])):

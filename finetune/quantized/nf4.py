@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ..errors import UserError, note
-from ..folders import model_folder
+from ..folders import model_folder, quant_settings
 
-BLOCK = 64  # values that share a scale
+BLOCK = quant_settings.NF4.group_size  # values that share a scale
 
 
 def load(folder: Path, dtype: torch.dtype, **settings):
@@ -38,7 +38,7 @@ def load(folder: Path, dtype: torch.dtype, **settings):
 
 
 def narrow_layers(folder: Path) -> list[str]:
-    """The block layers whose rows do not end where a block of 64 values ends.
+    """The block layers whose rows do not end where a block of values ends.
 
     bitsandbytes 0.50.2 quantizes them rightly and, on the CPU, unpacks them wrongly (error 25% instead of 9%). No published
     Qwen has any.

@@ -44,7 +44,7 @@ class PlainWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not quantized."""
+        """The dtype of the weights that are not quantized."""
         whole = (name for name in self.shards if not name.endswith(gptq_format.PARTS))
         return next(dtype for name in whole if (dtype := self.shards[name].dtype).is_floating_point)
 

@@ -7,9 +7,11 @@ import importlib.metadata
 from pathlib import Path
 
 from ..compat import on_torch
+from ..compat.on_gptqmodel import contained
 from ..errors import UserError
 from ..folders import checkpoint, config_files, quant_settings
 from ..folders.quant_settings import NF4, Quantization
+from ..quiet import errors_only
 
 PACKAGES = {"gptq": ("gptqmodel", "optimum"), "nf4": ("bitsandbytes",)}
 
@@ -23,14 +25,14 @@ def of_run(folder: Path, lora) -> Quantization | None:
 
 
 def flag_problems(lora) -> list[str]:
-    """--quant without --q_lora."""
+    """A finding for --quant without --q_lora."""
     if lora.quant == "none" or lora.q_lora:
         return []
     return [f"--quant {lora.quant}: quantized weights are trained over with LoRA only - add --q_lora"]
 
 
 def run_problems(folder: Path, lora) -> list[str]:
-    """--q_lora (lora.q_lora is True) on this folder, and with the other flags of `lora`."""
+    """Findings for --q_lora on this folder and with the other flags of `lora`."""
     found = quant_settings.of_folder(folder)
     if found is None and lora.quant == "none":
         infix = "" if config_files.config_of(folder).get("model_type") == "qwen" else "-GPTQ"  # as published ones are called
@@ -49,7 +51,7 @@ def missing_packages(quantization: Quantization) -> list[str]:
 
 
 def installed(package: str) -> bool:
-    """Does pip know it? Nothing is imported."""
+    """Whether a package is installed. Imports nothing."""
     try:
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
@@ -102,9 +104,6 @@ def load(folder: Path, quantization: Quantization, dtype, device, **settings):
     Gradients flow through the quantized layers to what lies before them; nothing of the quantized layers trains.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..compat.on_gptqmodel import contained
-    from ..quiet import errors_only
 
     check_packages(quantization)
     settings |= {"device_map": {"": device}, "trust_remote_code": False}

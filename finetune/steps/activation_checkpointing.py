@@ -5,7 +5,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .memory_model import Estimate
 from .memory_plan import compare
-from .trainer import memory_gb
+from .peak_memory import memory_gb
 
 
 def install(trainer, blocks: int | None, memory: Estimate) -> None:

@@ -112,7 +112,7 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def describe(self) -> str:
-        """One line for people."""
+        """The estimate as one line of text."""
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
         again = f"{self.recomputed} of {self.layers} blocks computed again" if self.recomputed else "no block computed again"
@@ -139,14 +139,14 @@ def estimate(sizes: Sizes, run: Run, tokens: int, recomputed: int = 0) -> Estima
 
 
 def trained(sizes: Sizes, run: Run) -> int:
-    """Parameters that train."""
+    """The number of trained parameters."""
     if not run.rank:
         return sizes.blocks + sizes.embeddings
     return sizes.adapters(run.rank) + (sizes.embeddings if run.embeddings else 0)
 
 
 def standing(sizes: Sizes, run: Run) -> tuple[float, float, float]:
-    """(weights, gradients, optimizer's state) on each process."""
+    """Bytes of (weights, gradients, optimizer's state) on each process."""
     count, frozen = trained(sizes, run), 0.0
     if run.rank:  # peft trains copies of embedding and head, and keeps the originals
         frozen = sizes.blocks * (run.packed or run.s) + sizes.embeddings * run.s
@@ -168,7 +168,7 @@ def standing(sizes: Sizes, run: Run) -> tuple[float, float, float]:
 
 
 def kept_by_block(sizes: Sizes, run: Run) -> float:
-    """Of each token, from the forward to the backward pass."""
+    """Bytes that each token keeps from the forward to the backward pass."""
     s, hidden = run.s, sizes.hidden
     norms = 2 * (hidden * s + 4)
     inputs = 2 * hidden * s  # what the norms return, for the gradients of the layers that read it
@@ -185,17 +185,17 @@ def kept_by_block(sizes: Sizes, run: Run) -> float:
 
 
 def at_work_in_block(sizes: Sizes, run: Run) -> float:
-    """Of each token, at the busiest moment of a block's backward pass: gradients of the MLP's three, and of its input."""
+    """Bytes for each token at the peak of a block's backward pass: gradients of the MLP's three activations, and of its input."""
     return 3 * sizes.width * run.s + 2 * sizes.hidden * run.s
 
 
 def kept_by_head(sizes: Sizes, run: Run) -> float:
-    """Of each token: the last norm's input and output, and the float32 gradient of supervised rows (at most all)."""
+    """Bytes for each token: the last norm's input and output, and the float32 gradient of supervised rows (at most all)."""
     return sizes.hidden * (2 * run.s + run.s + 4)
 
 
 def head_piece(sizes: Sizes, run: Run, tokens: int) -> float:
-    """The logits at hand at one time; with a trained head in 16 bit, its copy."""
+    """Bytes of the logits that exist at one time; with a trained head in 16 bit, also of its copy."""
     copy = sizes.vocabulary * sizes.hidden * run.s if run.half and (run.embeddings or not run.rank) else 0
     rows = min(tokens, (2**26 if run.on_gpu else 2**24) // sizes.vocabulary)
     # the kernel works where the logits lie; plain torch adds them in float32, and the exponentials

@@ -97,7 +97,7 @@ def warn_of(found: Estimate, free: float, args) -> None:
 
 
 def run_of(args, config: dict) -> Run:
-    """The flags, as far as memory is concerned."""
+    """The Run of these flags, for the memory model."""
     lora, training = args.lora, args.training
     return Run(
         rank=lora.lora_r if lora.use_lora else 0,
@@ -113,7 +113,7 @@ def run_of(args, config: dict) -> Run:
 
 
 def packed_bytes(lora, config: dict) -> float | None:
-    """Of a weight of the blocks, where they are quantized."""
+    """Bytes of a block weight where blocks are quantized; None where not."""
     if lora.quant == "nf4":
         return NF4_BYTES
     stored = config.get("quantization_config")

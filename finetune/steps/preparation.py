@@ -13,7 +13,7 @@ from ..flags import checks, definitions
 from ..folders import checkpoint, hub
 from ..lora import adapters
 from ..model import kinds, loading
-from . import memory_plan
+from . import memory_plan, run_record
 from .memory_model import Estimate
 from .plan import Plan
 
@@ -49,7 +49,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     samples, eval_samples = load_data(args, tokenizer)
     memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
-    record = loading.record(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
+    record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
     if launches:
         record["launches"] = list(launches)
     resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
@@ -65,13 +65,13 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
 
 
 def check_and_download(args) -> Path:
-    """The model's folder, or one UserError with all findings. What has to be downloaded comes last."""
+    """The model's folder, or one UserError with all findings. Downloads come last."""
     with each_line_once():  # a model from a hub is checked twice: as an id, and as a folder
         return checked(args)
 
 
 def checked(args) -> Path:
-    """As check_and_download(), which says each line once."""
+    """check_and_download() without its filter for repeated lines."""
     findings, name = Findings(), args.model.model_name_or_path
     with findings:
         checks.check_flags(args)
@@ -169,7 +169,7 @@ REMEDIES = {
 
 
 def in_short(samples: Samples) -> str:
-    """A fingerprint for people, too."""
+    """A short fingerprint, to compare and to print."""
     return f"{samples.fingerprint[:12]} ({len(samples):,} samples, {samples.total_tokens:,} tokens)"
 
 

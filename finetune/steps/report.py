@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from qwen_model import fused
 from qwen_model.attention import is_ampere, torch_has_varlen
@@ -69,7 +69,7 @@ def show(text: str) -> None:
 
 
 def engine(training) -> str:
-    """Which engine, over how many ranks and machines."""
+    """Engine, ranks and machines as text."""
     name, machines = engines.name_of(vars(training)), ranks.machines()
     over = f", {ranks.count()} ranks" if ranks.count() > 1 else ""
     return f"{name}{over}" + (f" on {machines} machines" if machines > 1 else "")
@@ -89,7 +89,7 @@ def method(model, loraplus_lr_ratio: float | None = None) -> str:
 
 
 def beside(config) -> str:
-    """What trains beside the adapters of a LoraConfig."""
+    """What else trains beside the adapters of a LoraConfig."""
     rows = config.trainable_token_indices
     if rows:
         found = len(next(iter(rows.values())) if isinstance(rows, dict) else rows)
@@ -182,7 +182,7 @@ class Report(TrainerCallback):
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of the log, but for one that a kill left unfinished."""
+    """The lines of the log, without a last one that a kill left unfinished."""
     path, lines = folder / LOG, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -236,15 +236,13 @@ def smoothed(points, weight: float = 0.9):
 
 def replace_progress_callbacks(trainer) -> None:
     """Replaces transformers' progress bar and printed dictionaries by the Report."""
-    from transformers import PrinterCallback, ProgressCallback
-
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Report(trainer.args.output_dir))
 
 
 def print_next_steps(out: Path, is_adapter: bool) -> None:
-    """Says where the result is, and which commands come next."""
+    """Prints where the result is, and which commands come next."""
     try:
         draw(out)
         note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")

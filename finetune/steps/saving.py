@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import AutoConfig, AutoTokenizer, Trainer
 
 from qwen_model.compat import overrides
 
@@ -32,7 +32,7 @@ class SavesCheckpoints:
 
     @overrides(Trainer, "output_dir", "_internal_call")
     def save_model(self, output_dir=None, _internal_call=False) -> None:
-        """The model of a checkpoint."""
+        """Writes the model of a checkpoint."""
         model = self.accelerator.unwrap_model(self.model)
         tensors = engines.gather(model, self.engine)
         if self.args.should_save:
@@ -129,8 +129,6 @@ def verify(folder: Path, model, state_dict=None) -> None:
 
     Raises RuntimeError naming the first difference: a run must not end in a folder that does not load.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     expected = pissa.as_plain(model, saved_tensors(model, state_dict))
     for name, tensor in read_tensors(folder):
         wanted = expected.pop(name, None)

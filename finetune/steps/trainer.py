@@ -22,6 +22,7 @@ from ..model import optimizers
 from ..quantized import quantized_model
 from . import saving
 from .batches import StepBatch, step_loader
+from .peak_memory import memory_gb
 from .plan import Plan
 
 
@@ -240,12 +241,3 @@ class Throughput:
             }
         self.since, self.tokens, self.supervised = now, 0, 0
         return rates
-
-
-def memory_gb() -> float:
-    """The most memory this process has used so far, in GB (10^9 bytes): of the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

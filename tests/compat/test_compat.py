@@ -4,6 +4,7 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import sys
 
 import pytest
@@ -55,6 +56,52 @@ def test_hooks_are_seen():
 def test_views_are_told_apart():
     whole = torch.zeros(4, 2)
     assert on_torch.is_view(whole[1:]) and not on_torch.is_view(whole)
+
+
+OF_ELASTIC = {
+    "agent.server.api": ("RunResult", "WorkerSpec", "WorkerState"),
+    "agent.server.local_elastic_agent": ("LocalElasticAgent",),
+    "multiprocessing": ("DefaultLogsSpecs", "SignalException"),
+    "rendezvous.api": (
+        "RendezvousClosedError", "RendezvousConnectionError", "RendezvousInfo", "RendezvousStoreInfo", "RendezvousTimeoutError",
+    ),
+    "rendezvous.c10d_rendezvous_backend": ("C10dRendezvousBackend",),
+    "rendezvous.dynamic_rendezvous": ("DynamicRendezvousHandler", "RendezvousTimeout"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module, names in OF_ELASTIC.items() for name in names])
+def test_a_class_of_torchs_agent_that_is_gone_is_missed(monkeypatch, module, name):
+    module = importlib.import_module(f"torch.distributed.elastic.{module}")
+    assert getattr(on_torch.elastic(), name) is getattr(module, name)
+    monkeypatch.delattr(module, name)
+    with pytest.raises(ImportError, match=name):
+        on_torch.elastic()
+
+
+@pytest.mark.parametrize("name", ["_initialize_workers", "_monitor_workers", "_exit_barrier"])
+def test_a_method_of_torchs_agent_that_is_overridden_is_called_by_it(monkeypatch, name):
+    agent = on_torch.elastic().LocalElasticAgent
+    assert f"self.{name}(" in "".join(map(inspect.getsource, agent.__mro__[:-1]))
+    for kind in agent.__mro__:
+        if name in vars(kind):
+            monkeypatch.delattr(kind, name)
+    with pytest.raises(RuntimeError, match=f"LocalElasticAgent.{name} is gone"):
+        on_torch.elastic()
+
+
+@pytest.mark.parametrize("name", ["_remaining_restarts", "_pcontext", "_worker_group"])
+def test_torchs_agent_keeps_what_ours_reads(name):
+    agent = on_torch.elastic().LocalElasticAgent
+    assert re.search(rf"self\.{name}(: .*)? = ", "".join(map(inspect.getsource, agent.__mro__[:-1])))
+
+
+def test_torchs_processes_can_be_asked():
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    assert "self.subprocess_handlers: " in inspect.getsource(SubprocessContext)
+    assert "self.proc: " in inspect.getsource(SubprocessHandler)
 
 
 def test_accelerates_state():
@@ -120,6 +167,34 @@ def test_peft_asks_for_gptqmodel_where_we_answer():
         assert "is_gptqmodel_available()" in inspect.getsource(module)
     with on_peft.unquantized():
         assert "gptqmodel" in sys.modules or not gptq.is_gptqmodel_available()
+
+
+@pytest.mark.parametrize("module, name", [
+    ("peft.tuners.trainable_tokens", "TrainableTokensLayer"), ("peft.utils.other", "TrainableTokensWrapper"),
+])  # fmt: skip
+def test_a_class_of_pefts_trained_rows_that_is_gone_is_missed(monkeypatch, module, name):
+    module = importlib.import_module(module)
+    assert getattr(on_peft.token_classes(), name) is getattr(module, name)
+    monkeypatch.delattr(module, name)
+    with pytest.raises(ImportError, match=name):
+        on_peft.token_classes()
+
+
+def test_pefts_lora_layers_are_found():
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
+    found = on_peft.lora_layers(adapted)
+    assert list(found) == ["base_model.model.1"] and found["base_model.model.1"].lora_A["default"].weight.shape == (8, 2)
+
+
+def test_what_is_in_shards_for_nobody_stays_as_it_is():
+    """The rest needs ZeRO-3: tests/lora/test_adapters_on_ranks.py."""
+    weight = torch.zeros(2)
+    for weights, changes in ((weight, True), ([weight], False)):
+        with on_peft.gathered(weights, changes):
+            weight += 1
+    assert weight.tolist() == [2, 2]
 
 
 def test_peft_reads_the_first_values_of_rows_where_we_do():

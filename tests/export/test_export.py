@@ -66,8 +66,8 @@ def test_the_published_codes_numbers():
     """Golden logits of the published code, from the golden checkpoint's tensors in the other layout."""
     config = QWenConfig.from_pretrained(GOLDEN / "nano_checkpoint")
     with Shards(GOLDEN / "nano_checkpoint") as shards:
-        relaid = layouts.Relaid(shards, "qwen")
-        weights = {name: relaid[name] for name in relaid}
+        converted = layouts.ConvertedTensors(shards, "qwen")
+        weights = {name: converted[name] for name in converted}
     qwen2 = Qwen2ForCausalLM(export_config.to_qwen2(config, GOLDEN)).eval()
     qwen2.load_state_dict(weights, strict=True)
     golden = load_file(GOLDEN / "nano.safetensors")
@@ -97,7 +97,7 @@ def test_without_ntk_and_logn_every_length_is_exact(tmp_path, capsys):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6  # transformers 4 and 5
     ids = some_ids(100)
     torch.testing.assert_close(logits(tmp_path / "out", ids), logits(tmp_path / "base", ids), atol=1e-5, rtol=1e-5)
-    assert "longest length that is exact" not in capsys.readouterr().err
+    assert "max_position_embeddings" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("left_out", ["use_dynamic_ntk", "use_logn_attn"])
@@ -167,14 +167,14 @@ def test_what_generation_config_says(place, tmp_path):
     assert read(place / "chat-q2" / "tokenizer_config.json")["eos_token"] == "<|im_end|>"
     assert read(place / "chat-back" / "generation_config.json") == CHAT
     settings = {"do_sample": True, "top_k": 0, "repetition_penalty": 1.1, "chat_format": "raw", "max_new_tokens": 512}
-    base = export_config.generation(settings | {"eos_token_id": 151643}, tmp_path, "qwen", {})
+    base = export_config.generation_config(settings | {"eos_token_id": 151643}, tmp_path, "qwen", {})
     kept = {"do_sample": True, "top_k": 0, "repetition_penalty": 1.1}
     assert base == kept | {"eos_token_id": 151643, "pad_token_id": 151643}
 
 
 def test_settings_that_changed_since_the_export_are_not_undone(place):
     record, settings = read(place / "chat-q2" / "training.json"), read(place / "chat-q2" / "generation_config.json")
-    again = export_config.generation(settings | {"top_p": 0.9}, place / "chat-q2", "qwen2", record)
+    again = export_config.generation_config(settings | {"top_p": 0.9}, place / "chat-q2", "qwen2", record)
     assert (again["top_p"], again["chat_format"], again["eos_token_id"]) == (0.9, "chatml", [151645, 151644, 151643])
     assert (again["max_window_size"], again["max_new_tokens"]) == (TRAINED, 512)
 
@@ -197,8 +197,8 @@ def test_bits_and_types_stay(tmp_path, capsys):
     (folder / "model.safetensors").unlink()
     export.export(folder, tmp_path / "out", "qwen2")
     said = capsys.readouterr().err
-    what = f"use_dynamic_ntk act beyond {TRAINED} tokens, and the layout of qwen2 has no such thing"
-    assert f"{what}: max_position_embeddings is {TRAINED}, the longest length that is exact" in said
+    what = f"Qwen2 has no use_dynamic_ntk, in effect beyond {TRAINED} tokens"
+    assert f"{what}: max_position_embeddings is set to {TRAINED}, up to which both compute the same" in said
     assert "both layouts, computed in float32 on 4 prompts: logits differ by at most" in said
     found = tensors(tmp_path / "out")
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
@@ -257,13 +257,13 @@ def test_an_exported_gptq_folder_loads_and_answers(tmp_path):
 
 def test_the_settings_of_gptq_name_the_new_layers(tmp_path):
     groups = [["attn.c_attn"], ["mlp.w1", "mlp.w2"], ["mlp.c_proj"]]
-    found = export_config.quantization({"bits": 4, "modules_in_block_to_quantize": groups}, "qwen", tmp_path)
+    found = export_config.quantization_config({"bits": 4, "modules_in_block_to_quantize": groups}, "qwen", tmp_path)
     qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     new = [qkv, ["mlp.up_proj", "mlp.gate_proj"], ["mlp.down_proj"]]
     assert found == {"bits": 4, "modules_in_block_to_quantize": new}
-    assert export_config.quantization(found, "qwen2", tmp_path)["modules_in_block_to_quantize"] == groups
+    assert export_config.quantization_config(found, "qwen2", tmp_path)["modules_in_block_to_quantize"] == groups
     with pytest.raises(UserError, match=r"rules for single layers \(dynamic\)"):
-        export_config.quantization({"dynamic": {"-:.*": {}}}, "qwen", tmp_path)
+        export_config.quantization_config({"dynamic": {"-:.*": {}}}, "qwen", tmp_path)
 
 
 # ---- refusals: a line, exit code 2, and no folder
@@ -291,20 +291,20 @@ def test_an_adapter_is_one_file(tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     words = [str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "qwen2", "--max_shard_size", "1GB"]
-    assert f"--max_shard_size 1GB: {tmp_path}/adapter is an adapter, which is one file - leave" in refused(capsys, *words)
+    assert f"--max_shard_size 1GB: {tmp_path}/adapter is an adapter, which is written as one file - leave" in refused(capsys, *words)
 
 
 QWEN2_ONLY = {
-    "use_sliding_window": ({"use_sliding_window": True, "layer_types": None}, "attend within a window (use_sliding_"),
-    "tied": ({"tie_word_embeddings": True}, "embedding and head are one matrix (tie_word_embeddings)"),
-    "groups": ({"num_key_value_heads": 1}, "2 heads share 1 of key and value, and first-generation Qwen has one for"),
+    "use_sliding_window": ({"use_sliding_window": True, "layer_types": None}, "some layers use sliding-window attention"),
+    "tied": ({"tie_word_embeddings": True}, "embedding and head are tied (tie_word_embeddings)"),
+    "groups": ({"num_key_value_heads": 1}, "2 query heads share 1 key/value heads, and first-generation Qwen has one for"),
     "act": ({"hidden_act": "gelu"}, "hidden_act is gelu, and first-generation Qwen has silu"),
     "rope": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-        "rotary positions of the kind linear, and first-generation Qwen has plain ones",
+        "rope_type is linear, and first-generation Qwen has default",
     ),
-    "qwen3": ({"model_type": "qwen3"}, "model_type is qwen3, and only Qwen1.5, or what was exported"),
-    "size": ({"intermediate_size": 32}, "mlp.w1.weight would be [48, 16], and by config.json [32, 16]"),
+    "qwen3": ({"model_type": "qwen3"}, "model_type is qwen3, and only Qwen1.5, or an export of"),
+    "size": ({"intermediate_size": 32}, "mlp.w1.weight is [48, 16], and config.json asks for [32, 16]"),
 }
 
 
@@ -319,10 +319,10 @@ def test_what_first_generation_qwen_does_not_have(place, tmp_path, capsys, case)
 
 def test_grouped_queries_and_another_vocabulary(tmp_path, capsys):
     grouped = tiny_later_qwen(tmp_path / "grouped")
-    assert "4 heads share 2 of key and value" in refused(capsys, grouped, tmp_path / "out", "--to", "qwen")
+    assert "4 query heads share 2 key/value heads" in refused(capsys, grouped, tmp_path / "out", "--to", "qwen")
     later = tiny_later_qwen(tmp_path / "qwen3", "qwen3")
     line = refused(capsys, later, tmp_path / "out", "--to", "qwen2")
-    assert "only first-generation Qwen goes to the layout of qwen2 - use it as it is: servers know it" in line
+    assert "only first-generation Qwen can be exported to qwen2 - use it as it is: servers support it" in line
 
 
 @pytest.mark.parametrize("case", ["bias", "unknown", "missing", "third", "scaling", "awq"])
@@ -332,19 +332,19 @@ def test_what_qwen2_has_no_place_for(place, tmp_path, capsys, case):
     if case == "bias":
         weights["transformer.h.0.mlp.w1.bias"] = torch.tensor([0.0] * 47 + [1e-3])
         change_json(folder / "config.json", no_bias=False)
-        line = "transformer.h.0.mlp.w1.bias is not zero, and the layout of qwen2 has no bias there - it cannot go along"
+        line = "transformer.h.0.mlp.w1.bias is not zero, and the layout of qwen2 has no bias there - it cannot be exported"
     elif case == "unknown":
         weights["transformer.h.0.attn.scale"] = torch.ones(1)
-        line = "holds transformer.h.0.attn.scale, which the layout of qwen2 has no place for - give a checkpoint of the"
+        line = "holds transformer.h.0.attn.scale, which has no name in the layout of qwen2 - give a checkpoint as"
     elif case == "missing":
         del weights["transformer.h.1.ln_2.weight"]
-        line = "model.layers.1.post_attention_layernorm.weight would be missing, and by config.json [16]"
+        line = "model.layers.1.post_attention_layernorm.weight is missing, and config.json asks for [16]"
     elif case == "third":
         del weights["model.layers.1.self_attn.k_proj.weight"]
         line = "transformer.h.1.attn.c_attn.weight is made of all three; give a complete checkpoint"
     elif case == "scaling":
         change_json(folder / "config.json", scale_attn_weights=False)
-        line = "scale_attn_weights is false, and the layout of qwen2 always scales"
+        line = "scale_attn_weights is false, and Qwen2 always scales"
     else:
         change_json(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
         line = "is quantized (awq) - give another checkpoint"
@@ -365,7 +365,7 @@ def test_an_export_that_computes_something_else_is_not_written(place, tmp_path, 
     if mistake == "gate":
         wrong = layouts.TO_QWEN2 | {"mlp.w1": ("mlp.gate_proj",), "mlp.w2": ("mlp.up_proj",)}
     else:
-        wrong = layouts.TO_QWEN2 | {layouts.FUSED: (layouts.THIRDS[1], layouts.THIRDS[2], layouts.THIRDS[0])}
+        wrong = layouts.TO_QWEN2 | {layouts.FUSED: (layouts.QKV[1], layouts.QKV[2], layouts.QKV[0])}
     monkeypatch.setitem(layouts.KINDS, "qwen", wrong)
     with pytest.raises(RuntimeError, match="the logits of the two layouts differ by .* nothing was written"):
         export.export(place / "chat", tmp_path / "out", "qwen2")
@@ -385,4 +385,4 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit):
         export.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "of an adapter: its base, exported to the same layout" in said and "dynamic NTK and LogN cannot" in said
+    assert "for an adapter: its base, exported to the same layout" in said and "no dynamic NTK and no LogN" in said

@@ -14,7 +14,7 @@ import qwen_model
 from finetune.errors import UserError
 from finetune.export import __main__ as export
 from finetune.export import export_adapter, layouts
-from finetune.export.relaid_adapter import RelaidAdapter
+from finetune.export.converted_adapter import ConvertedAdapter
 from finetune.folders import checkpoint
 from finetune.merge import __main__ as merge
 from finetune.merge import formulas
@@ -61,12 +61,12 @@ def trained(base, **settings):
 
 
 def moved(adapter, base, layout, folder):
-    """The adapter's folder of `layout` in the other one, as far as RelaidAdapter makes it. -> its config"""
-    relaid = RelaidAdapter(formulas.Adapter(adapter), layout, blocks=2)
+    """The adapter's folder of `layout` in the other one, as far as ConvertedAdapter makes it. -> its config"""
+    converted = ConvertedAdapter(formulas.Adapter(adapter), layout, blocks=2)
     folder.mkdir()
-    config = relaid.config(str(base))
+    config = converted.config(str(base))
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(relaid.stored(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(converted.stored(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return config
 
 
@@ -183,15 +183,15 @@ def test_names_that_mean_one_c_proj(bases, tmp_path):
     "settings,line",
     [
         ({"target_modules": ["q_proj", "v_proj"], "use_dora": True}, "vector of block 0 is trained for q_proj, v_proj"),
-        ({"target_modules": ["k_proj"], "bias": "lora_only"}, "bias of block 0 is trained for k_proj alone"),
-        ({"target_modules": ["k_proj"], "modules_to_save": ["q_proj"]}, "of block 0 is trained for q_proj alone"),
+        ({"target_modules": ["k_proj"], "bias": "lora_only"}, "bias of block 0 is trained for k_proj only"),
+        ({"target_modules": ["k_proj"], "modules_to_save": ["q_proj"]}, "of block 0 is trained for q_proj only"),
         ({"target_modules": ["k_proj", "embed_tokens"]}, "holds model.embed_tokens.lora_embedding_A, which the layout"),
     ],
 )
 def test_what_c_attn_cannot_hold(bases, tmp_path, settings, line):
     folder = saved(trained(bases["qwen2"], **settings), tmp_path / "a")
     with pytest.raises(UserError, match=line):
-        RelaidAdapter(formulas.Adapter(folder), "qwen2", blocks=2)
+        ConvertedAdapter(formulas.Adapter(folder), "qwen2", blocks=2)
 
 
 def test_biases_that_qwen2_does_not_have(bases, tmp_path):
@@ -201,11 +201,11 @@ def test_biases_that_qwen2_does_not_have(bases, tmp_path):
     for value in (0.0, 1.0):
         save_file(tensors | {name: torch.full((48,), value)}, folder / "adapter_model.safetensors")
         if value:
-            with pytest.raises(UserError, match=r"mlp.up_proj.bias \(not zero\), which the layout of qwen2 has no pla"):
-                RelaidAdapter(formulas.Adapter(folder), "qwen", blocks=2)
+            with pytest.raises(UserError, match=r"mlp.up_proj.bias \(not zero\), which the layout of qwen2 does not have"):
+                ConvertedAdapter(formulas.Adapter(folder), "qwen", blocks=2)
         else:
-            relaid = RelaidAdapter(formulas.Adapter(folder), "qwen", blocks=2)
-            assert not any("bias" in name for name in relaid.tensors)
+            converted = ConvertedAdapter(formulas.Adapter(folder), "qwen", blocks=2)
+            assert not any("bias" in name for name in converted.tensors)
 
 
 # ---- the whole way: python -m finetune.export ADAPTER OUT --to qwen2 --base EXPORTED_BASE
@@ -254,12 +254,12 @@ def test_the_whole_way_and_back(bases, adapter, tmp_path, capsys):
     [
         (
             ["{adapter}", "{tmp}/o", "--to", "qwen2"],
-            "{adapter}: an adapter goes along with its base - export that (python -m finetune.export {qwen} "
+            "{adapter}: an adapter is exported for an exported base - export its base first (python -m finetune.export {qwen} "
             "EXPORTED_BASE --to qwen2), then add --base EXPORTED_BASE",
         ),
         (
             ["{adapter}", "{tmp}/o", "--to", "qwen2", "--base", "{qwen}"],
-            "--base {qwen}: is in the layout of qwen - export it (python -m finetune.export {qwen} EXPORTED_BASE --to",
+            "--base {qwen}: is in the layout of qwen, not qwen2 - export it (python -m finetune.export {qwen} EXPORTED_BASE --to",
         ),
         (["{adapter}", "{tmp}/o", "--to", "qwen", "--base", "{qwen}"], "{adapter}: is in that layout already - use i"),
         (["{adapter}", "{tmp}/o", "--to", "qwen2", "--base", "{tmp}"], "--base {tmp}: no config.json there - give th"),
@@ -296,7 +296,7 @@ def test_adapters_that_no_export_can_take(bases, adapter, tmp_path):
         export.export(folder, *arguments)
     change_json(folder / "adapter_config.json", peft_type="LORA")
     save_file({"base_model.model.h.0.fc.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="holds h.0.fc.lora_A.weight, which is of no layer of first-generation Qwen"):
+    with pytest.raises(UserError, match="holds h.0.fc.lora_A.weight, which belongs to no layer of first-generation Qwen"):
         export.export(folder, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

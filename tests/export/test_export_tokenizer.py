@@ -26,7 +26,7 @@ DATA = sorted((Path(__file__).parent.parent.parent / "data").glob("*.json*"))
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("qwen2")
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    export_tokenizer.Qwen2Files(tokenizer, chats=True).save_pretrained(folder)
+    export_tokenizer.Qwen2Files(tokenizer, chat=True).save_pretrained(folder)
     return folder
 
 
@@ -163,19 +163,19 @@ def with_extra(tmp_path, *tokens: bytes) -> QWenTokenizer:
 def test_an_extra_vocabulary_goes_along_and_back(tmp_path, tokenizer):
     assert len(tokenizer("白日依山")["input_ids"]) == 4
     extended = with_extra(tmp_path, "依山".encode(), "白日".encode(), "白日依山".encode())
-    export_tokenizer.Qwen2Files(extended, chats=False).save_pretrained(tmp_path)
+    export_tokenizer.Qwen2Files(extended, chat=False).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     raw, opened = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), AutoTokenizer.from_pretrained(tmp_path)
     for text in ("依山", "白日依山尽", "白日依山尽，黄河入海流<|im_end|>"):
         assert extended(text)["input_ids"] != tokenizer(text)["input_ids"]
         assert raw.encode(text).ids == opened(text)["input_ids"] == extended(text)["input_ids"]
-    back = export_tokenizer.first_generation(tmp_path)
+    back = export_tokenizer.to_first_generation(tmp_path)
     assert back.mergeable_ranks == extended.mergeable_ranks
 
 
 def test_a_token_that_no_merges_lead_to_is_refused(tmp_path, tokenizer):
     assert len(tokenizer("qzxjkvw")["input_ids"]) > 2
-    with pytest.raises(UserError, match="no merges lead to b'qzxjkvw' .* - leave it out of the extra vocabulary"):
+    with pytest.raises(UserError, match="no merges lead to b'qzxjkvw' .* - remove it from the extra vocabulary"):
         export_tokenizer.merges(with_extra(tmp_path, b"qzxjkvw").mergeable_ranks)
 
 
@@ -183,7 +183,7 @@ def test_a_token_that_no_merges_lead_to_is_refused(tmp_path, tokenizer):
 
 
 def test_back_to_the_same_file(folder, tmp_path, tokenizer):
-    back = export_tokenizer.first_generation(folder)
+    back = export_tokenizer.to_first_generation(folder)
     back.save_pretrained(tmp_path)
     assert (tmp_path / "qwen.tiktoken").read_bytes() == find_vocabulary().read_bytes()
     for row in ROWS:
@@ -197,7 +197,7 @@ def test_another_vocabulary_is_refused(folder, tmp_path, case):
     words = content["model"]["vocab"]
     if case == "swapped":
         words["Ġthe"], words["Ġof"] = words["Ġof"], words["Ġthe"]
-        line = "copy: its vocabulary is not first-generation Qwen's - a model with another vocabulary cannot go there"
+        line = "copy: its vocabulary is not first-generation Qwen's - a model with another vocabulary cannot be exported"
     elif case == "token":  # Qwen2.5
         content["added_tokens"] = content["added_tokens"][:3]
         change_json(copy / "tokenizer_config.json", added_tokens_decoder={})
@@ -205,10 +205,10 @@ def test_another_vocabulary_is_refused(folder, tmp_path, case):
         line = r"token 151646 is <\|object_ref_start\|>, where first-generation Qwen has <\|extra_0\|> - a model with"
     else:
         words["▁the"] = words.pop("Ġthe")
-        line = "is no byte-level BPE - a model with another vocabulary cannot go there"
+        line = "not a byte-level BPE vocabulary - a model with another vocabulary cannot be exported"
     (copy / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=line):
-        export_tokenizer.first_generation(copy)
+        export_tokenizer.to_first_generation(copy)
 
 
 def test_qwen15s_files(folder, tmp_path, tokenizer):
@@ -217,7 +217,7 @@ def test_qwen15s_files(folder, tmp_path, tokenizer):
     (tmp_path / "vocab.json").write_text(json.dumps(words))
     listed = {str(tokenizer.special_tokens[name]): {"content": name} for name in ("<|endoftext|>", "<|im_end|>")}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
-    assert export_tokenizer.first_generation(tmp_path).mergeable_ranks == tokenizer.mergeable_ranks
+    assert export_tokenizer.to_first_generation(tmp_path).mergeable_ranks == tokenizer.mergeable_ranks
 
 
 def test_another_chat_template_is_said(folder, tokenizer, capsys):
@@ -227,4 +227,4 @@ def test_another_chat_template_is_said(folder, tokenizer, capsys):
     assert capsys.readouterr().err == ""
     reader.chat_template = reader.chat_template.replace("a helpful", "an unhelpful")
     export_proof.check_tokens(reader, tokenizer)
-    assert "lays out conversations otherwise than ChatML, which takes its place" in capsys.readouterr().err
+    assert "is not plain ChatML: the export has plain ChatML in its place" in capsys.readouterr().err

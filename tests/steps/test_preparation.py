@@ -117,8 +117,6 @@ def test_packages_of_the_run_must_be_alike(asked, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "cc")  # torchao's optimizers ask for a compiler
     usual, torchao = card(asked(), tmp_path / "out"), card(asked("--optim", "adamw_torch_8bit"), tmp_path / "out")
     assert torchao["versions"].keys() - usual["versions"].keys() == {"torchao"}
-    nf4 = arguments.parse(["--use_lora", "--q_lora", "--quant", "nf4"])
-    assert "bitsandbytes" in loading.versions(nf4.training, loading.quantized_model.NF4)
 
 
 def test_an_adapter_to_go_on_from_must_be_alike(asked, base, tmp_path):
