@@ -62,24 +62,18 @@ class ChatML:
         marked = unlearned_results(messages)
         if any("spans" in message for message in marked):
             self.results.add(self.number)
-        return [only(marked, wanted) if self.rendering.multi_turn == "last" else marked]
+        return [only(marked, wanted)]
 
     def _react(self, messages: list[dict], tools: list[dict], wanted: list[int]) -> list[list[dict]]:
         """With tools: what is being asked carries the instruction, and no earlier question, so each answer has its own sample."""
         from qwen_model import react
 
-        questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
-        spans = list(zip(questions, [*questions[1:], len(messages)]))
-        if self.rendering.multi_turn == "as_is":
-            spans = [(0, len(messages))]
-        samples = []
-        for begin, end in spans:
-            learned = [number for number in wanted if begin <= number < end]
-            if learned:
-                try:
-                    samples.append(react.render(only(messages[:end], learned), tools))
-                except ValueError as error:
-                    raise UserError(f"{self.path}: sample {self.number}: {error}") from error
+        messages = only(messages, wanted)
+        each = [messages] if self.rendering.multi_turn == "as_is" else react.by_question(messages)
+        try:
+            samples = [react.render(messages, tools) for messages in each]
+        except ValueError as error:
+            raise UserError(f"{self.path}: sample {self.number}: {error}") from error
         if len(samples) > 1:
             self.unrolled.add(self.number)
             self.more += len(samples) - 1
@@ -106,7 +100,5 @@ class ChatML:
 
 def only(messages: list[dict], learned: list[int]) -> list[dict]:
     """The messages, of which the other answers are context."""
-    return [
-        message if message["role"] != "assistant" or number in learned else message | {"weight": 0.0}
-        for number, message in enumerate(messages)
-    ]
+    others = {number for number, message in enumerate(messages) if message["role"] == "assistant"}.difference(learned)
+    return [message | {"weight": 0.0} if number in others else message for number, message in enumerate(messages)]
