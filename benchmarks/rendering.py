@@ -3,10 +3,11 @@
     python benchmarks/rendering.py                       # all three, some minutes
     python benchmarks/rendering.py --data YOUR.json      # your conversations for the first
     python benchmarks/rendering.py --parts speed
+    python benchmarks/rendering.py --parts speed --model Qwen3-8B    # through a later Qwen's chat template
 
 speed   rendered_samples.load on an empty cache (reading, checking, rendering, writing) beside tiktoken's own encode_ordinary_batch over
         the same texts with as many threads, in turns; the ratio of the medians. The file is repeated, with a number behind each
-        text, up to 20 MB. To reach: 1.25.
+        text, up to 20 MB. To reach: 1.25. With --model, the folder of a later Qwen, its own tokenizer is what it stands beside.
 memory  The peak resident memory of a process that loads --conversations of them (default 1,000,000). To reach: 2 GB.
 start   finetune.py on 200,000 conversations that an earlier start has rendered: seconds from the end of the imports to the end of the
         first optimizer step of a tiny model. To reach: 5.
@@ -39,6 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "conversations.json", help="for speed")
+    parser.add_argument("--model", type=Path, help="for speed: a folder with the tokenizer of a later Qwen")
+    parser.add_argument("--multi_turn", default="unroll", help="for speed")
     parser.add_argument("--megabytes", type=float, default=20, metavar="MB", help="of the file for speed")
     parser.add_argument("--conversations", type=int, default=1_000_000, metavar="N", help="for memory")
     parser.add_argument("--rendered", type=int, default=200_000, metavar="N", help="conversations for start")
@@ -61,8 +64,8 @@ def main() -> None:
 
 
 LINES = {
-    "speed": "speed:  {ours:.2f} s for {megabytes:.1f} MB, {conversations:,} conversations; tiktoken alone {tiktoken:.2f} s; "
-    "ratio {ratio:.2f}",
+    "speed": "speed:  {ours:.2f} s for {megabytes:.1f} MB, {conversations:,} conversations, {tokens:,} tokens; "
+    "the tokenizer alone {alone:.2f} s; ratio {ratio:.2f}",
     "memory": "memory: {peak_gb:.2f} GB at the peak for {conversations:,} conversations, {tokens:,} tokens ({seconds:.0f} s)",
     "start": "start:  {seconds:.1f} s from the imports to the end of the first step, {conversations:,} conversations rendered before",
 }
@@ -76,7 +79,8 @@ def run_part(part: str, folder: Path, options) -> dict:
     def child(name: str) -> dict:
         command = [sys.executable, __file__, "--child", name, str(folder), "--data", str(options.data)]
         command += ["--megabytes", str(options.megabytes), "--conversations", str(options.conversations)]
-        command += ["--rendered", str(options.rendered)]
+        command += ["--rendered", str(options.rendered), "--multi_turn", options.multi_turn]
+        command += ["--model", str(options.model)] if options.model else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -122,21 +126,27 @@ def speed(folder: Path, options) -> dict:
     from finetune.data import rendered_samples
     from finetune.model import loading
 
-    path, tokenizer = folder / "data.jsonl", loading.load_tokenizer(folder / "model")
+    path, tokenizer = folder / "data.jsonl", loading.load_tokenizer(options.model or folder / "model")
     count = write_repeated(path, options.data, options.megabytes)
     lines = path.read_text(encoding="utf-8").splitlines()
     texts = [turn["value"] for line in lines for turn in json.loads(line)["conversations"]]
-    seconds: dict[str, list[float]] = {"ours": [], "tiktoken": []}
+    threads = len(os.sched_getaffinity(0))
+    seconds: dict[str, list[float]] = {"ours": [], "alone": []}
     for turn in range(TURNS):
         begin = time.perf_counter()
-        rendered_samples.load(path, tokenizer, max_length=2048, cache_dir=folder / f"cache{turn}")
+        samples = rendered_samples.load(
+            path, tokenizer, max_length=2048, cache_dir=folder / f"cache{turn}", multi_turn=options.multi_turn
+        )
         middle = time.perf_counter()
-        tokenizer.tokenizer.encode_ordinary_batch(texts, num_threads=len(os.sched_getaffinity(0)))
+        if options.model:
+            tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        else:
+            tokenizer.tokenizer.encode_ordinary_batch(texts, num_threads=threads)
         seconds["ours"].append(middle - begin)
-        seconds["tiktoken"].append(time.perf_counter() - middle)
-    found = {way: statistics.median(each) for way, each in seconds.items()}
+        seconds["alone"].append(time.perf_counter() - middle)
+    found = {way: statistics.median(each) for way, each in seconds.items()} | {"tokens": samples.total_tokens}
     megabytes = path.stat().st_size / 1e6
-    return found | {"ratio": found["ours"] / found["tiktoken"], "megabytes": megabytes, "conversations": count}
+    return found | {"ratio": found["ours"] / found["alone"], "megabytes": megabytes, "conversations": count}
 
 
 def memory(folder: Path, options) -> dict:

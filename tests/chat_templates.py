@@ -134,7 +134,7 @@ def published_tokenizer(since_qwen3: bool):
     from qwen_model.tokenization_qwen import read_ranks
     from qwen_model.vocabulary import find_vocabulary
 
-    definition = export_tokenizer.definition(read_ranks(find_vocabulary()), {})
+    definition = export_tokenizer.tokenizer_json(read_ranks(find_vocabulary()), {})
     backend = Tokenizer.from_str(json.dumps(definition))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     plain = NOT_SPECIAL + SINCE_QWEN3 * since_qwen3
