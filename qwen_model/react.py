@@ -15,7 +15,8 @@ answer may have reasoning_content (thoughts) and weight (see chatml.py). A tool 
 alone or as {"type": "function", "function": ...}, or has Qwen's own name_for_model, name_for_human, description_for_model.
 
 `render` makes ChatML messages of them, which chatml.py turns into tokens; `parse` is its inverse, up to what `normal`
-evens out. The form has no escapes, so a text that contains its marks could be read as something else: it is refused.
+evens out. react_text.py has the words of the form, and reads them. The form has no escapes, so a text that contains its
+marks could be read as something else: it is refused.
 """
 
 import json
@@ -23,36 +24,24 @@ import re
 from itertools import zip_longest
 
 from .chatml import render_prompt as chatml_prompt
-
-HEAD = "Answer the following questions as best you can. You have access to the following APIs:\n\n"
-TOOL = (
-    "{name}: Call this tool to interact with the {human} API. What is the {human} API useful for? {description} "
-    "Parameters: {parameters}"
+from .react_text import (
+    FORMAT,
+    HEAD,
+    LAST_THOUGHT,
+    STOP,
+    THOUGHT,
+    TOOL,
+    call_of,
+    clean,
+    function_of,
+    parse,
+    parse_answer,
+    read_instruction,
+    without_label,
 )
-FORMAT = """
 
-Use the following format:
+__all__ = ["function_of", "observation_spans", "parse", "parse_answer", "render", "render_asked", "render_prompt"]
 
-Question: the input question you must answer
-Thought: you should always think about what to do
-Action: the action to take, should be one of [{names}]
-Action Input: the input to the action
-Observation: the result of the action
-... (this Thought/Action/Action Input/Observation can be repeated zero or more times)
-Thought: I now know the final answer
-Final Answer: the final answer to the original input question
-
-Begin!
-
-Question: """
-LAST_THOUGHT = "I now know the final answer."
-STOP = "Observation:"  # what the model writes last when it wants a result
-
-TOOL_HEAD = re.compile(r"(.+?): Call this tool to interact with the (.+?) API\. What is the \2 API useful for\? ")
-TOOL_PARAMETERS = " Parameters: "
-ACTION, ACTION_INPUT = re.compile(r"(?:\A|\n)Action:"), re.compile(r"\nAction Input:")
-OBSERVATION, THOUGHT = re.compile(r"(?:\A|\n)Observation:"), "\nThought:"
-FINAL_ANSWER = re.compile(r"(?:\A|\n)Final Answer:")
 # Plain text in this form, as the published example for fine-tuning has it: the question has these words.
 MARKED = ("Observation: the result of the action", "Begin!")
 RESULT = re.compile(r"(?<![^\n])Observation:(.*?(?:\nThought:|(?=\nFinal Answer:|\nAction:)|\Z))", re.DOTALL)
@@ -72,7 +61,7 @@ def render(messages: list[dict], tools: list[dict] = ()) -> list[dict]:
     if not tools:
         for number, message in enumerate(messages, 1):
             if message["role"] == "tool" or message.get("tool_calls"):
-                raise ValueError(f"message {number} ({message['role']}) is about a call, but the conversation has no tools")
+                raise ValueError(f"message {number} ({message['role']}) is about a call, but there are no tools")
         return observation_spans(messages)
     tools = [function_of(tool, number) for number, tool in enumerate(tools, 1)]
     plain, numbers = normal(messages)
@@ -113,8 +102,8 @@ def stop_sequences(tokenizer) -> list[list[int]]:
 def by_question(messages: list[dict]) -> list[list[dict]]:
     """One conversation for each question, up to its answer, in which what was answered before weighs nothing.
 
-    Training samples in which each answer is learned after the prompt in which the model will be asked for it: with the
-    instruction in the question it answers. Questions whose answers weigh nothing have none.
+    As training samples: each answer is learned after the prompt in which the model will be asked for it, with the
+    instruction in its question. Questions whose answers weigh nothing have none.
     """
     questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
     found = []
@@ -175,43 +164,13 @@ def instruction(tools: list[dict]) -> str:
     return HEAD + "\n\n".join(lines) + FORMAT.format(names=", ".join(tool["name"] for tool in tools))
 
 
-def function_of(tool: dict, number: int = 1) -> dict:
-    """A tool in any of the forms as {"name", "name_for_human" if it is another, "description", "parameters" if it has any}.
-
-    Other keys ("strict", for example) have no place in the instruction and are left out.
-    """
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict):
-        raise ValueError(f"tool {number} is not an object with a name")
-    name = function.get("name_for_model") or function.get("name")
-    human = function.get("name_for_human") or function.get("name") or name
-    description = function.get("description_for_model") or function.get("description") or ""
-    if not name or not all(isinstance(text, str) for text in (name, human, description)):
-        raise ValueError(f"tool {number} has no name, or a name or description that is not a string")
-    found = {"name": name} | ({"name_for_human": human} if human != name else {})
-    found |= {"description": description} if description else {}
-    return found | ({"parameters": function["parameters"]} if function.get("parameters") else {})
-
-
-# ---- what is the same in this form
-
-
-def clean(text: str) -> str:
-    """A content as published: without newlines in front and blanks behind."""
-    return text.lstrip("\n").rstrip()
-
-
-def without_label(text: str) -> str:
-    """A thought that says "Thought:" itself gets no second label."""
-    while text.startswith("Thought:"):
-        text = clean(text.removeprefix("Thought:").removeprefix(" "))
-    return text
+# ---- messages as this form can tell them
 
 
 def normal(messages: list[dict]) -> tuple[list[dict], list[int]]:
     """The messages as `parse` gives them back; and for each the number, from 1, of the message it comes from.
 
-    Contents are `clean`. An answer makes at most one call: of parallel ones each follows the other, with no thought between.
+    Contents are `clean`. An answer makes at most one call: parallel ones follow each other, with no thought between.
     The thought before a call is its content: reasoning_content, content or both, with a newline between. Arguments that are
     JSON of an object are that object, other strings stay. A result has the name of its tool. Ids of calls are left out.
     """
@@ -247,8 +206,8 @@ def normal(messages: list[dict]) -> tuple[list[dict], list[int]]:
             thoughts, weight, caller = clean(message.get("reasoning_content") or ""), message.get("weight", 1), number
             if message.get("tool_calls"):
                 waiting = [plain_call(call, refuse) for call in message["tool_calls"]]
-                thought = without_label("\n".join(text for text in (thoughts, content) if text))
-                add(role, thought, weight, tool_calls=waiting[:1])
+                thoughts = without_label("\n".join(text for text in (thoughts, content) if text))
+                add(role, thoughts, weight, tool_calls=waiting[:1])
             else:
                 thoughts = without_label(thoughts)
                 known = not thoughts or thoughts == LAST_THOUGHT
@@ -258,8 +217,7 @@ def normal(messages: list[dict]) -> tuple[list[dict], list[int]]:
         else:
             add(role, content)
     if len(waiting) > 1:
-        name = waiting[0]["function"]["name"]
-        number = caller
+        name, number = waiting[0]["function"]["name"], caller
         refuse(f"calls stand one after the other in this form, so all but the last need a result; {name} has none")
     return found, numbers
 
@@ -273,117 +231,7 @@ def plain_call(call: dict, refuse) -> dict:
     return call_of(name, arguments)
 
 
-def call_of(name: str, arguments: dict | str) -> dict:
-    """A call. Arguments that are JSON of an object become it; other strings stay what they are."""
-    if isinstance(arguments, str):
-        arguments = arguments.strip()
-        try:
-            loaded = json.loads(arguments)
-            arguments = loaded if isinstance(loaded, dict) else arguments
-        except (ValueError, RecursionError):
-            pass
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-# ---- text to messages
-
-
-def parse(messages: list[dict]) -> tuple[list[dict], list[dict]]:
-    """ChatML messages to (messages, tools). Where the last question has no instruction, they stay as they are: no tools."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-    read = None if last is None else read_instruction(messages[last]["content"])
-    if read is None:
-        return [dict(message) for message in messages], []
-    tools, question = read
-    found = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            for at, part in read_answer(message["content"]):
-                weight = weight_at(message, at) if part["role"] == "assistant" else 1
-                found.append(part if weight == 1 else part | {"weight": weight})
-        else:
-            found.append({"role": message["role"], "content": question if i == last else message["content"]})
-    return found, [{"type": "function", "function": tool} for tool in tools]
-
-
-def parse_answer(text: str) -> dict:
-    """What the model has written, as one message: its first call, or its final answer.
-
-    Anything is read somehow: without "Final Answer:" all of the text is the content, arguments that are no JSON of an
-    object stay a string, and what follows "Observation:" is left out, because the model made it up.
-    """
-    return read_answer(OBSERVATION.split(text, maxsplit=1)[0])[0][1]
-
-
-def weight_at(message: dict, at: int) -> float:
-    """What the character counts in the loss."""
-    spans = message.get("spans", ())
-    return next((weight or 0 for begin, end, weight in spans if begin <= at < end), message.get("weight", 1))
-
-
-def read_instruction(text: str) -> tuple[list[dict], str] | None:
-    """(tools, the question behind them); None where the text does not begin with the instruction."""
-    if not text.startswith(HEAD):
-        return None
-    at, tools = len(HEAD), []
-    while (tool := read_tool(text, at)) is not None:
-        tools.append(tool[0])
-        at = tool[1]
-        end = FORMAT.format(names=", ".join(tool["name"] for tool in tools))
-        if text.startswith(end, at):
-            return tools, text[at + len(end) :]
-        at += len("\n\n")
-    return None
-
-
-def read_tool(text: str, at: int) -> tuple[dict, int] | None:
-    """(the tool at `at`, where it ends). Behind its parameters, which are JSON, stands another tool or the format."""
-    head = TOOL_HEAD.match(text, at)
-    begin = text.find(TOOL_PARAMETERS, head.end()) if head else -1
-    while begin >= 0:
-        try:
-            parameters, end = json.JSONDecoder().raw_decode(text, begin + len(TOOL_PARAMETERS))
-        except (ValueError, RecursionError):
-            end = None
-        if end and (text.startswith(FORMAT[: FORMAT.index("{")], end) or TOOL_HEAD.match(text, end + 2)):
-            tool = {"name": head[1], "name_for_human": head[2], "description": text[head.end() : begin]}
-            return function_of(tool | {"parameters": parameters}), end
-        begin = text.find(TOOL_PARAMETERS, begin + 1)
-    return None
-
-
-def read_answer(text: str) -> list[tuple[int, dict]]:
-    """The messages of one answer, at least one, each with a place in the text that is its own."""
-    at, found = 0, []
-    while True:
-        begin = at = at + len("Thought:") if text.startswith("Thought:", at) else at
-        action = ACTION.search(text, at)
-        input_ = ACTION_INPUT.search(text, action.end()) if action else None
-        if input_ is None:
-            return [*found, (begin, read_final(text[at:]))]
-        result = OBSERVATION.search(text, input_.end())
-        arguments = text[input_.end() : result.start() if result else None]
-        call = call_of(text[action.end() : input_.start()].strip(), arguments)
-        thought = without_label(clean(text[at : action.start()].removeprefix(" ")))
-        found.append((action.start(), {"role": "assistant", "content": thought, "tool_calls": [call]}))
-        if result is None or result.end() == len(text):
-            return found
-        end = text.find(THOUGHT, result.end())
-        content = clean(text[result.end() : end if end >= 0 else None].removeprefix(" "))
-        found.append((result.start(), {"role": "tool", "content": content, "name": call["function"]["name"]}))
-        at = end + 1
-        if end < 0 or len(text) == end + len(THOUGHT):
-            return found
-
-
-def read_final(text: str) -> dict:
-    """An answer without a call. text: behind "Thought:"."""
-    final = FINAL_ANSWER.search(text) or re.search("Final Answer:", text)
-    if final is None:
-        return {"role": "assistant", "content": clean(text.removeprefix(" "))}
-    thought = without_label(clean(text[: final.start()].removeprefix(" ")))
-    message = {"role": "assistant", "content": clean(text[final.end() :].removeprefix(" "))}
-    return message if thought in ("", LAST_THOUGHT) else message | {"reasoning_content": thought}
+# ---- calls that are plain text already
 
 
 def observation_spans(messages: list[dict]) -> list[dict]:
@@ -393,10 +241,11 @@ def observation_spans(messages: list[dict]) -> list[dict]:
     """
     found, marked = [], False
     for message in messages:
+        content = message["content"]
         if message["role"] == "user":
-            marked = all(words in message["content"] for words in MARKED)
+            marked = all(words in content for words in MARKED)
         elif marked and message["role"] == "assistant" and "spans" not in message:
-            spans = [(*match.span(1), None) for match in RESULT.finditer(message["content"]) if match[1]]
+            spans = [(*match.span(1), None) for match in RESULT.finditer(content) if match[1]]
             message = message | ({"spans": spans} if spans else {})
         found.append(message)
     return found

@@ -83,15 +83,19 @@ def small_qwen3(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [small_qwen, small_qwen3])
 def test_a_lora_learns_to_call_a_tool(tmp_path, make):
-    """A demo model, trained as in quickstart.sh; then the example, over and over; then python -m finetune.ask --tools."""
+    """A demo model, trained as in quickstart.sh; then the example, over and over; then python -m finetune.ask --tools.
+
+    Embedding and head are trained along: the demo model's own conversations have none of the words of the forms.
+    """
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     make(tmp_path / "random")
     first = "--model_max_length 256 --per_device_train_batch_size 8 --max_steps 400 --learning_rate 5e-3 --save_strategy no"
     schedule = "--lr_scheduler_type cosine --warmup_ratio 0.03 --adam_beta2 0.95"
     run("finetune.py", "-m", tmp_path / "random", "-d", "data/conversations.json", "-o", base, *first.split(), *schedule.split())
-    settings = "--use_lora --num_train_epochs 40 --learning_rate 2e-3 --gradient_accumulation_steps 4 --save_strategy no"
-    sizes = "--per_device_train_batch_size 2 --model_max_length 1024"
-    run("finetune.py", "-m", base, "-d", "data/tools_example.json", "-o", adapter, *settings.split(), *sizes.split())
+    settings = "--use_lora --train_embeddings all --max_steps 240 --learning_rate 5e-3 --save_strategy no"
+    sizes = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --model_max_length 1024"
+    words = [*settings.split(), *sizes.split(), *schedule.split()]
+    run("finetune.py", "-m", base, "-d", "data/tools_example.json", "-o", adapter, *words)
     questions = ["What is the weather in Paris?", "东京现在几点？", "Set a timer for 5 minutes.", "Hello!"]
     before, after = (run("-m", "finetune.ask", model, *questions, "--tools", "data/tools.json") for model in (base, adapter))
     calls = [line for line in after.splitlines() if line.startswith("calls ")]

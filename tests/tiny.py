@@ -14,8 +14,8 @@ from qwen_model.new_checkpoint import new_checkpoint
 # what goes along with a model of first-generation Qwen, whoever writes it
 SAVED_CODE = {
     "attention.py", "chatml.py", "compat.py", "configuration_qwen.py", "forward_checks.py", "fused.py", "fused_kernels.py", "generation_qwen.py",
-    "head_loss.py", "head_loss_kernels.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py", "on_triton.py", "positions.py", "react.py",
-    "tokenization_qwen.py", "versions.py",
+    "head_loss.py", "head_loss_kernels.py", "kv_cache.py", "kv_cache_kernels.py", "modeling_qwen.py", "on_triton.py", "positions.py",
+    "react.py", "react_text.py", "tokenization_qwen.py", "versions.py",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Asks a model, or an adapter on its base: python -m finetune.ask FOLDER "Who are you?" "你是谁？"
 
-Without questions it is a conversation in the terminal: answers appear as they are written, an empty line ends it. With --tools
-the model may call some: its calls are shown, and in a conversation their results are asked for.
+Without questions it is a conversation in the terminal: answers appear as they are written, an empty line ends it. With
+--tools the model may call some: its calls are shown, and in a conversation their results are asked for.
 """
 
 import argparse

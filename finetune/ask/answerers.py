@@ -90,9 +90,8 @@ class LaterAnswerer:
 
     def tokenized(self, messages: list[dict], **settings) -> dict:
         """{input_ids, attention_mask} of a conversation up to the next answer, (1, T) each."""
-        prompt = self.tokenizer.apply_chat_template(
-            [*opening(self.system), *messages], add_generation_prompt=True, return_dict=True, return_tensors="pt", **settings
-        )
+        settings |= {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        prompt = self.tokenizer.apply_chat_template([*opening(self.system), *messages], **settings)
         return {name: prompt[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def reply(self, messages: list[dict], tools: list[dict]) -> dict:

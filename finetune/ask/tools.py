@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-ONE_TOOL = 'give a JSON list of tools, {"name": ..., "description": ..., "parameters": ...} each, or {"type": "function", "function": ...}'
+REMEDY = 'give a JSON list of tools: {"name": ..., "description": ..., "parameters": ...}, or that as "function" of each'
 
 
 def read_tools(path: Path) -> list[dict]:
@@ -15,15 +15,15 @@ def read_tools(path: Path) -> list[dict]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--tools {path}: {error} - {ONE_TOOL}") from error
+        raise UserError(f"--tools {path}: {error} - {REMEDY}") from error
     if not isinstance(found, list) or not found:
-        raise UserError(f"--tools {path}: not a list of tools - {ONE_TOOL}")
+        raise UserError(f"--tools {path}: not a list of tools - {REMEDY}")
     tools, problems = [], []
     for number, tool in enumerate(found, 1):
         try:
             plain = function_of(tool, number)
         except ValueError as error:
-            problems.append(f"--tools {path}: {error} - {ONE_TOOL}")
+            problems.append(f"--tools {path}: {error} - {REMEDY}")
             continue
         tools.append(tool if "function" in tool else {"type": "function", "function": tool if "name" in tool else plain})
     if problems:

@@ -16,7 +16,7 @@ Qwen3-Coder and Qwen3.5 write
     </function>
     </tool_call>
 
-The second form writes values without quotes, so that a string "5" looks like the number: the tool's parameters tell them apart.
+The second form writes values without quotes, so that a string "5" looks like a number: the tool's parameters tell which.
 """
 
 import json
@@ -27,7 +27,8 @@ from .messages import call
 OPEN, CLOSE = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>\s*")
 FUNCTION, FUNCTION_END = re.compile(r"<function=([^>\n]+)>\s*"), re.compile(r"</function>")
 # What a value holds may look like the end of it: it ends where another parameter follows, or the function ends.
-PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*(?=<parameter=|</function>\s*</tool_call>)", re.DOTALL)
+BEHIND = r"(?=<parameter=|</function>\s*</tool_call>)"
+PARAMETER = re.compile(rf"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*{BEHIND}", re.DOTALL)
 CONSTANTS = {"true": True, "false": False, "none": None, "null": None}  # the template writes Python's True, False and None
 
 
@@ -58,7 +59,7 @@ def read_call(text: str, at: int, tools: list[dict] = ()) -> tuple[dict, int] | 
 
 
 def read_json(text: str, at: int) -> tuple[dict, int] | None:
-    """The first form: what stands between the tags, and where it ends. Arguments may be an object, or a string that holds one."""
+    """What stands between the tags in the first form, and where it ends. Arguments: an object, or a string that is one."""
     try:
         found, end = json.JSONDecoder().raw_decode(text, at)
         name, arguments = found["name"], found.get("arguments", {})

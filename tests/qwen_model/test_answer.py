@@ -61,7 +61,7 @@ def test_settings(model, tokenizer):  # noqa: F811
     assert said.prompts == [react.render_prompt(tokenizer, [*ASKED, CALLED, RESULT], [WEATHER])]
     with pytest.raises(ValueError, match="a prompt ends with a message by the user"):
         model.answer(tokenizer, [*ASKED, ANSWERED], [WEATHER])
-    with pytest.raises(ValueError, match="about a call, but the conversation has no tools"):
+    with pytest.raises(ValueError, match="about a call, but there are no tools"):
         model.answer(tokenizer, [*ASKED, CALLED, RESULT])
     with pytest.raises(ValueError, match="or with the result of a tool"):
         model.answer(tokenizer, [*ASKED, CALLED], [WEATHER])

@@ -171,7 +171,7 @@ def test_without_tools_nothing_changes():
     talk = [*EARLIER, user(" x \n"), says(" y ", weight=0)]
     assert render(talk) == render(talk, []) == talk
     assert parse(talk) == (talk, [])
-    with pytest.raises(ValueError, match=r"message 2 \(assistant\) is about a call, but the conversation has no tools"):
+    with pytest.raises(ValueError, match=r"message 2 \(assistant\) is about a call, but there are no tools"):
         render(TALK)
 
 
