@@ -153,6 +153,8 @@ class _Reader:
             elif what == "boxes":
                 if isinstance(value, dict) and any(value.get(part) for part in keys.BOXES[key]):
                     self.found.refuse(keys.SHOWN_MEDIA, f'"{key}"')
+                elif value and (not isinstance(value, dict) or any(value.values())):
+                    self.noted.unread_key(self.found.number, key)
             elif what != "read" and (what in ("learn", "marks") or value not in ("", [], {})):
                 beside.setdefault(what, {})[key] = value
         return beside

@@ -81,8 +81,8 @@ THINKING_SWITCH = Refusal("each answer is laid out with the thoughts that it has
 
 REFUSED_BESIDE = {
     "mask": Refusal(
-        "NeMo's word for the roles that are not learned; only answers are: remove the key, and mark those that are not to be "
-        'learned with "train": false'
+        "NeMo's word for the roles that are not learned; only answers are: remove the key, and mark answers that are not "
+        'to be learned with "train": false'
     ),
     "chat_template": Refusal("the model's own chat template is used; remove the key"),
     "chat_template_kwargs": Refusal("the model's own chat template is used with its defaults; remove the key", ({},)),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import NamedTuple
 
 from .file_findings import half_character, kind, quoted
 from .messages import call
@@ -12,7 +13,7 @@ from .tool_text import split_calls
 MAX_DEPTH = 100  # of objects and lists inside one another
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 TOOLS_IN_TEXT = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
-CALL_KEYS = {"name", "arguments", "parameters", "id", "type", "index", "function"}
+AROUND_CALL = ("id", "type", "index", "function")  # index: of a streamed call
 
 
 class Unreadable(ValueError):
@@ -59,7 +60,8 @@ def _clean(value: object, what: str, keep_null: bool, depth: int = 0) -> object:
         if TWICE in value:
             raise Unreadable(f'{what} has "{value[TWICE]}" twice; one of them would be lost')
         _clean("".join(value), what, keep_null)
-        return {key: _clean(item, what, keep_null, depth + 1) for key, item in value.items() if keep_null or item is not None}
+        kept = {key: item for key, item in value.items() if keep_null or item is not None}
+        return {key: _clean(item, what, keep_null, depth + 1) for key, item in kept.items()}
     raise Unreadable(f"{what} holds {kind(value)}, which JSON does not have")
 
 
@@ -129,10 +131,18 @@ def _tools_of_text(body: str) -> list[dict]:
     return [_tool(tool, "", True) for tool in (value if isinstance(value, list) else [value])]
 
 
-# ---- calls: (id or None, call)
+# ---- calls
 
 
-def calls_in_keys(said: dict[str, object]) -> list[tuple]:
+class FoundCall(NamedTuple):
+    """call: as in the inner form. unread: keys that the file has beside it and that nothing reads."""
+
+    id: str | None
+    call: dict
+    unread: tuple[str, ...] = ()
+
+
+def calls_in_keys(said: dict[str, object]) -> list[FoundCall]:
     """said: "tool_calls" or OpenAI's older "function_call" -> its value."""
     if len(said) > 1:
         raise Unreadable(f"has {quoted(said)}; keep one of them")
@@ -147,7 +157,7 @@ def calls_in_keys(said: dict[str, object]) -> list[tuple]:
     return [_call(entry, name, in_text) for entry, name in zip(value, names)]
 
 
-def calls_turn(value: object) -> tuple[str, list[tuple], str]:
+def calls_turn(value: object) -> tuple[str, list[FoundCall], str]:
     """(content, calls, thoughts) of a turn that is one call or a list of them; <think>…</think> may stand before them."""
     thoughts, in_text = "", isinstance(value, str)
     if in_text:
@@ -165,7 +175,7 @@ def calls_turn(value: object) -> tuple[str, list[tuple], str]:
     return "", [_call(entry, "the call", in_text) for entry in entries], thoughts.strip()
 
 
-def calls_in_text(text: str) -> tuple[str, list[tuple]]:
+def calls_in_text(text: str) -> tuple[str, list[FoundCall]]:
     """(what stands before, the calls) of an answer with <tool_call>…</tool_call>."""
     content, calls = split_calls(text)
     if not calls:
@@ -175,10 +185,10 @@ def calls_in_text(text: str) -> tuple[str, list[tuple]]:
             clean(parsed(body, "the call"), "the call", keep_null=True)
     for found in calls:
         clean(found, "the call", keep_null=True)
-    return content, [(None, found) for found in calls]
+    return content, [FoundCall(None, found) for found in calls]
 
 
-def _call(entry: object, what: str, in_text: bool) -> tuple:
+def _call(entry: object, what: str, in_text: bool) -> FoundCall:
     """in_text: the file gives the call as JSON in a string, so that its nulls are the author's."""
     if not isinstance(entry, dict):
         raise Unreadable(f"{what} must be an object with a name and arguments, found {kind(entry)}")
@@ -193,13 +203,15 @@ def _call(entry: object, what: str, in_text: bool) -> tuple:
     clean(name, what, keep_null=True)
     if TWICE in function:
         clean(function, what, keep_null=True)
-    others = function.keys() - CALL_KEYS
-    if others and function.get("arguments") is None and function.get("parameters") is None:
+    given_as = next((key for key in ("arguments", "parameters") if function.get(key) is not None), None)
+    if given_as is None and function.keys() - {"name", "arguments", "parameters", *AROUND_CALL}:
         raise Unreadable(f'{what} of "{name}" has no "arguments" (keys: {quoted(function)})')
-    given = function.get("arguments")
-    given = function.get("parameters") if given is None else given
-    arguments = _arguments(given, f'"arguments" of "{name}"', in_text)
-    return _id(entry.get("id"), what), call(name, arguments)
+    arguments = _arguments(function.get(given_as), f'"arguments" of "{name}"', in_text)
+    read = {"name", given_as, *(AROUND_CALL if function is entry else ())}
+    unread = {key for key in function if key not in read and function[key] is not None}
+    if function is not entry:
+        unread |= {key for key in entry if key not in AROUND_CALL and entry[key] is not None}
+    return FoundCall(_id(entry.get("id"), what), call(name, arguments), tuple(unread))
 
 
 def _id(value: object, what: str) -> str | None:

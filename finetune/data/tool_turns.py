@@ -45,7 +45,7 @@ def read_text(found: FileFindings, turn: Turn) -> list[Turn]:
         except Unreadable as error:
             found.find(str(error), turn.place)
             return [turn]
-        more = {"tool_calls": [call for _, call in calls], "ids": [None] * len(calls)}
+        more = {"tool_calls": [each.call for each in calls], "ids": [None] * len(calls)}
         return [turn._replace(content=content, more=(turn.more or {}) | more)]
     if turn.role in ("tool", "user") and turn.content.lstrip().startswith("<tool_response>"):
         results = RESPONSE.findall(turn.content) if turn.content.rstrip().endswith("</tool_response>") else []

@@ -1,6 +1,7 @@
 """One turn of a conversation file, in whatever spelling: checked by itself, and read into role, content and what it says."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,8 +89,8 @@ class TurnReader:
             what = keys.ON_TURN.get(key)
             if value is None or key is TWICE or key in known or (key == "name" and role == "tool"):
                 continue
-            if what is None:
-                self.noted.unread_key(self.found.number, key)
+            if what is None or (what == "result" and role != "tool"):
+                self._note_unread([key])
             elif what == "refused":
                 if value not in keys.REFUSED_ON_TURNS[key].harmless:
                     self.found.refuse(keys.REFUSED_ON_TURNS[key], f'"{key}" on a turn')
@@ -99,6 +100,10 @@ class TurnReader:
             elif what == "learn" or value not in ("", [], {}):
                 given.setdefault(what, {})[key] = value
         return given
+
+    def _note_unread(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.noted.unread_key(self.found.number, name)
 
     def _role(self, message: dict, speaker: str, place: str) -> str | None:
         if speaker not in message:
@@ -120,6 +125,8 @@ class TurnReader:
         if role == "calls":
             content, calls, in_text = self._calls_turn(message, text, place)
             more["calls_only"] = True
+            if "refusal" in given:
+                self.found.find('"refusal" on a turn of calls; only an answer can have it', place)
         else:
             content, in_text = self._answer_text(message, text, given, place)
         if given.get("calls"):
@@ -138,7 +145,8 @@ class TurnReader:
             more["reasoning_content"] = thoughts
         if calls:
             self.with_tools = True
-            more |= {"tool_calls": [call for _, call in calls], "ids": [id for id, _ in calls]}
+            more |= {"tool_calls": [each.call for each in calls], "ids": [each.id for each in calls]}
+            self._note_unread(key for each in calls for key in each.unread)
         if weight != 1:
             more["weight"] = weight
         return Turn(place, "assistant", content, more or None)
@@ -226,7 +234,7 @@ class TurnReader:
             if message.get(name) not in (None, ""):
                 more[key] = self.text(message[name], name, place)
         self.with_tools = True
-        if isinstance(value, list) and value and all(_type_of(part) in (*TEXT_PARTS, *keys.MEDIA_PARTS) for part in value):
+        if isinstance(value, list) and value and all(_is_part(part) for part in value):
             content, _ = self._parts_or_text(value, text, place)
         elif value is None or isinstance(value, str):
             content = self.text(value or "", text, place)
@@ -246,7 +254,7 @@ class TurnReader:
             if what in keys.MEDIA_PARTS:
                 self.found.refuse(keys.SHOWN_MEDIA, f'a part of type "{what}"')
             elif what in TEXT_PARTS and isinstance(part.get(what), str):
-                texts.append(self.text(part[what], name, place) or "")
+                texts.append(self._of_part(part, what, f'"{name}" part {i}', place))
             elif what in keys.THOUGHT_PARTS and thoughts:
                 thought.append(self._thought_part(part, f'"{name}" part {i}', place))
             else:
@@ -256,11 +264,17 @@ class TurnReader:
         return "".join(texts), "".join(thought)
 
     def _thought_part(self, part: dict, name: str, place: str) -> str:
-        values = [part[key] for key in keys.THOUGHT_PARTS[part["type"]] if part.get(key) is not None]
-        value = values[0] if values else None
-        if isinstance(value, list):  # Mistral: in parts again
-            value = "".join(str(inner.get("text", "")) if isinstance(inner, dict) else "" for inner in value)
-        return self.text(value, name, place, quote="") or ""
+        key = next((key for key in keys.THOUGHT_PARTS[part["type"]] if part.get(key) is not None), part["type"])
+        inner = part.get(key)
+        if isinstance(inner, list) and all(isinstance(each, dict) for each in inner):  # Mistral: in parts again
+            part = part | {key: "".join(self._of_part(each, "text", name, place) for each in inner)}
+        return self._of_part(part, key, name, place)
+
+    def _of_part(self, part: dict, key: str, name: str, place: str) -> str:
+        """The text under a key of a part."""
+        self.found.once(part, place)
+        self._note_unread(other for other in part if other not in ("type", key, TWICE) and part[other] is not None)
+        return self.text(part.get(key), name, place, quote="") or ""
 
     def text(self, value: object, name: str, place: str = "", quote: str = '"') -> str | None:
         """value, where it is a text that can be learned."""
@@ -270,6 +284,12 @@ class TurnReader:
             what = f"holds half of a character (\\u{ord(half[0]):x} alone); write it whole or remove it"
             return self.found.find(f"{quote}{name}{quote} {what}", place)
         return value
+
+
+def _is_part(value: object) -> bool:
+    """Is an entry of a result's list a part of a content? It may be data: {"type": "file", "name": "a.txt"} in a folder."""
+    what = value.get("type") if isinstance(value, dict) else None
+    return what in (*TEXT_PARTS, *keys.MEDIA_PARTS) and any(key in value for key in (what, "data", "source"))
 
 
 def _type_of(part: object) -> str | None:

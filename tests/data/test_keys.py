@@ -329,11 +329,17 @@ NOTES = [  # a sample, and the note on it
         "1 sample with </think> but no <think> in an answer (first: 1); a chat template takes what stands before it for thoughts",
     ),
     (chat(Q, answer(), label=3), 'keys that are not read: "label" (1 sample, first: 1)'),
+    (chat(Q, answer(), objects=["x"]), 'keys that are not read: "objects" (1 sample, first: 1)'),
+    (chat(Q, answer(), objects={"x": 1}), 'keys that are not read: "objects" (1 sample, first: 1)'),
     (chat(Q, answer(), label="sport"), 'keys that are not read: "label" (1 sample, first: 1)'),
     (
         chat(Q | {"name": "Ann"}, answer(), source="x", category="y", parallel_tool_calls=True, tool_choice="auto"),
         'keys that are not read: "category" (1 sample, first: 1), "name" (1 sample, first: 1), '
         '"parallel_tool_calls" (1 sample, first: 1), "source" (1 sample, first: 1), "tool_choice" (1 sample, first: 1)',
+    ),
+    (
+        chat(Q, answer([{"type": "text", "text": "a", "cache": 1, "image_url": None}], tool_call_id="x")),
+        'keys that are not read: "cache" (1 sample, first: 1), "tool_call_id" (1 sample, first: 1)',
     ),
     (chat(Q, answer(wieght=0)), 'keys that are not read: "wieght" (1 sample, first: 1; did you mean "weight"?)'),
 ]

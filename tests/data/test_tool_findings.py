@@ -4,8 +4,9 @@ import json
 
 import pytest
 from talks import findings, write
-from tool_talks import A, BARE, HERMES, IDS, PARIS, Q, ROME, TOOLS, bare, block, calls, chat, result, shared
+from tool_talks import BARE, HERMES, IDS, PARIS, ROME, TOOLS, A, Q, bare, block, calls, chat, result, shared
 
+from finetune.data.conversations import read
 from finetune.data.messages import call
 
 NO_RESULT = 'calls "sky", and no result of it follows; add it or remove the call'
@@ -119,6 +120,10 @@ FINDINGS = [  # a sample, and what is said of it
         chat(Q, {"role": "assistant", "content": '<tool_call>{"name": "sky", "arguments": {"a": 1, "a": 2}}</tool_call>'}),
         ' turn 2: the call has "a" twice; one of them would be lost',
     ),
+    (
+        chat(Q, {"role": "tool_call", "content": bare(PARIS), "refusal": "no"}),
+        ' turn 2: "refusal" on a turn of calls; only an answer can have it',
+    ),
     # tools
     (chat(Q, A, tools="sky"), ': "tools" is no JSON (Expecting value: line 1 column 1 (char 0))'),
     (chat(Q, A, tools={"sky": {}}), ': "tools" must be a list of tools, found an object'),
@@ -166,10 +171,16 @@ def test_a_key_twice_in_a_call_that_is_an_object(tmp_path):
 
 
 def test_a_number_of_too_many_digits_is_found_where_it_would_be_learned(tmp_path):
-    text = json.dumps([chat(Q, calls(call("sky", {"X": 0})))]).replace('{"X": 0}', f'{{"X": {"9" * 5000}}}')
+    text = json.dumps([chat(Q, calls(call("sky", {"X": 0})))]).replace('{"X": 0}', f'{{"X": {"9" * 601}}}')
     assert findings(write(tmp_path, text)) == [f'sample 1 turn 2: "arguments" of "sky" {FINITE}']
 
 
+def test_keys_of_a_call_that_nothing_reads_are_noted(tmp_path):
+    function = PARIS["function"] | {"strict": True, "nothing": None}
+    notes = read(write(tmp_path, [chat(Q, calls(PARIS | {"arguments": {}, "index": 0, "function": function}))])).notes
+    assert notes == ['keys that are not read: "arguments" (1 sample, first: 1), "strict" (1 sample, first: 1)']
+
+
 def test_media_in_a_result_refuses_the_file(tmp_path):
-    [found] = findings(write(tmp_path, [chat(Q, calls(PARIS), result([{"type": "image_url"}]), A)]))
+    [found] = findings(write(tmp_path, [chat(Q, calls(PARIS), result([{"type": "image_url", "image_url": "x"}]), A)]))
     assert found.startswith('1 sample with a part of type "image_url" (first: 1): images, sound or video: ')

@@ -5,19 +5,19 @@ import json
 import pytest
 from talks import write
 from tool_talks import (
-    A,
     BARE,
     HERMES,
     IDS,
     ONE,
     PARIS,
-    Q,
     QWEN,
     ROME,
     SAID,
     TOOLS,
     TWO,
     UNREADABLE,
+    A,
+    Q,
     as_text,
     bare,
     block,
@@ -85,6 +85,11 @@ SPELLINGS = [  # a sample, and its messages in the inner form, with TOOLS
     (chat(Q, calls(PARIS), result({"t": 5, "城": None}), A), [Q, calls(PARIS), result('{"t": 5, "城": null}'), A]),
     (chat(Q, calls(PARIS), result([1, "x"]), A), [Q, calls(PARIS), result('[1, "x"]'), A]),
     (chat(Q, calls(PARIS), result([{"type": "text", "text": "s"}, {"type": "text", "text": "un"}]), A), ONE),
+    (
+        chat(Q, calls(PARIS), result([{"type": "file", "name": "a"}, {"type": "text", "name": "b"}]), A),
+        [Q, calls(PARIS), result('[{"type": "file", "name": "a"}, {"type": "text", "name": "b"}]'), A],
+    ),
+    (chat(Q, calls(PARIS), result([{"file": "a"}]), A), [Q, calls(PARIS), result('[{"file": "a"}]'), A]),
     (chat(Q, calls(PARIS), result(None), A), [Q, calls(PARIS), result(""), A]),
     # OpenAI's older form
     (
@@ -212,7 +217,7 @@ def test_calls_in_text_without_any_tools_are_text(tmp_path):
 
 
 def test_integers_and_floats_of_arguments_stay_what_they_are(tmp_path):
-    big = 12345678901234567890123
+    big = int("9" * 600)
     text = json.dumps([chat(Q, calls(call("sky", {"a": 5, "b": 5.0, "c": big})), result({"n": 5, "m": -0, "x": 2.50}), A)])
     [(messages, _)] = read(write(tmp_path, text))
     assert json.dumps(messages[1]["tool_calls"][0]["function"]["arguments"]) == f'{{"a": 5, "b": 5.0, "c": {big}}}'
