@@ -96,7 +96,7 @@ held: list[str] | None = None  # within first_of_two()
 
 @contextlib.contextmanager
 def first_of_two():
-    """A context for checks that run again if they find nothing. Prints their notes only if they find something; else the second run does."""
+    """A context for checks that run again if they find nothing: their notes are printed only if they do find something."""
     global held
     held = lines = []
     try:

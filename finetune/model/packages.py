@@ -46,7 +46,7 @@ def base_of(adapter: Path) -> Path | None:
 
 
 def may_be_quantized(folder: Path) -> bool:
-    """Are there few bits in it, or under it? An adapter's record says so; of a model on a hub nothing is known yet."""
+    """Whether a model, or an adapter's base, may be quantized. True for a model on a hub, of which nothing is known yet."""
     if not folder.is_dir():
         return True
     over = (checkpoint.read_record(folder).get("method") or {}).get("quantization")
