@@ -16,7 +16,7 @@ from .data_notes import Seen, counted
 from .messages import Conversation
 from .rendering import PROBE, Rendering, identity_of, unlearned_results
 from .template_shapes import (
-    Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, frames_of, marked, parts_of, shape_of
+    ANSWER, QUESTION, Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, frames_of, marked, parts_of, shape_of
 )  # fmt: skip
 
 SHAPES = 4096  # of conversations, remembered
@@ -76,12 +76,12 @@ class ChatTemplate:
             what = f"{tokenizer.name_or_path}: its tokenizer has no chat template, which lays out the conversations"
             raise UserError(f"{what} - add the chat_template.jinja of the chat model of its family") from error
         self.headers = Headers(self._template, self.control)
+        self.supervised_frame = self._supervised_frame()
 
-    @property
-    def supervised_frame(self) -> set[int]:
-        """Ids that are supervised without being content: of an answer that is cut off behind them, nothing is learned."""
-        frame = [self.headers.empty_thoughts, *self.control.special.findall(self._template([{"role": "user", "content": ""}], None))]
-        return {index for ids in self._encode(frame) for index in ids} | {self.ids_of[token] for token in frame[1:]}
+    def _supervised_frame(self) -> set[int]:
+        """The ids of the template's control tokens and of its empty block of thoughts."""
+        tokens = self.control.special.findall(self._template([QUESTION, ANSWER], None))
+        return {*self._encode([self.headers.empty_thoughts])[0], *(self.ids_of[token] for token in tokens)}
 
     def identity(self) -> str:
         """Everything beside the vocabulary that a rendering depends on."""

@@ -136,14 +136,13 @@ def _render(
 
     renderer = renderer_of(tokenizer, conversations.path, rendering)
     unseen = {token: tokenizer.convert_tokens_to_ids(token) for token in rendering.train_tokens}
-    full, source, kept, answered, number = [], [], [], [], 0  # source: of each sample in full, its number in the file
+    full, source, answered, number = [], [], [], 0  # source: of each sample in full, its number in the file
+    frame_ids = [IGNORE, *renderer.supervised_frame]
     bar = {"desc": "rendering data", "unit": " samples", "delay": 2, "disable": not on_first_rank()}
     with _Writer(folder) as writer, tqdm(total=len(conversations), **bar) as progress:
         for batch in _batches(conversations):
-            frame_ids = None
             for samples in renderer.render_batch(batch):
                 number += 1
-                frame_ids = frame_ids or [IGNORE, *renderer.supervised_frame]
                 for ids, labels, weights in samples:
                     full.append(len(ids))
                     source.append(number)
@@ -151,7 +150,6 @@ def _render(
                     if was_cut and long_samples == "drop":
                         continue
                     ids, labels = ids[:max_length], labels[:max_length]
-                    kept.append(len(ids))
                     answered.append(not was_cut or not np.isin(labels[1:], frame_ids).all())
                     writer.add(ids, labels, None if weights is None else weights[:max_length])
                     unseen = {token: index for token, index in unseen.items() if index not in ids}
