@@ -23,6 +23,10 @@ class ControlText:
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._in_rendered = re.compile(f"{OPEN}([0-9]+){CLOSE}|({self.special.pattern})")
 
+    def is_suspect(self, text: str) -> bool:
+        """Whether a text must be looked at: quick, and nearly always False."""
+        return self._beginning in text or OPEN in text
+
     def holds(self, value: object) -> bool:
         """Is there a special token in a text, or anywhere in a JSON value?"""
         if isinstance(value, str):
@@ -34,8 +38,7 @@ class ControlText:
     def hide(self, value: object) -> object:
         """The text or JSON value with placeholders in place of special tokens; the same object where there are none."""
         if isinstance(value, str):
-            suspect = self._beginning in value or OPEN in value
-            return self._in_data.sub(self._placeholder, value) if suspect else value
+            return self._in_data.sub(self._placeholder, value) if self.is_suspect(value) else value
         if isinstance(value, dict):
             return {self.hide(key): self.hide(each) for key, each in value.items()}
         return [self.hide(each) for each in value] if isinstance(value, list) else value
