@@ -11,15 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-
 from ..errors import UserError
 from .control_text import ControlText
 from .data_notes import Seen, counted
 from .messages import Conversation
 from .rendering import PROBE, Rendering, identity_of, unlearned_results
 from .template_shapes import (
-    ANSWER, QUESTION, Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, frames_of, marked, parts_of, shape_of
+    ANSWER, QUESTION, Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, common, frames_of, marked, parts_of, skeleton,
+    texts_of,
 )  # fmt: skip
 
 SHAPES = 4096  # of conversations, remembered
@@ -28,7 +27,7 @@ FIRST_GENERATION_MASK = (
     "own chat template - leave it out: every answer and the token that ends it are learned"
 )
 TO_TEMPLATE = ("role", "content", "reasoning_content", "tool_calls", "name")
-FAILURES = (TemplateError, TypeError, ValueError, LookupError)  # a template is a program
+FAILURES = Exception  # a template is a program
 PLACES = {
     "thoughts": 'thoughts ("reasoning_content"): remove them, or train a model that thinks',
     "call": 'tool calls ("tool_calls"): train a model that knows tools',
@@ -80,6 +79,7 @@ class ChatTemplate:
         self.as_tokens = rendering.tokens_in_text(special)
         self._special_ids = {str(token): [index] for index, token in tokenizer.added_tokens_decoder.items()}
         self._shapes: dict[tuple, list[Sample]] = {}
+        self._rules: dict[tuple, tuple] = {}
         try:
             self.template_text = tokenizer.get_chat_template()
         except ValueError as error:
@@ -199,7 +199,7 @@ class ChatTemplate:
         found: dict[int, str] = {}
         plain = [place for place, job in enumerate(jobs) if not job.tools]
         if plain:
-            with suppress(*FAILURES):  # which one it was, a call for each will say
+            with suppress(FAILURES):  # which one it was, a call for each will say
                 found = dict(zip(plain, self._apply([jobs[place].messages for place in plain], None)))
         return [found.get(place) or self._of_job(job) for place, job in enumerate(jobs)]
 
@@ -209,24 +209,37 @@ class ChatTemplate:
 
     def _samples(self, messages: list[dict], tools: list[dict], wanted: list[int]) -> list[Sample]:
         """The samples that teach the wanted answers, by the shape of the conversation."""
-        shape = shape_of(messages, tools, wanted)
+        with_marks, marked_tools, marks = marked(messages, tools)
+        shape = tuple(map(skeleton, with_marks)), tuple(wanted), bool(tools)
         if shape not in self._shapes:
             if len(self._shapes) == SHAPES:
                 self._shapes.clear()
-            with_marks, marked_tools, marks = marked(messages, tools)
-            conversing = Conversing(self._template, with_marks, marked_tools, self.headers)
+            conversing = self._conversing(with_marks, marked_tools)
             # "last" has said already what is wanted
             multi_turn = "as_is" if self.rendering.multi_turn == "as_is" else "unroll"
             samples = conversing.samples(wanted, multi_turn, self.rendering.empty_thoughts == "learn")
             self._check_places(conversing, samples, marks)
-            self._shapes[shape] = [self._with_frames(sample, conversing, marks) for sample in samples]
+            frames = self._frames(conversing, samples, marks)
+            if marked_tools or any("tool_calls" in message for message in with_marks):
+                *other, other_marks = marked(messages, tools, other=True)
+                other_way = self._conversing(*other)
+                self._check_places(other_way, samples, other_marks)
+                frames = [common(*both) for both in zip(frames, self._frames(other_way, samples, other_marks))]
+            self._shapes[shape] = [self._with_frames(sample, own, marks) for sample, own in zip(samples, frames)]
         return self._shapes[shape]
 
-    def _with_frames(self, sample: Sample, conversing: Conversing, marks: list[Mark]) -> Sample:
-        text, _ = conversing.laid_out(sample.length)
-        hidden = {mark.message for mark in marks if mark.kind == "thoughts" and mark.text not in text}
+    def _with_frames(self, sample: Sample, frames, marks: list[Mark]) -> Sample:
+        texts = zip(texts_of(marks, sample.length), frames)
+        hidden = {mark.message for mark, frame in texts if mark.kind == "thoughts" and frame is None}
         learned = [each._replace(forgotten=each.message in hidden) for each in sample.learned]
-        return Sample(sample.length, learned, frames_of(text, marks, sample.length, self.control))
+        return Sample(sample.length, learned, tuple(frames))
+
+    def _conversing(self, messages: list[dict], tools: list[dict]) -> Conversing:
+        return Conversing(self._template, messages, tools, self.headers, self._rules)
+
+    def _frames(self, conversing: Conversing, samples: list[Sample], marks: list[Mark]) -> list[list]:
+        """Sample.frames of each."""
+        return [frames_of(conversing.laid_out(each.length)[0], marks, each.length, self.control) for each in samples]
 
     def _check_places(self, conversing: Conversing, samples: list[Sample], marks: list[Mark]) -> None:
         """Has the template a place for everything that is to be learned, or to be learned from?"""

@@ -10,13 +10,17 @@ All this is found by asking the template, with marks in place of the texts, once
 the same roles, and the same of what a template looks at (is there a text, are there thoughts, calls, tools).
 """
 
+import bisect
+import math
+import os
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .control_text import ControlText
 
-TAGGED = re.compile(r"(<\w+>).*(</\w+>)", re.DOTALL)
+TAGGED = re.compile(r"(\s*<tool_response>)(.*)(</tool_response>\s*)", re.DOTALL)
+TRUSTED = 3  # times that answers which look alike must have been alike, until no more are looked at
 QUESTION, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
 ENABLE = ({}, {"enable_thinking": True}, {"enable_thinking": False})  # the ways in which an answer is asked for
 # From the same private area of Unicode as control_text's placeholders.
@@ -68,7 +72,7 @@ class Headers:
     def __init__(self, template, control: ControlText):
         asked = [template([QUESTION], None, add_generation_prompt=True, **way) for way in ENABLE]
         without = template([QUESTION], None)
-        prompts = [text[len(without) :] for text in asked if text.startswith(without)]
+        self.prompts = prompts = [text[len(without) :] if text.startswith(without) else "" for text in asked]
         earlier = template([QUESTION, ANSWER, QUESTION, ANSWER], None)
         last = template([QUESTION, ANSWER], None)
         self.text, self.control = "", control
@@ -93,9 +97,12 @@ class Headers:
 class Conversing:
     """The template at work on one conversation; remembers what it returned."""
 
-    def __init__(self, template, messages: list[dict], tools: list[dict], headers: Headers):
-        self.template, self.messages, self.tools, self.headers = template, messages, tools, headers
-        self.answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    def __init__(self, template, messages: list[dict], tools: list[dict], headers: Headers, rules: dict):
+        self.template, self.messages, self.tools, self.headers, self.rules = template, messages, tools, headers, rules
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        self.answers = {number: answer for answer, number in enumerate(numbers)}
+        self.looks = [skeleton(message) for message in messages]
+        self.questions = [number for number, message in enumerate(messages) if is_question(message)]
         self._laid_out: dict[int, tuple] = {}
 
     def laid_out(self, length: int) -> tuple[str, list[tuple[int, int]]]:
@@ -113,7 +120,7 @@ class Conversing:
             return [Sample(len(self.messages), learned)] if learned else []
         found, left, length = [], list(wanted), len(self.messages)
         while left:
-            asked = [self._as_asked(number, length, learn_empty) for number in left]
+            asked = [self._by_rule(number, length, learn_empty) for number in left]
             learned = [each for each in asked if each is not None]
             if learned:
                 found.append(Sample(length, learned))
@@ -123,9 +130,24 @@ class Conversing:
             length = left[-1] + 1 if left else 0
         return found
 
+    def _by_rule(self, number: int, length: int, learn_empty: bool) -> Learned | None:
+        """_as_asked, from memory where answers that look alike, in their question and behind it, have always been alike."""
+        at = bisect.bisect(self.questions, number)
+        begin = self.questions[at - 1] if at else 0
+        later = at < len(self.questions) and self.questions[at] < length
+        place = (at > 1, later, length == number + 1, bool(self.tools), self.looks[0][0])
+        key = (place, tuple(self.looks[begin : number + 1]))
+        seen, rule = self.rules.get(key, (0, None))
+        if seen < TRUSTED:
+            found = self._as_asked(number, length, learn_empty)
+            now = found and (found.prompt, found.emptied)
+            self.rules[key] = (seen + 1, now) if now == rule or not seen else (-math.inf, None)
+            return found
+        return rule and Learned(number, self.answers[number], *rule)
+
     def _as_asked(self, number: int, length: int, learn_empty: bool) -> Learned | None:
         """The answer in the first messages, if it stands there behind a prompt that asks for it, and as it would alone."""
-        answer = self.answers.index(number)
+        answer = self.answers[number]
         text, places = self.laid_out(length)
         begin, end = places[answer]
         alone, places_alone = self.laid_out(number + 1)
@@ -137,14 +159,17 @@ class Conversing:
         return self._learned(number, text, begin, prompts[0] if learn_empty else max(prompts), learn_empty)
 
     def _prompts(self, number: int) -> list[str]:
-        """The ways to ask for an answer."""
-        before = self.messages[:number]
-        return [self.template(before, self.tools, add_generation_prompt=True, **way) for way in ENABLE]
+        """The ways to ask for an answer, the template's own first."""
+        usual, *others = self.headers.prompts
+        prompt = self.template(self.messages[:number], self.tools, add_generation_prompt=True)
+        if not prompt.endswith(usual):
+            return [prompt]
+        return [prompt, *(prompt.removesuffix(usual) + other for other in others)]
 
     def _as_is(self, number: int, learn_empty: bool) -> Learned:
         """The answer as it stands in the whole conversation, behind as much of a generation prompt as is there."""
         text, places = self.laid_out(len(self.messages))
-        begin, _ = places[self.answers.index(number)]
+        begin, _ = places[self.answers[number]]
         header = self.headers.text
         prompts = [prompt[prompt.rfind(header) + len(header) :] for prompt in self._prompts(number)]
         there = [begin + len(prompt) for prompt in prompts if text.startswith(prompt, begin)] or [begin]
@@ -153,30 +178,26 @@ class Conversing:
     def _learned(self, number: int, text: str, begin: int, learn_from: int, learn_empty: bool) -> Learned:
         empty = self.headers.empty_thoughts
         emptied = bool(empty) and not has_thoughts(self.messages[number]) and text.startswith(empty, begin)
-        if emptied and not learn_empty:
-            learn_from = max(learn_from, begin + len(empty))
-        return Learned(number, self.answers.index(number), text[begin:learn_from], emptied)
+        behind = begin + len(empty)
+        if emptied and learn_empty:
+            emptied = learn_from < behind  # else the prompt itself holds the block
+        elif emptied:
+            learn_from = max(learn_from, behind)
+        return Learned(number, self.answers[number], text[begin:learn_from], emptied)
 
 
 # ---- shapes and marks
 
 
-def shape_of(messages: list[dict], tools: list[dict], wanted: list[int]) -> tuple:
-    """What a template looks at, beside the texts themselves."""
-    looks = tuple(
-        (
-            message["role"],
-            bool(message["content"]),
-            bool(message["content"].strip()),
-            "</think>" in message["content"],
-            TAGGED.fullmatch(message["content"].strip()) is not None,
-            has_thoughts(message),
-            "reasoning_content" in message,
-            len(message.get("tool_calls", ())),
-        )
-        for message in messages
-    )
-    return looks, tuple(wanted), bool(tools)
+def skeleton(message: dict) -> tuple:
+    """What a template looks at in a message with marks, beside the texts themselves."""
+    content = ANY_MARK.sub("\ue002", message["content"])
+    return message["role"], content, "reasoning_content" in message, len(message.get("tool_calls", ()))
+
+
+def is_question(message: dict) -> bool:
+    """Whether it is by the user, and not the result of a tool in the user's name."""
+    return message["role"] == "user" and not tagged(message)
 
 
 class Mark(NamedTuple):
@@ -187,8 +208,12 @@ class Mark(NamedTuple):
     kind: str
 
 
-def marked(messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[dict], list[Mark]]:
-    """A conversation of the same shape, with a mark in place of each text: (messages, tools, the marks)."""
+def marked(messages: list[dict], tools: list[dict], other: bool = False) -> tuple[list[dict], list[dict], list[Mark]]:
+    """A conversation that looks the same, with a mark in place of each text: (messages, tools, the marks).
+
+    Tools and arguments are made up; other: in another way, with more of them. What is the same around a text in both ways is
+    the template's own.
+    """
     marks: list[Mark] = []
 
     def mark(kind: str, number: int | None = None) -> str:
@@ -197,68 +222,95 @@ def marked(messages: list[dict], tools: list[dict]) -> tuple[list[dict], list[di
 
     new = []
     for number, message in enumerate(messages):
-        role, text = message["role"], message["content"]
-        content = ""
+        role, content, more = message["role"], "", {}
         if "reasoning_content" in message:
-            thoughts = mark("thoughts", number)
-        if found := thoughts_of(message):
-            opening, inside, behind = found
-            content = opening + (mark("thoughts", number) if inside.strip() else inside) + "</think>"
-            content += mark("answer", number) if behind.strip() else behind
-        elif role == "user" and (tagged := TAGGED.fullmatch(text)):
-            content = tagged[1] + (mark("text", number) if text[tagged.end(1) : tagged.start(2)].strip() else "\n") + tagged[2]
-        else:
-            content = mark("result" if role == "tool" else "text", number) if text.strip() else text
-        new.append({"role": role, "content": content})
-        if "reasoning_content" in message:
-            new[-1]["reasoning_content"] = thoughts
+            more["reasoning_content"] = mark("thoughts", number)
+        for literal, text, kind in pieces_of(message):
+            content += literal + (mark(kind, number) if kind else "")
         if message.get("tool_calls"):
-            new[-1]["tool_calls"] = [
-                {"type": "function", "function": {"name": mark("call", number), "arguments": {"argument": mark("call", number)}}}
-                for _ in message["tool_calls"]
-            ]
-    return new, [_tool(mark("tools"))] if tools else [], marks
+            calls = [{"name": mark("call", number), "arguments": made_up(mark, number, other)} for _ in message["tool_calls"]]
+            more["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        new.append({"role": role, "content": content, **more})
+    count = (2 if other else 1) if tools else 0
+    return new, [made_up_tool(mark, other) for _ in range(count)], marks
 
 
-def _tool(name: str) -> dict:
-    parameters = {"type": "object", "properties": {}}
-    return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+def made_up(mark, number: int, other: bool) -> dict:
+    """Arguments of a call."""
+    if not other:
+        return {"first": mark("call", number)}
+    return {"one": mark("call", number), "two": [mark("call", number)], "last": 3}
+
+
+def made_up_tool(mark, other: bool) -> dict:
+    argument = {"type": "string", "description": mark("tools")} if other else {}
+    parameters = {"type": "object", "properties": {"first": argument}} | ({"required": ["first"]} if other else {})
+    function = {"name": mark("tools"), "description": mark("tools"), "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def pieces_of(message: dict) -> list[tuple[str, str, str]]:
+    """A content as pieces (literal, text, kind): what templates look at, and the text behind it. Kind "": there is none."""
+    text = message["content"]
+    if found := thoughts_of(message):
+        opening, thoughts, rest = found
+        pieces = [(opening, thoughts, "thoughts"), ("</think>", rest, "answer")]
+    elif found := tagged(message):
+        opening, inside, closing = found
+        pieces = [(opening, inside, "text"), (closing, "", "")]
+    else:
+        pieces = [("", text, "result" if message["role"] == "tool" else "text")]
+    return [piece if piece[1].strip() else (piece[0] + piece[1], "", "") for piece in pieces]
 
 
 def parts_of(messages: list[dict]) -> Iterator[Part]:
     """The texts that the template is to show, in the order of marked(). What is blank needs no place."""
     for number, message in enumerate(messages):
-        texts = [("thoughts", message.get("reasoning_content", ""))]
-        if found := thoughts_of(message):
-            texts += [("thoughts", found[1]), ("answer", found[2])]
-        elif message["role"] == "user" and (tagged := TAGGED.fullmatch(message["content"])):
-            texts.append(("text", message["content"][tagged.end(1) : tagged.start(2)]))
-        else:
-            texts.append(("text", message["content"]))
-        yield from (Part(number, text, kind) for kind, text in texts if text.strip())
+        if "reasoning_content" in message:
+            yield Part(number, message["reasoning_content"], "thoughts")
+        yield from (Part(number, text, kind) for _, text, kind in pieces_of(message) if kind)
 
 
-def frames_of(text: str, marks: list[Mark], length: int, control: ControlText) -> tuple[tuple[str, str] | None, ...]:
+def frames_of(text: str, marks: list[Mark], length: int, control: ControlText) -> list[tuple[str, str] | None]:
     """Sample.frames, from a conversation with marks as the template lays it out. length: of the messages in it."""
-    found, at = [], 0
-    for mark in marks:
-        if mark.message is None or mark.message >= length or mark.kind == "call":
-            continue
-        place = text.find(mark.text)
-        if place < 0:
+    places = {match[0]: match.span() for match in reversed(list(ANY_MARK.finditer(text)))}
+    order = sorted(places.values())
+    before = {span: text[end : span[0]] for (_, end), span in zip([(0, 0), *order], order)}
+    behind = {span: text[span[1] : begin] for span, (begin, _) in zip(order, [*order[1:], (len(text), 0)])}
+    found = []
+    for mark in texts_of(marks, length):
+        span = places.get(mark.text)
+        if span is None:
             found.append(None)
             continue
-        before = ANY_MARK.split(text[at:place])[-1]
-        at = place + len(mark.text)
-        behind = ANY_MARK.split(text[at:], maxsplit=1)[0]
-        starts = [match.start() for match in control.special.finditer(before)]
-        end = control.special.search(behind)
-        found.append((before[starts[-1] :] if starts else before, behind[: end.end()] if end else behind))
-    return tuple(found)
+        starts = [match.start() for match in control.special.finditer(before[span])]
+        end = control.special.search(behind[span])
+        found.append((before[span][starts[-1] :] if starts else before[span], behind[span][: end.end()] if end else behind[span]))
+    return found
+
+
+def texts_of(marks: list[Mark], length: int) -> list[Mark]:
+    """The marks that stand for texts of the first messages."""
+    return [mark for mark in marks if mark.message is not None and mark.message < length and mark.kind != "call"]
+
+
+def common(frames: list, others: list) -> tuple[tuple[str, str] | None, ...]:
+    """What is the same in both, next to the texts."""
+    return tuple(
+        one and two and (os.path.commonprefix([one[0][::-1], two[0][::-1]])[::-1], os.path.commonprefix([one[1], two[1]]))
+        for one, two in zip(frames, others, strict=True)
+    )
+
+
+def tagged(message: dict) -> tuple[str, str, str] | None:
+    """A text between <tool_response> tags, which templates know as a tool's result: (begin, text, end), with the blanks around."""
+    found = TAGGED.fullmatch(message["content"]) if message["role"] == "user" and "</tool_response>" in message["content"] else None
+    return found and (found[1], found[2], found[3])
 
 
 def thoughts_of(message: dict) -> tuple[str, str, str] | None:
-    """("<think>" or "", thoughts, the answer behind </think>) of an answer that begins with thoughts; None for others.
+    """(what stands before the thoughts, "<think>" or nothing but blanks; thoughts; the answer behind </think>) of an answer that
+    begins with thoughts; None for others.
 
     Models whose generation prompt holds the <think> leave it out.
     """
@@ -266,7 +318,7 @@ def thoughts_of(message: dict) -> tuple[str, str, str] | None:
         return None
     before, _, rest = message["content"].partition("</think>")
     head, opening, thoughts = before.rpartition("<think>")
-    return None if head.strip() else (opening, thoughts, rest)
+    return None if head.strip() else (head + opening, thoughts, rest)
 
 
 def has_thoughts(message: dict) -> bool:
