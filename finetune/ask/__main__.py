@@ -60,7 +60,7 @@ def ask(options) -> None:
 def read_questions(path: Path) -> list[str]:
     """A JSON list of strings."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"--questions_file {path}: {error} - give a JSON list of questions") from error
     if not isinstance(found, list) or not all(isinstance(question, str) for question in found):

@@ -15,7 +15,7 @@ from ..errors import UserError
 from .control_text import ControlText
 from .data_notes import Seen, counted
 from .messages import Conversation
-from .rendering import PROBE, Rendering, identity_of, unlearned_results
+from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
 from .template_shapes import (
     ANSWER, QUESTION, Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, common, frames_of, marked, parts_of, skeleton,
     texts_of,
@@ -29,11 +29,13 @@ FIRST_GENERATION_MASK = (
 TO_TEMPLATE = ("role", "content", "reasoning_content", "tool_calls", "name")
 FAILURES = Exception  # a template is a program
 PLACES = {
-    "thoughts": 'thoughts ("reasoning_content"): remove them, or train a model that thinks',
-    "call": 'tool calls ("tool_calls"): train a model that knows tools',
-    "result": 'results of tools (role "tool"): train a model that knows tools',
-    "tools": 'tools ("tools"): train a model that knows tools',
+    "thoughts": ('thoughts ("reasoning_content")', "remove them, or train a model that thinks"),
+    "call": ('tool calls ("tool_calls")', "train a model that knows tools"),
+    "result": ('results of tools (role "tool")', "train a model that knows tools"),
+    "tools": ('tools ("tools")', "train a model that knows tools"),
 }
+CHANGE_TEMPLATE = "change the template in the model's folder"
+CHANGE = f"change the text, or {CHANGE_TEMPLATE.removeprefix('change ')}"
 
 
 class Job(NamedTuple):
@@ -73,7 +75,7 @@ class ChatTemplate:
             raise UserError(FIRST_GENERATION_MASK)
         self.tokenizer, self.path, self.rendering = tokenizer, path, rendering
         self.seen = self.number = 0  # conversations so far; the one at hand, for messages
-        self.counts = Counts()
+        self.counts, self.problems = Counts(), Problems(path)
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.control = ControlText(special)
         self.as_tokens = rendering.tokens_in_text(special)
@@ -102,13 +104,13 @@ class ChatTemplate:
     def render_batch(self, conversations: list[Conversation]) -> list[list]:
         """The samples of each conversation, as chatml.Rendered (ids, labels, weights).
 
-        Raises UserError naming the sample where the template fails or does not keep a text.
+        Those for which the template fails, or does not keep a text, make none: problems.raise_if_any() names them.
         """
         from qwen_model.chatml import Sequences  # reading data does without torch until it is rendered
 
-        jobs = [self._jobs(conversation) for conversation in conversations]
-        rendered_texts = iter(self._render([job for samples in jobs for job in samples]))
-        laid_out = [[self._lay_out(job, next(rendered_texts)) for job in samples] for samples in jobs]
+        jobs = [self._jobs_of(conversation) for conversation in conversations]
+        returned = iter(self._render([job for samples in jobs for job in samples]))
+        laid_out = [[self._laid_out(job, next(returned)) for job in samples] for samples in jobs]
         texts = {text: [] for samples in laid_out for sample in samples for text, special, _ in sample if not special}
         for text, ids in zip(texts, self._encode(list(texts))):
             texts[text] = ids
@@ -171,10 +173,20 @@ class ChatTemplate:
 
     # ---- one conversation
 
-    def _jobs(self, conversation: Conversation) -> list[Job]:
+    def _jobs_of(self, conversation: Conversation) -> list[Job]:
         """The samples that a conversation makes."""
         self.seen += 1
         self.number = self.seen
+        with suppress(Refused):
+            return self._jobs(conversation)
+        return []
+
+    def _laid_out(self, job: Job, text: str | None) -> list[Stretch]:
+        with suppress(Refused):
+            return [] if text is None else self._lay_out(job, text)
+        return []
+
+    def _jobs(self, conversation: Conversation) -> list[Job]:
         messages, tools = conversation
         if tools or any(len(message) > 2 or self.control.is_suspect(message["content"]) for message in messages):
             if self.control.holds([*messages, *tools]):
@@ -190,22 +202,23 @@ class ChatTemplate:
         try:
             samples = self._samples(messages, tools, wanted)
         except NotLearnable as error:
-            self._refuse(f"the model's chat template cannot be learned from: {error}")
+            self._refuse(f"the model's chat template cannot be learned from: {error}", CHANGE_TEMPLATE)
         self._count(samples)
         return [Job(self.number, messages[: sample.length], tools, sample) for sample in samples]
 
-    def _render(self, jobs: list[Job]) -> list[str]:
-        """What the template returns for each. Those without tools go through it in one call, which takes half the time."""
+    def _render(self, jobs: list[Job]) -> list[str | None]:
+        """What the template returns for each, None where it fails. Those without tools go through it in one call, which takes half the time."""
         found: dict[int, str] = {}
         plain = [place for place, job in enumerate(jobs) if not job.tools]
         if plain:
             with suppress(FAILURES):  # which one it was, a call for each will say
                 found = dict(zip(plain, self._apply([jobs[place].messages for place in plain], None)))
-        return [found.get(place) or self._of_job(job) for place, job in enumerate(jobs)]
+        return [found[place] if place in found else self._of_job(job) for place, job in enumerate(jobs)]
 
-    def _of_job(self, job: Job) -> str:
+    def _of_job(self, job: Job) -> str | None:
         self.number = job.number
-        return self._template(job.messages, job.tools)
+        with suppress(Refused):
+            return self._template(job.messages, job.tools)
 
     def _samples(self, messages: list[dict], tools: list[dict], wanted: list[int]) -> list[Sample]:
         """The samples that teach the wanted answers, by the shape of the conversation."""
@@ -250,22 +263,25 @@ class ChatTemplate:
             left_out = number is not None and number >= length
             left_out |= kind == "thoughts" and (number not in learned or self.rendering.multi_turn == "as_is")
             if kind in PLACES and text not in shown and not left_out:
-                self._refuse(f"the model's chat template has no place for {PLACES[kind]}")
+                what, remedy = PLACES[kind]
+                self._refuse(f"the model's chat template has no place for {what}", remedy)
 
     def _template(self, messages: list[dict], tools: list[dict] | None, **settings) -> str:
         """The conversation as text."""
         try:
             return self._apply([messages], tools, **settings)[0]
         except FAILURES as error:
-            self._refuse(f"the model's chat template fails on it ({' '.join(str(error).split())})", error)
+            said = " ".join(str(error).split()) or type(error).__name__
+            self._refuse(f"the model's chat template fails on it ({said})", CHANGE, error)
 
     def _apply(self, conversations: list[list[dict]], tools: list[dict] | None, **settings) -> list[str]:
         plain = [[{key: m[key] for key in TO_TEMPLATE if key in m} for m in messages] for messages in conversations]
         return self.tokenizer.apply_chat_template(plain, tools=tools or None, tokenize=False, **settings)
 
-    def _refuse(self, what: str, cause: Exception | None = None):
-        where = f"{self.path}: sample {self.number}: " if self.number else f"{self.tokenizer.name_or_path}: "
-        raise UserError(f"{where}{what} - change the text, or the template in the model's folder") from cause
+    def _refuse(self, what: str, remedy: str, cause: Exception | None = None):
+        if self.number == 0:  # no conversation yet: the template itself is asked
+            raise UserError(f"{self.tokenizer.name_or_path}: {what} - {remedy}") from cause
+        self.problems.refuse(self.number, f"{what} - {remedy}", cause)
 
     def _lay_out(self, job: Job, text: str) -> list[Stretch]:
         """A sample's stretches of text. text: what the template returned."""
@@ -273,12 +289,13 @@ class ChatTemplate:
         try:
             places = self.headers.find(text, sum(message["role"] == "assistant" for message in messages))
         except NotLearnable as error:
-            self._refuse(f"the model's chat template cannot be learned from: {error}")
+            self._refuse(f"the model's chat template cannot be learned from: {error}", CHANGE_TEMPLATE)
         found, cuts = self._find_texts(messages, sample, text, places), []
         for learned in sample.learned:
             begin, end = places[learned.answer]
             if not text.startswith(learned.prompt, begin):
-                self._refuse(f"the model's chat template begins the answer in message {learned.message + 1} in a way of its own")
+                what = f"the model's chat template begins the answer in message {learned.message + 1} in a way of its own"
+                self._refuse(what, CHANGE)
             weight = messages[learned.message].get("weight", 1.0)
             cuts += [(begin + len(learned.prompt), weight), (end, 0.0)]
             for first, behind, own in messages[learned.message].get("spans", ()):
@@ -297,7 +314,7 @@ class ChatTemplate:
             place += len(before)
             form = None if place < len(before) else trimmed(part.text, text, place, behind)
             if form is None:
-                self._refuse(f"the model's chat template drops or changes {shown(messages, part, self.control)}")
+                self._refuse(f"the model's chat template drops or changes {shown(messages, part, self.control)}", CHANGE)
             # newlines around thoughts are the template's
             if form != part.text and (part.kind == "text" or form.strip("\n") != part.text.strip("\n")):
                 self.counts.trimmed.add(self.number)

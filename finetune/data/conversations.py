@@ -148,7 +148,7 @@ class _Reader:
             elif what == "media":
                 if value:
                     self.found.refuse(keys.SHOWN_MEDIA, f'"{key}"')
-            elif what == "marks" and not isinstance(value, bool):  # a class, or any other label
+            elif what == "marks" and key != "kto_tag" and value not in (0, 1):  # a class, or any other label
                 self.noted.unread_key(self.found.number, key)
             elif what == "boxes":
                 if isinstance(value, dict) and any(value.get(part) for part in keys.BOXES[key]):
@@ -188,13 +188,12 @@ class _Reader:
         weight = self.one.weight(said)
         return turns if weight == 1 else [self._times(turn, weight) for turn in turns]
 
-    def _times(self, turn: Turn, weight: float) -> Turn:
+    @staticmethod
+    def _times(turn: Turn, weight: float) -> Turn:
         if turn.role != "assistant":
             return turn
         more = dict(turn.more or {})
         product = more.pop("weight", 1.0) * weight
-        if product == float("inf"):
-            self.found.find("its weight times that of the sample is not finite", turn.place)
         return turn._replace(more=(more | {"weight": product} if product != 1 else more) or None)
 
     def _tools(self, beside: dict[str, object] | None, on_system: dict[str, object] | None) -> list[dict]:

@@ -3,7 +3,6 @@
 Every other key is passed over with a note. A key whose value is null counts as absent.
 """
 
-import math
 from typing import NamedTuple
 
 # ---- what is learned: on an answer, or beside the turns for all answers of the sample
@@ -55,7 +54,7 @@ PAIRS = (
     "preferred_output",  # OpenAI
     "non_preferred_output",
 )
-MARKS = ("label", "kto_tag")  # true or false; a label of another kind is a class, which is no matter here
+MARKS = ("label", "kto_tag")  # true or false, also as 1 or 0; a label of another kind is a class, which is no matter here
 
 
 class Refusal(NamedTuple):
@@ -133,6 +132,9 @@ ON_TURN = _kinds(
 ALL = sorted({*ALPACA, *ON_TURN} - {"id", "conversations", "messages", "instruction", "output"})  # that one may misspell
 
 
+LEAST, MOST = 1e-6, 1e6  # of a weight that is not 0: what float32 adds up without losing it
+
+
 def weight_of(key: str, value: object) -> float | None:
     """What a key of TRAINED or MASKED says: the weight of an answer's tokens; None where the value says nothing."""
     if not isinstance(value, bool | int | float):
@@ -143,7 +145,7 @@ def weight_of(key: str, value: object) -> float | None:
         weight = float(value)
     except OverflowError:
         return None
-    return weight if 0 <= weight < math.inf else None
+    return weight if weight == 0 or LEAST <= weight <= MOST else None
 
 
 def one_weight(said: dict[str, object]) -> float | None:

@@ -45,6 +45,9 @@ def check(found: FileFindings, noted: Noted, turns: list[Turn]) -> None:
                 found.find("empty answer; write one or remove the sample", turn.place)
             if "think>" in content:
                 _check_thoughts(found, noted, turn)
+                alone = content.rpartition("</think>")[2]
+                if content.strip() and not alone.strip() and not (more and "tool_calls" in more):
+                    found.find("thoughts without an answer; write one behind </think> or remove the sample", turn.place)
         elif role == "user" and "<" in content:
             _check_media(found, content)
 

@@ -154,6 +154,7 @@ def _render(
                     writer.add(ids, labels, None if weights is None else weights[:max_length])
                     unseen = {token: index for token, index in unseen.items() if index not in ids}
             progress.update(len(batch))
+    renderer.problems.raise_if_any()
     full, source = np.array(full, np.int64), np.array(source, np.int64)
     _check_left(full, source, np.array(answered, bool), max_length, long_samples, conversations.path)
     notes = conversations.notes + renderer.notes() + too_long(full, source, max_length, long_samples)
@@ -230,7 +231,7 @@ def _check_left(
     kept, has it an answer token?
     """
     if not len(full):
-        raise UserError(f"{path}: no sample whose last answer is to be learned, so --multi_turn last leaves none")
+        raise UserError(f"{path}: no sample whose last answer is to be learned, so --multi_turn last leaves none; leave it out")
     if not len(answered):
         what = f"all samples are longer than {max_length:,} tokens (shortest {full.min():,})"
         raise UserError(f"{path}: {what}, so --long_samples drop leaves none; raise --model_max_length")
@@ -252,7 +253,7 @@ def _user_cache_dir() -> Path:
 def _key(path: str, tokenizer, settings: dict) -> str:
     """A hash over what the rendered samples depend on: the file's bytes, our code, the tokenizer, the settings."""
     here = Path(__file__).parent
-    code = sorted(here.glob("*.py")) + [here.parents[1] / "qwen_model" / f"{name}.py" for name in ("chatml", "react")]
+    code = sorted(here.glob("*.py")) + [here.parents[1] / "qwen_model" / f"{name}.py" for name in ("chatml", "react", "react_text")]
     parts = [_file_hash(path), *(_file_hash(source) for source in code), _tokenizer_hash(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 

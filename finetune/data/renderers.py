@@ -1,16 +1,22 @@
 """What lays out conversations for a tokenizer: first-generation Qwen's ChatML, or the chat template of a later Qwen."""
 
 import re
+from contextlib import suppress
 
-from ..errors import UserError
 from .chat_template import ChatTemplate, special_note
 from .data_notes import Seen, counted
 from .messages import Conversation
-from .rendering import PROBE, Rendering, identity_of, unlearned_results
+from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
 
 NO_THOUGHTS = (
     'the thoughts of an answer ("reasoning_content") have no place in first-generation Qwen\'s format - '
     "remove them, or train a later Qwen"
+)
+
+REACT = "first-generation Qwen's tools are text (ReAct), one call after the other, each with its result: change that message"
+TOOLS_IN_TEXT = (
+    'tools are called, and none stand in "tools" alone: first-generation Qwen has a form of its own for them (ReAct) - list '
+    'them in "tools" beside the turns, and take them out of the system turn'
 )
 
 
@@ -18,7 +24,7 @@ def renderer_of(tokenizer, path: str = "", rendering: Rendering = Rendering()):
     """What lays out conversations for this tokenizer. path: of the file they come from, for messages.
 
     It has render_batch(conversations), which returns the samples of each, chatml.Rendered; supervised_frame, ids that are
-    supervised without being content; notes(), lines about what was rendered so far; identity(), text that tells it apart.
+    supervised without being content; problems, of what could not be rendered; notes(), lines about what was rendered so far; identity(), text that tells it apart.
     """
     kind = ChatML if hasattr(tokenizer, "encode_ordinary") else ChatTemplate
     return kind(tokenizer, path, rendering)
@@ -32,10 +38,11 @@ class ChatML:
         self.supervised_frame = {tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")}
         names = sorted(getattr(tokenizer, "special_tokens", {}), key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.problems = Problems(path)
         self.special, self.unrolled, self.results, self.skipped, self.more = Seen(), Seen(), Seen(), Seen(), 0
 
     def render_batch(self, conversations: list[Conversation]) -> list[list]:
-        """The samples of each conversation. Raises UserError for what the format has no place for."""
+        """The samples of each conversation; none of those that the format has no place for: problems.raise_if_any() names them."""
         from qwen_model import chatml  # reading data does without torch until it is rendered
 
         laid_out = [self._lay_out(conversation) for conversation in conversations]
@@ -48,7 +55,11 @@ class ChatML:
     def _lay_out(self, conversation: Conversation) -> list[list[dict]]:
         """ChatML's messages of each sample that a conversation makes."""
         self.number += 1
-        messages, tools = conversation
+        with suppress(Refused):
+            return self._samples(*conversation)
+        return []
+
+    def _samples(self, messages: list[dict], tools: list[dict]) -> list[list[dict]]:
         if any("<|" in message["content"] and self._special_text.search(message["content"]) for message in messages):
             self.special.add(self.number)
         wanted = self.rendering.wanted(messages)
@@ -58,7 +69,7 @@ class ChatML:
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             return self._react(messages, tools, wanted)
         if any("reasoning_content" in message for message in messages):
-            raise UserError(f"{self.path}: sample {self.number}: {NO_THOUGHTS}")
+            self.problems.refuse(self.number, NO_THOUGHTS)
         marked = unlearned_results(messages)
         if any("spans" in message for message in marked):
             self.results.add(self.number)
@@ -68,12 +79,14 @@ class ChatML:
         """With tools: what is being asked carries the instruction, and no earlier question, so each answer has its own sample."""
         from qwen_model import react
 
+        if not tools:
+            self.problems.refuse(self.number, TOOLS_IN_TEXT)
         messages = only(messages, wanted)
         each = [messages] if self.rendering.multi_turn == "as_is" else react.by_question(messages)
         try:
             samples = [react.render(messages, tools) for messages in each]
         except ValueError as error:
-            raise UserError(f"{self.path}: sample {self.number}: {error}") from error
+            self.problems.refuse(self.number, f"{error} - {REACT}", error)
         if len(samples) > 1:
             self.unrolled.add(self.number)
             self.more += len(samples) - 1

@@ -3,6 +3,11 @@
 import json
 from typing import NamedTuple
 
+from ..errors import UserError
+from .data_notes import Seen
+from .file_findings import SHOWN
+
+MOST = 1000  # conversations that cannot be rendered, until the rest is not looked at
 FRAME = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of the formats themselves: never from a text, unless asked for
 PROBE = "It's 1984, don't\r\n\tpanic!  é é Å 你好，世界 👩‍👩‍👧 <|im_start|><|endoftext|>  \n\n x"  # two ways to write é
 
@@ -34,6 +39,35 @@ class Rendering(NamedTuple):
             return numbers
         questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
         return [number for number in numbers if not questions or number > questions[-1]]
+
+
+class Refused(Exception):
+    """A conversation that cannot be rendered; why is among the Problems."""
+
+
+class Problems:
+    """What is wrong with the conversations of a file, as it shows when they are laid out. The same problem is told once."""
+
+    def __init__(self, path: str):
+        self.path, self.found, self.count = path, {}, 0
+
+    def refuse(self, number: int, what: str, cause: Exception | None = None):
+        """Notes the problem of conversation `number`; raises Refused, or a UserError where there are too many to go on."""
+        self.found.setdefault(what, Seen()).add(number)
+        self.count += 1
+        if self.count >= MOST:
+            self.raise_if_any()
+        raise Refused(what) from cause
+
+    def raise_if_any(self) -> None:
+        lines = []
+        for what, seen in list(self.found.items())[:SHOWN]:
+            others = f" (and {seen.samples - 1:,} more samples)" if seen.samples > 1 else ""
+            lines.append(f"{self.path}: sample {seen.first}{others}: {what}")
+        if len(self.found) > SHOWN:
+            lines.append(f"{self.path}: and {len(self.found) - SHOWN:,} more findings")
+        if lines:
+            raise UserError(*lines)
 
 
 def unlearned_results(messages: list[dict]) -> list[dict]:

@@ -196,7 +196,7 @@ def _call(entry: object, what: str, in_text: bool) -> FoundCall:
         clean(entry, what, keep_null=True)
     function = entry.get("function") if entry.get("function") is not None else entry
     if entry.get("type") not in (None, "function"):
-        raise Unreadable(f"{what} is of type {json.dumps(entry['type'], default=str)}; only functions can be called")
+        raise Unreadable(f"{what} is of type {json.dumps(entry['type'], default=str, skipkeys=True)}; only functions can be called")
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
         raise Unreadable(f'{what} has no "name" of a tool (keys: {quoted(key for key in entry if key is not TWICE)})')

@@ -115,7 +115,7 @@ def _results_of(found: FileFindings, answer: Turn, calls: list[dict], results: l
         return results  # ShareGPT has one observation, however many calls there were
     ids, by_call, in_order = answer.more["ids"], {}, []
     if len(set(ids) - {None}) < len([id for id in ids if id]):
-        found.find(f"two calls have the id {quoted(sorted({id for id in ids if id and ids.count(id) > 1}))}", answer.place)
+        found.find(f"two calls have the id {quoted(sorted({id for id in ids if id and ids.count(id) > 1}))}; give each its own", answer.place)
         return results
     for result in results:
         id = result.more.get("id")

@@ -141,7 +141,7 @@ class TurnReader:
             both = f"{quoted(given['thoughts'])} and <think> in the content"
             self.found.find(f"has thoughts twice ({both}); keep one of them", place)
         weight = self.weight(given.get("learn", {}), place)
-        if thoughts:
+        if thoughts and thoughts.strip():
             more["reasoning_content"] = thoughts
         if calls:
             self.with_tools = True
@@ -192,7 +192,7 @@ class TurnReader:
             if keys.weight_of(key, value) is not None:
                 good[key] = value
                 continue
-            allowed = "true or false" if key in keys.MASKED else "true, false or a number from 0 up"
+            allowed = "true or false" if key in keys.MASKED else f"true, false or a number from 0 up (0, or {keys.LEAST:g} to {keys.MOST:,.0f})"
             shown = f"found {value}" if isinstance(value, int | float) and abs(value) < 1e15 else f"found {kind(value)}"
             shown = shown if not isinstance(value, float) or math.isfinite(value) else "found a number that is not finite"
             self.found.find(f'"{key}" must be {allowed}, {shown}', place)

@@ -135,6 +135,8 @@ def check_same_run(path: Path, now: dict) -> dict:
     kept = {
         "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
         "data as rendered": lambda record: record["data"]["fingerprint"][:12],
+        "--multi_turn": lambda record: record["data"].get("multi_turn", now["data"].get("multi_turn")),
+        "--empty_thoughts": lambda record: record["data"].get("empty_thoughts", now["data"].get("empty_thoughts")),
         "samples per step": lambda record: record["samples_per_step"],
         "seed": lambda record: record["seed"],
         "engine": engine_of,

@@ -78,6 +78,7 @@ def draw(conversations: Conversations, tokenizer, count: int, seed: int, max_len
     for ids, labels in rendered(renderer, drawn):
         cut += len(ids) > max_length
         samples.append((ids[:max_length].copy(), labels[:max_length].copy()))  # not a view of the whole batch
+    renderer.problems.raise_if_any()
     notes = [f"{conversations.path}: {line}" for line in conversations.notes + renderer.notes()]
     return Calibration(conversations.path, samples, given, seed, max_length, cut, notes)
 

@@ -5,7 +5,7 @@ Published templates are in test_real_templates.py; here small ones, written for 
 
 import numpy as np
 import pytest
-from chat_templates import QWEN2, QWEN3, QWEN25, THINKING, make_tokenizer
+from chat_templates import QWEN2, QWEN3, QWEN25, THINKING, make_tokenizer, real_template
 from talks import TALK, talk, write
 from tokenizers import AddedToken
 
@@ -53,7 +53,9 @@ def model(request):
 
 def render(tokenizer, messages, **rendering):
     """(ids, labels) as lists, of a conversation that makes one sample."""
-    ((sample,),) = ChatTemplate(tokenizer, "", Rendering(**AS_IS | rendering)).render_batch([Conversation(messages)])
+    renderer = ChatTemplate(tokenizer, "", Rendering(**AS_IS | rendering))
+    ((sample,),) = renderer.render_batch([Conversation(messages)])
+    renderer.problems.raise_if_any()
     return [sample.ids.tolist(), sample.labels.tolist()]
 
 
@@ -175,6 +177,7 @@ def refusal(template: str, *conversations, tools=(), **rendering) -> str:
     with pytest.raises(UserError) as caught:
         renderer = ChatTemplate(make_tokenizer(template), "talk.json", Rendering(**rendering))
         renderer.render_batch([Conversation(messages, list(tools)) for messages in conversations])
+        renderer.problems.raise_if_any()
     (line,) = caught.value.findings
     return line
 
@@ -217,6 +220,47 @@ def test_what_is_dropped_or_changed_is_refused(template, messages, part):
     line = refusal(template, messages)
     assert line.startswith("talk.json: sample 1: the model's chat template drops or changes ") and part in line
     assert line.endswith(" - change the text, or the template in the model's folder")
+
+
+def test_the_same_problem_is_told_once_and_others_beside_it(tmp_path):
+    talks = [chat("a", "x <think>b</think>c"), chat("a", "b"), chat("a", "x <think>b</think>c"), chat("a", "y </think>z")]
+    renderer = ChatTemplate(make_tokenizer(QWEN3), "talk.json")
+    rendered = renderer.render_batch([Conversation(talk) for talk in talks])
+    assert len(rendered) == 4 and len(rendered[1]) == 1
+    with pytest.raises(UserError) as caught:
+        renderer.problems.raise_if_any()
+    (line,) = caught.value.findings
+    assert line.startswith("talk.json: sample 1 (and 1 more samples): the model's chat template drops or changes the text")
+
+
+@pytest.mark.parametrize("body", ["{{ 1 / 0 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() if 'x' in messages[0].content }}"])
+def test_a_template_that_fails_in_any_way_is_refused(body):
+    line = refusal("{% if 'x' in messages[0].content %}" + body + "{% endif %}" + QWEN2, chat("x", "b"))
+    assert line.startswith("talk.json: sample 1: the model's chat template fails on it (")
+
+
+LOOK_ALIKE = [  # samples that differ in what templates look at, which must not be taken for one another
+    [chat("<p>Hi</p>", "a"), chat("<div>Hello</div>", "a"), chat("<p>Hello</p>\n", "a"), chat("<p></p>", "a")],
+    [chat("a", "b</think>c"), chat("a", "<think>b</think>c"), chat("a", "\n<think>b</think>c"), chat("a", "<think></think>b")],
+    [chat("a", "<think></think>b"), chat("a", "<think>\n\n</think>\n\nb"), chat("a", "<think> </think>b")],
+    [chat("<tool_response>x</tool_response>", "a"), chat(" <tool_response>y</tool_response>", "a")],
+]
+
+
+@pytest.mark.parametrize("talks", LOOK_ALIKE)
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
+def test_the_order_of_samples_makes_no_difference(name, talks):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = real_template(name)
+    found = []
+    for order in (talks, talks[::-1]):
+        renderer = ChatTemplate(tokenizer, "talk.json")
+        rendered = renderer.render_batch([Conversation(messages) for messages in order])
+        renderer.problems.raise_if_any()
+        for messages, ((ids, _, _),) in zip(order, rendered):
+            assert ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+        found.append(sorted((sample.ids.tolist(), sample.labels.tolist()) for (sample,) in rendered))
+    assert found[0] == found[1]
 
 
 def test_a_template_may_ask_whether_there_is_a_text():
@@ -283,15 +327,31 @@ CALLING = [*chat("a"), {"role": "assistant", "content": "", "tool_calls": [call(
 @pytest.mark.parametrize(
     "messages,tools,place",
     [
-        (CALLING, [], 'tool calls ("tool_calls"): train a model that knows tools'),
+        (CALLING, [], 'tool calls ("tool_calls") - train a model that knows tools'),
         ([*CALLING, {"role": "tool", "content": "5"}, {"role": "assistant", "content": "b"}], [], 'tool calls ("tool_calls")'),
-        (chat("a", "b"), TOOL, 'tools ("tools"): train a model that knows tools'),
+        (chat("a", "b"), TOOL, 'tools ("tools") - train a model that knows tools'),
         ([*chat("a"), {"role": "assistant", "content": "b", "reasoning_content": "c"}], [], 'thoughts ("reasoning_content")'),
     ],
 )
 def test_what_a_template_has_no_place_for_is_refused(messages, tools, place):
     line = refusal(QWEN2, messages, tools=tools)
     assert line.startswith("talk.json: sample 1: the model's chat template has no place for ") and place in line
+
+
+@pytest.mark.parametrize(
+    "calls,tools",
+    [
+        ("{{ c.function.name }} {{ c.function.arguments.values() | first }}", "{{ tools | tojson }}"),
+        ("{{ c | tojson }}", "{{ tools[0].function.name }}"),
+    ],
+)
+def test_a_template_that_shows_parts_of_calls_or_tools_is_refused(calls, tools):
+    template = (
+        "{% if tools %}<|im_start|>system\n" + tools + "<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}" + calls + "{% endfor %}"
+        "<|im_end|>\n{% endfor %}" + PROMPT
+    )  # fmt: skip
+    assert "has no place for t" in refusal(template, CALLING, tools=TOOL)
 
 
 def test_a_template_that_looks_at_a_text_loses_nothing():

@@ -83,7 +83,7 @@ def test_a_turn_that_is_no_answer_may_say_that_it_is_not_learned(tmp_path, said)
     assert messages_of(tmp_path, chat(Q | said, answer())) == [Q, answer()]
 
 
-NUMBER = "must be true, false or a number from 0 up"
+NUMBER = "must be true, false or a number from 0 up (0, or 1e-06 to 1,000,000)"
 NOT_LEARNED = (
     ': no assistant answer to learn from: all are marked as not to be learned ("train": false, "weight": 0 or the like)'
 )
@@ -106,7 +106,9 @@ FINDINGS = [  # a sample, and what is said of it
     (chat(Q | {"masked": False}, answer()), ' turn 1: "masked" on role user: only answers are learned; remove it there'),
     (chat(Q, answer(train=False)), NOT_LEARNED),
     (chat(Q, answer(), weight=0), NOT_LEARNED),
-    (chat(Q, answer(weight=1e300), weight=1e300), " turn 2: its weight times that of the sample is not finite"),
+    (chat(Q, answer(weight=1e300)), f' turn 2: "weight" {NUMBER}, found a number'),
+    (chat(Q, answer(weight=1e-300)), f' turn 2: "weight" {NUMBER}, found 1e-300'),
+    (chat(Q, answer("<think>b</think>")), " turn 2: thoughts without an answer; write one behind </think> or remove the sample"),
     (chat(Q, answer(), loss=0.25), MEASURED),
     (chat(Q, answer(), train="yes"), f': "train" {NUMBER}, found a string'),
     (chat(Q, answer(), train=True, masked=True), ': "train", "masked" contradict each other; keep one of them'),
@@ -185,6 +187,8 @@ REFUSED = [  # a sample, what is named, and why it is refused
     *((chat(Q, answer(), **{key: [answer("b")]}), f'"{key}"', PAIRS) for key in keys.PAIRS),
     (chat(Q, answer(), rejected_response="b"), '"rejected_response"', PAIRS),
     (chat(Q, answer(), label=False), '"label"', MARKED),
+    (chat(Q, answer(), label=0), '"label"', MARKED),
+    (chat(Q, answer(), kto_tag=1), '"kto_tag"', MARKED),
     (chat(Q, answer(), label=True), '"label"', MARKED),
     (turns(("user", "q"), ("gpt", "a")) | {"kto_tag": False}, '"kto_tag"', MARKED),
     ({"prompt": "q", "completion": "a", "label": True}, '"label"', MARKED),

@@ -79,7 +79,9 @@ def learned_of(tokenizer, sample) -> list[tuple[str, str]]:
 
 def check(tokenizer, conversation: Conversation) -> list:
     """Renders a conversation and holds it against the template; returns the samples."""
-    (samples,) = ChatTemplate(tokenizer).render_batch([conversation])
+    renderer = ChatTemplate(tokenizer)
+    (samples,) = renderer.render_batch([conversation])
+    renderer.problems.raise_if_any()
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in conversation.messages]
     every = [
         tokenizer.apply_chat_template(messages[:length], tools=conversation.tools or None, return_dict=False)
@@ -108,6 +110,9 @@ CASES = {
     "two answers": (Conversation([user("a"), answer("b"), user("c"), answer("d")]), (1, 2, 1, 2, 2, 2)),
     "train the last": (Conversation([user("a"), answer("b", weight=0.0), user("c"), answer("d")]), (1, 1, 1, 1, 1, 1)),
     "train the first": (Conversation([user("a"), answer("b"), user("c"), answer("d", weight=0.0)]), (1, 1, 1, 1, 1, 1)),
+    "a system turn and tools": (
+        Conversation([{"role": "system", "content": "Be brief."}, user("a"), answer(tool_calls=BOTH)], TOOLS), (1, 1, 1, 1, 1, 1),
+    ),
     "tools, no call": (Conversation([user("a"), answer("b")], TOOLS), (1, 1, 1, 1, 1, 1)),
     "a call at the end": (Conversation([user("a"), answer(tool_calls=PARIS)], TOOLS), (1, 1, 1, 1, 1, 1)),
     "a call and an answer": (Conversation([user("a"), answer(tool_calls=PARIS), result("5"), answer("d")], TOOLS), (1, 2, 1, 2, 1, 1)),
@@ -159,8 +164,9 @@ def test_thoughts_that_have_no_place_are_refused(name):
     renderer = ChatTemplate(real_tokenizer(name), "talk.json")
     with pytest.raises(UserError) as caught:
         renderer.render_batch([Conversation([user("a"), answer("b", reasoning_content="hm")])])
+        renderer.problems.raise_if_any()
     assert caught.value.findings[0].startswith(
-        "talk.json: sample 1: the model's chat template has no place for thoughts (\"reasoning_content\"): remove them"
+        "talk.json: sample 1: the model's chat template has no place for thoughts (\"reasoning_content\") - remove them"
     )
 
 
@@ -179,6 +185,7 @@ def test_every_conversation_of_the_table_in_the_words_of_the_model():
         "two answers": ["d<|im_end|>", "b<|im_end|>"],
         "train the last": ["d<|im_end|>"],
         "train the first": ["b<|im_end|>"],
+        "a system turn and tools": [f"{both}<|im_end|>"],
         "tools, no call": ["b<|im_end|>"],
         "a call at the end": [f"{paris}<|im_end|>"],
         "a call and an answer": ["d<|im_end|>", f"{paris}<|im_end|>"],

@@ -56,6 +56,7 @@ def rendered(tokenizer, conversation: Conversation, **rendering) -> tuple[list, 
     """(the samples, the notes)."""
     renderer = renderer_of(tokenizer, "talk.json", Rendering(**rendering))
     (samples,) = renderer.render_batch([conversation])
+    renderer.problems.raise_if_any()
     return samples, renderer.notes()
 
 
@@ -101,6 +102,7 @@ def test_multi_turn_without_tools(tokenizer):
     [
         (Conversation([user("a"), answer("b", reasoning_content="c")]), 'the thoughts of an answer ("reasoning_content") have no place'),
         (Conversation([user("a"), answer(tool_calls=[call("add", {}), call("add", {})])], TOOLS), "message 2"),
+        (Conversation([user("a"), CALL, RESULT, answer("b")]), "list them in \"tools\" beside the turns"),
         (Conversation([user("a\nObservation: x"), answer("b\nAction: add\nAction Input: {}")], TOOLS), "message 2"),
     ],
 )  # fmt: skip
@@ -207,7 +209,7 @@ def test_multi_turn_last_may_leave_nothing(tmp_path, cache, tokenizer):
     assert len(load(path, tokenizer, max_length=100)) == 1
     with pytest.raises(UserError) as caught:
         load(path, tokenizer, max_length=100, multi_turn="last")
-    assert caught.value.findings == [f"{path}: no sample whose last answer is to be learned, so --multi_turn last leaves none"]
+    assert caught.value.findings == [f"{path}: no sample whose last answer is to be learned, so --multi_turn last leaves none; leave it out"]
 
 
 def test_the_example_with_tools(cache, tokenizer):

@@ -34,7 +34,7 @@ FINDINGS = [  # a sample, and what is said of it
         chat(Q, calls(*IDS[:1]), *[{"role": "tool", "tool_call_id": "1", "content": "x"}] * 2, A),
         ' turn 4: a second result of the call "1"; keep one of them',
     ),
-    (chat(Q, calls(IDS[0], IDS[1] | {"id": "1"}), result("x"), result("y", "sea"), A), ' turn 2: two calls have the id "1"'),
+    (chat(Q, calls(IDS[0], IDS[1] | {"id": "1"}), result("x"), result("y", "sea"), A), ' turn 2: two calls have the id "1"; give each its own'),
     (
         chat(Q, calls(PARIS, ROME), result("x", "sea"), result("y"), A),
         ' turn 3: a result of "sea", but the call that it answers is of "sky"; put results into the order of the calls, or give both ids',
