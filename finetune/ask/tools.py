@@ -26,8 +26,6 @@ def read_tools(path: Path) -> list[dict]:
             problems.append(f"--tools {path}: {error} - {REMEDY}")
             continue
         tools.append(tool if "function" in tool else {"type": "function", "function": tool if "name" in tool else plain})
-    names = [tool["function"]["name"] for tool in tools if "name" in tool["function"]]
-    problems += [f"--tools {path}: two tools are called {name} - keep one of them" for name in sorted({n for n in names if names.count(n) > 1})]
     if problems:
         raise UserError(*problems)
     return tools

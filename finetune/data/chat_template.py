@@ -17,7 +17,20 @@ from .data_notes import Seen, counted
 from .messages import Conversation
 from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
 from .template_shapes import (
-    ANSWER, QUESTION, Conversing, Headers, Learned, Mark, NotLearnable, Part, Sample, common, frames_of, marked, parts_of, skeleton,
+    ANSWER,
+    QUESTION,
+    Conversing,
+    Headers,
+    Learned,
+    Mark,
+    NotLearnable,
+    Part,
+    Sample,
+    common,
+    frames_of,
+    marked,
+    parts_of,
+    skeleton,
     texts_of,
 )  # fmt: skip
 

@@ -12,8 +12,8 @@ from tokenizers import AddedToken
 from finetune.data import chat_template, rendered_samples
 from finetune.data.chat_template import ChatTemplate
 from finetune.data.messages import Conversation, call
-from finetune.data.rendering import Rendering
 from finetune.data.rendered_samples import load
+from finetune.data.rendering import Rendering
 from finetune.errors import UserError
 
 TEMPLATES = {"Qwen2": QWEN2, "Qwen2.5": QWEN25, "Qwen3": QWEN3, "thinking": THINKING}
@@ -357,7 +357,7 @@ def test_a_template_that_shows_parts_of_calls_or_tools_is_refused(calls, tools):
 def test_a_template_that_looks_at_a_text_loses_nothing():
     """What it adds is there, and learned or not by where it stands; a way of its own to begin an answer is refused."""
     more = "{{ ' (json)' if 'json' in m.content and m.role == 'user' }}"
-    tokenizer = make_tokenizer(ALL.replace("{{ '<|im_start|>'", f"{{{{ '<|im_start|>'").replace("+ '<|im_end|>\\n' }}", "}}" + more + "{{ '<|im_end|>\\n' }}").replace("CONTENT", "m.content") + PROMPT)
+    tokenizer = make_tokenizer(ALL.replace("{{ '<|im_start|>'", "{{ '<|im_start|>'").replace("+ '<|im_end|>\\n' }}", "}}" + more + "{{ '<|im_end|>\\n' }}").replace("CONTENT", "m.content") + PROMPT)
     with pytest.raises(UserError, match="drops or changes the text of message 1"):
         render(tokenizer, chat("json, please", "b"))
     assert render(tokenizer, chat("a", "json"))[0] == tokenizer.apply_chat_template(chat("a", "json"), return_dict=False)

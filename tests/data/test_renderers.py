@@ -8,8 +8,8 @@ from chat_templates import make_tokenizer, real_tokenizer
 from talks import talk, write
 
 from finetune.data.messages import Conversation, call
-from finetune.data.renderers import renderer_of
 from finetune.data.rendered_samples import load
+from finetune.data.renderers import renderer_of
 from finetune.data.rendering import Rendering
 from finetune.errors import UserError
 from qwen_model.tokenization_qwen import QWenTokenizer
