@@ -174,7 +174,9 @@ def normal(messages: list[dict]) -> tuple[list[dict], list[int]]:
     The thought before a call is its content: reasoning_content, content or both, with a newline between. Arguments that are
     JSON of an object are that object, other strings stay. A result has the name of its tool. Ids of calls are left out.
     """
-    found, numbers, waiting, number = [], [], [], 0  # waiting: calls without a result; the first of them is in `found`
+    found, numbers = [], []
+    waiting, caller, weight = [], 0, 1  # calls without a result (the first is in `found`); whose they are, and its weight
+    number = 0
 
     def refuse(why: str):
         raise ValueError(f"message {number} ({messages[number - 1]['role']}): {why}")

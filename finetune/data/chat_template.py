@@ -8,13 +8,12 @@ template_shapes.py. A text that the template drops or changes is refused: nothin
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import UserError
 from .control_text import ControlText
-from .data_notes import Seen, counted
 from .messages import Conversation
+from .render_notes import Counts
 from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
 from .template_shapes import (
     ANSWER,
@@ -62,22 +61,6 @@ class Job(NamedTuple):
 
 # Text to be tokenized in one piece, or a control token; is it one?; (place in the text, the weight from there on) of each change
 Stretch = tuple[str, bool, list[tuple[int, float]]]
-
-
-@dataclass
-class Counts:
-    """What the template did, and which samples it concerns."""
-
-    forgotten: Seen = field(default_factory=Seen)
-    trimmed: Seen = field(default_factory=Seen)
-    special: Seen = field(default_factory=Seen)
-    unrolled: Seen = field(default_factory=Seen)
-    results: Seen = field(default_factory=Seen)
-    skipped: Seen = field(default_factory=Seen)
-    emptied: int = 0
-    answers: int = 0
-    more: int = 0  # samples that unrolling added
-    tokens: list[int] = field(default_factory=lambda: [0, 0])  # of unrolled conversations: all, and the longest sample alone
 
 
 class ChatTemplate:
@@ -136,11 +119,7 @@ class ChatTemplate:
             ends.append(ends[-1] + len(samples))
         rendered = sequences.arrays(None)
         found = [rendered[begin:end] for begin, end in zip(ends, ends[1:])]
-        for samples in found:
-            if len(samples) > 1:
-                lengths = [len(sample.ids) for sample in samples]
-                self.counts.tokens[0] += sum(lengths)
-                self.counts.tokens[1] += max(lengths)
+        self.counts.add_unrolled(found)
         return found
 
     def _runs(self, sample: list[Stretch], texts: dict[str, list[int]]) -> Iterator[tuple[list[int], float]]:
@@ -376,45 +355,10 @@ class ChatTemplate:
             self.counts.forgotten.add(self.number)
         self.counts.emptied += sum(each.emptied for each in learned)
         self.counts.answers += len(learned)
-        if len(samples) > 1:
-            self.counts.unrolled.add(self.number)
-            self.counts.more += len(samples) - 1
 
     def notes(self) -> list[str]:
-        """A line for each thing that the template did to contents."""
-        counts, lines = self.counts, []
-        if counts.special.samples:
-            lines.append(special_note(counts.special, self.rendering.allow_special))
-        if counts.unrolled.samples:
-            whole, longest = counts.tokens
-            what = f"{counted(counts.unrolled.samples)} unrolled into {counts.more + counts.unrolled.samples:,}"
-            why = "each answer behind the prompt that it will be asked for with"
-            lines.append(f"{what}, {why}: {whole / longest:.1f} times their tokens; --multi_turn last or as_is to change")
-        if counts.forgotten.samples:
-            what = f"thoughts before an answer that is not the last (first: {counts.forgotten.first})"
-            lines.append(f"{counted(counts.forgotten.samples)} with {what}: the model's chat template leaves them out")
-        if counts.skipped.samples:
-            what = f"whose last answer is not to be learned (first: {counts.skipped.first})"
-            lines.append(f"{counted(counts.skipped.samples)} left out {what}")
-        if counts.emptied:
-            learn = self.rendering.empty_thoughts == "learn"
-            done = "learned" if learn else "context, not learned (--empty_thoughts learn to change)"
-            what = f"{counts.emptied:,} of {counts.answers:,} answers have no thoughts"
-            lines.append(f"{what}: the empty block of thoughts that the template adds is {done}")
-        if counts.results.samples:
-            what = "ReAct answers: the results in them (Observation) are not learned"
-            lines.append(f"{counted(counts.results.samples)} with {what}")
-        if counts.trimmed.samples:
-            what = f"blanks or newlines around a text (first: {counts.trimmed.first})"
-            lines.append(f"{counted(counts.trimmed.samples)} with {what}: the model's chat template trims them")
-        return lines
-
-
-def special_note(seen: Seen, allowed: bool) -> str:
-    """The note on special-token text."""
-    what = "it becomes control tokens" if allowed else "it is encoded as plain text. --allow_special to change"
-    contain = "contains" if seen.samples == 1 else "contain"
-    return f"{counted(seen.samples)} {contain} special-token text (first: {seen.first}); {what}"
+        """A line for each thing worth knowing."""
+        return self.counts.lines(self.rendering, "each answer behind the prompt that it will be asked for with")
 
 
 def trimmed(text: str, rendered: str, place: int, behind: str) -> str | None:

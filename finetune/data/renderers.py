@@ -3,9 +3,9 @@
 import re
 from contextlib import suppress
 
-from .chat_template import ChatTemplate, special_note
-from .data_notes import Seen, counted
+from .chat_template import ChatTemplate
 from .messages import Conversation
+from .render_notes import Counts
 from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
 
 NO_THOUGHTS = (
@@ -38,8 +38,7 @@ class ChatML:
         self.supervised_frame = {tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")}
         names = sorted(getattr(tokenizer, "special_tokens", {}), key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self.problems = Problems(path)
-        self.special, self.unrolled, self.results, self.skipped, self.more = Seen(), Seen(), Seen(), Seen(), 0
+        self.problems, self.counts = Problems(path), Counts()
 
     def render_batch(self, conversations: list[Conversation]) -> list[list]:
         """The samples of each conversation; none of those that the format has no place for: problems.raise_if_any() names them."""
@@ -50,7 +49,9 @@ class ChatML:
         if self.rendering.train_tokens:
             settings["as_tokens"] = self.rendering.tokens_in_text([])
         flat = iter(chatml.render_batch(self.tokenizer, [each for samples in laid_out for each in samples], **settings))
-        return [[next(flat) for _ in samples] for samples in laid_out]
+        rendered = [[next(flat) for _ in samples] for samples in laid_out]
+        self.counts.add_unrolled(rendered)
+        return rendered
 
     def _lay_out(self, conversation: Conversation) -> list[list[dict]]:
         """ChatML's messages of each sample that a conversation makes."""
@@ -61,10 +62,10 @@ class ChatML:
 
     def _samples(self, messages: list[dict], tools: list[dict]) -> list[list[dict]]:
         if any("<|" in message["content"] and self._special_text.search(message["content"]) for message in messages):
-            self.special.add(self.number)
+            self.counts.special.add(self.number)
         wanted = self.rendering.wanted(messages)
         if not wanted:
-            self.skipped.add(self.number)
+            self.counts.skipped.add(self.number)
             return []
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             return self._react(messages, tools, wanted)
@@ -72,7 +73,7 @@ class ChatML:
             self.problems.refuse(self.number, NO_THOUGHTS)
         marked = unlearned_results(messages)
         if any("spans" in message for message in marked):
-            self.results.add(self.number)
+            self.counts.results.add(self.number)
         return [only(marked, wanted)]
 
     def _react(self, messages: list[dict], tools: list[dict], wanted: list[int]) -> list[list[dict]]:
@@ -87,23 +88,11 @@ class ChatML:
             samples = [react.render(messages, tools) for messages in each]
         except ValueError as error:
             self.problems.refuse(self.number, f"{error} - {REACT}", error)
-        if len(samples) > 1:
-            self.unrolled.add(self.number)
-            self.more += len(samples) - 1
         return samples
 
     def notes(self) -> list[str]:
         """A line for each thing worth knowing."""
-        lines = [special_note(self.special, self.rendering.allow_special)] if self.special.samples else []
-        if self.unrolled.samples:
-            what = f"{counted(self.unrolled.samples)} unrolled into {self.more + self.unrolled.samples:,}"
-            why = "the list of tools stands in the question that is being answered, and in no earlier one"
-            lines.append(f"{what}: {why}; --multi_turn last or as_is to change")
-        if self.skipped.samples:
-            lines.append(f"{counted(self.skipped.samples)} left out whose last answer is not to be learned (first: {self.skipped.first})")
-        if self.results.samples:
-            lines.append(f"{counted(self.results.samples)} with ReAct answers: the results in them (Observation) are not learned")
-        return lines
+        return self.counts.lines(self.rendering, "each with the tools in the question that is being answered")
 
     def identity(self) -> str:
         tokenizer = self.tokenizer

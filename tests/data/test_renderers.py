@@ -70,10 +70,8 @@ def test_with_tools_each_question_makes_a_sample(tokenizer):
     texts = [tokenizer.decode(sample.ids) for sample in samples]
     assert ["Begin!\n\nQuestion: a" in text for text in texts] == [True, False]
     assert ["user\na<|im_end|>" in text for text in texts] == [False, True] and "Begin!\n\nQuestion: c" in texts[1]
-    assert notes == [
-        "1 sample unrolled into 2: the list of tools stands in the question that is being answered, and in no earlier one; "
-        "--multi_turn last or as_is to change"
-    ]
+    (note,) = notes
+    assert note.startswith("1 sample unrolled into 2, each with the tools in the question that is being answered: ")
 
 
 def test_multi_turn_with_tools(tokenizer):
