@@ -113,7 +113,7 @@ def test_a_later_qwen_holds_a_conversation(later, capsys, monkeypatch):
 
 def test_an_error_while_streaming_is_raised(later, monkeypatch):
     base, _, _ = later
-    options = SimpleNamespace(folder=str(base), base=None, system=None, max_new_tokens=2, sample=False)
+    options = SimpleNamespace(folder=str(base), base=None, system=None, max_new_tokens=2, sample=False, thinking="auto")
     answerer = answerers.open_answerer(options)
     monkeypatch.setattr(answerer.model, "generate", lambda **settings: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError, match="full"):

@@ -25,6 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--system", help='the system message; default: the model\'s own, or "You are a helpful assistant."'
     )
+    parser.add_argument(
+        "--thinking",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="whether a later Qwen that can think is asked to; auto: not if FOLDER's training.json says that it learned only "
+        "answers without thoughts, else as its chat template does",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument(
         "--sample", action="store_true", help="draw answers as generation_config.json says, instead of the likeliest"

@@ -3,11 +3,13 @@
 Messages and tools have the form of data/messages.py.
 """
 
+from pathlib import Path
 from threading import Thread
 
 from ..compare.opened import GREEDY, open_named
 from ..data.tool_text import split_calls
 from ..errors import UserError
+from ..folders import checkpoint
 from ..folders.model_folder import LATER_TYPES
 
 
@@ -53,6 +55,7 @@ class LaterAnswerer:
     def __init__(self, tokenizer, model, options):
         self.tokenizer, self.model, self.system = tokenizer, model, options.system
         self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
+        self.thinking = thinking_of(options)
 
     def answer(self, question: str) -> str:
         """One answer, without a history."""
@@ -90,7 +93,7 @@ class LaterAnswerer:
 
     def tokenized(self, messages: list[dict], **settings) -> dict:
         """{input_ids, attention_mask} of a conversation up to the next answer, (1, T) each."""
-        settings |= {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        settings |= {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", **self.thinking}
         prompt = self.tokenizer.apply_chat_template([*opening(self.system), *messages], **settings)
         return {name: prompt[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
@@ -105,6 +108,14 @@ class LaterAnswerer:
         if self.tokenizer.decode(prompt["input_ids"][0]).rstrip().endswith("<think>"):
             text = f"<think>{text}"  # some templates begin the thoughts
         return message_of(text, tools)
+
+
+def thinking_of(options) -> dict[str, bool]:
+    """What the chat template is told about thoughts: behind the prompt with which answers were learned, where that is known."""
+    if options.thinking == "auto":
+        learned = checkpoint.read_record(Path(options.folder))
+        return {"enable_thinking": False} if learned.get("data", {}).get("without_thoughts") else {}
+    return {"enable_thinking": options.thinking == "on"}
 
 
 def opening(system: str | None) -> list[dict]:

@@ -32,6 +32,10 @@ class Counts:
                 self.tokens += sum(lengths)
                 self.longest += max(lengths)
 
+    def without_thoughts(self, rendering: Rendering) -> bool:
+        """Whether every answer is learned behind an empty block of thoughts."""
+        return 0 < self.answers == self.emptied and rendering.empty_thoughts == "context"
+
     def lines(self, rendering: Rendering, why_unrolled: str) -> list[str]:
         """One line for each thing there is to know."""
         lines = []

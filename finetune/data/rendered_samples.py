@@ -39,7 +39,7 @@ class Samples:
 
     lengths, supervised: int64[n], tokens of each sample, and those of them with a label (not position 0, which nothing
     predicts). weight_sums: float64[n], the sum of the weights of those. total_tokens, total_supervised: sums over the
-    samples. notes: lines to print. fingerprint: a hash of all ids, labels, weights and lengths, thus equal wherever the
+    samples. without_thoughts: a model that can think learns only answers without. notes: lines to print. fingerprint: a hash of all ids, labels, weights and lengths, thus equal wherever the
     samples are the same ones.
     """
 
@@ -50,7 +50,7 @@ class Samples:
         self._weights = arrays.get("weights")
         self.lengths = np.diff(self._offsets)
         self.total_tokens, self.total_supervised = int(self._offsets[-1]), int(self.supervised.sum())
-        self.fingerprint = meta["fingerprint"]
+        self.fingerprint, self.without_thoughts = meta["fingerprint"], meta["without_thoughts"]
         self.notes = [f"{path}: {line}" for line in meta["notes"]]
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ def _render(
     _check_left(full, source, np.array(answered, bool), max_length, long_samples, conversations.path)
     notes = conversations.notes + renderer.notes() + too_long(full, source, max_length, long_samples)
     notes += [f"--train_tokens {token}: stands in no conversation, so its row learns nothing from them" for token in unseen]
-    writer.finish({"notes": notes})
+    writer.finish({"notes": notes, "without_thoughts": renderer.counts.without_thoughts(rendering)})
 
 
 class _Writer:

@@ -19,6 +19,7 @@ def of_run(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
         "data": {
             "path": str(args.data.data_path),
             "fingerprint": samples.fingerprint,
+            "without_thoughts": samples.without_thoughts,
             **args.data.rendering(),
         },
         "samples_per_step": samples_per_step,
