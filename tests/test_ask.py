@@ -120,6 +120,22 @@ def test_an_error_while_streaming_is_raised(later, monkeypatch):
         list(answerer.stream("hello", []))
 
 
+@pytest.mark.parametrize(
+    "record,thinking,block",
+    [(None, "auto", False), ({"without_thoughts": True}, "auto", True), ({"without_thoughts": False}, "auto", False),
+     ({"without_thoughts": True}, "on", False), (None, "off", True)],
+)  # fmt: skip
+def test_a_model_is_asked_as_it_was_trained(tmp_path, record, thinking, block):
+    """Behind an empty block of thoughts, where it has learned only answers without thoughts."""
+    folder = tiny_later_qwen(tmp_path / "model", "qwen3")
+    if record is not None:
+        (folder / "training.json").write_text(json.dumps({"data": record}))
+    options = SimpleNamespace(folder=str(folder), base=None, system=None, max_new_tokens=2, sample=False, thinking=thinking)
+    answerer = answerers.open_answerer(options)
+    said = answerer.tokenizer.decode(answerer.prompt("hello", [])["input_ids"][0])
+    assert said.endswith("<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * block)
+
+
 def test_an_unknown_folder_is_one_line(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stopped:

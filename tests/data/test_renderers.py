@@ -184,6 +184,16 @@ def test_weights_of_a_file(tmp_path, cache, tokenizer):
     assert cut.weight_sums.tolist() == [2, 2, 1, 2]
 
 
+def test_whether_a_model_that_thinks_learns_only_answers_without_thoughts(tmp_path, cache, tokenizer):
+    tokenizers = {"qwen": tokenizer, "qwen2_5": real_tokenizer("qwen2_5"), "qwen3": real_tokenizer("qwen3")}
+    path = write(tmp_path, [talk("a", "b")])
+    found = {name: load(path, each, max_length=100).without_thoughts for name, each in tokenizers.items()}
+    assert found == {"qwen": False, "qwen2_5": False, "qwen3": True}
+    assert not load(path, tokenizers["qwen3"], max_length=100, empty_thoughts="learn").without_thoughts
+    mixed = write(tmp_path, [talk("a", "b"), talk("a", "<think>c</think>b")], name="mixed.json")
+    assert not load(mixed, tokenizers["qwen3"], max_length=100).without_thoughts
+
+
 def test_fingerprints_know_weights(tmp_path, cache, tokenizer):
     prints = {load(write(tmp_path, [weighted(w)], name=f"{w}.json"), tokenizer, max_length=100).fingerprint for w in (1, 0.5, 0.25)}
     assert len(prints) == 3
