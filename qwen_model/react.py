@@ -239,14 +239,16 @@ def plain_call(call: dict, refuse) -> dict:
 def observation_spans(messages: list[dict]) -> list[dict]:
     """Conversations whose calls are plain text: the results in such answers become spans of weight None, never learned.
 
-    An answer is one of them if its question contains the words of the instruction (MARKED). Others stay as they are.
+    They are marked by the words of the instruction (MARKED) in any text of the user or the system: the published form has them
+    in the last question only, and answers to all questions in the form. Other conversations stay as they are.
     """
-    found, marked = [], False
+    asked = [message["content"] for message in messages if message["role"] != "assistant"]
+    if not any(all(words in text for words in MARKED) for text in asked):
+        return messages
+    found = []
     for message in messages:
         content = message["content"]
-        if message["role"] == "user":
-            marked = all(words in content for words in MARKED)
-        elif marked and message["role"] == "assistant" and "spans" not in message:
+        if message["role"] == "assistant" and "spans" not in message and "Action Input:" in content:
             spans = [(*match.span(1), None) for match in RESULT.finditer(content) if match[1]]
             message = message | ({"spans": spans} if spans else {})
         found.append(message)

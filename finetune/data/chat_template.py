@@ -85,6 +85,7 @@ class ChatTemplate:
             raise UserError(f"{what} - add the chat_template.jinja of the chat model of its family") from error
         self.headers = Headers(self._template, self.control)
         self.supervised_frame = self._supervised_frame()
+        self.counts.can_skip = self.headers.can_skip
 
     def _supervised_frame(self) -> set[int]:
         """The ids of the template's control tokens and of its empty block of thoughts."""
@@ -181,7 +182,7 @@ class ChatTemplate:
     def _jobs(self, conversation: Conversation) -> list[Job]:
         messages, tools = conversation
         if tools or any(len(message) > 2 or self.control.is_suspect(message["content"]) for message in messages):
-            if self.control.holds([*messages, *tools]):
+            if self.control.holds([*messages, *tools], but=frozenset() if self.rendering.allow_special else self.as_tokens):
                 self.counts.special.add(self.number)
             messages, tools = self.control.hide(messages), self.control.hide(tools)
         messages = unlearned_results(messages)
@@ -237,6 +238,8 @@ class ChatTemplate:
         texts = zip(texts_of(marks, sample.length), frames)
         hidden = {mark.message for mark, frame in texts if mark.kind == "thoughts" and frame is None}
         learned = [each._replace(forgotten=each.message in hidden) for each in sample.learned]
+        if self.rendering.multi_turn != "as_is" and any(each.forgotten for each in learned):
+            raise NotLearnable("it leaves out thoughts where they are to be learned")
         return Sample(sample.length, learned, tuple(frames))
 
     def _conversing(self, messages: list[dict], tools: list[dict]) -> Conversing:
@@ -291,12 +294,15 @@ class ChatTemplate:
             weight = messages[learned.message].get("weight", 1.0)
             cuts += [(begin + len(learned.prompt), weight), (end, 0.0)]
             for first, behind, own in messages[learned.message].get("spans", ()):
-                cuts += [(found[learned.message] + first, own or 0.0), (found[learned.message] + behind, weight)]
+                for at, place, length in found[learned.message]:  # the span's share of each text that is shown
+                    ends = max(first, at), min(behind, at + length)
+                    if ends[0] < ends[1]:
+                        cuts += [(ends[0] - at + place, own or 0.0), (ends[1] - at + place, weight)]
         return list(self._stretches(text, sorted(cuts, key=lambda cut: cut[0])))
 
-    def _find_texts(self, messages: list[dict], sample: Sample, text: str, places: list[tuple[int, int]]) -> dict[int, int]:
-        """Finds every text of the messages in what the template returned; returns where the last one of each begins."""
-        at, found, earliest = 0, {}, self._earliest(messages, places)
+    def _find_texts(self, messages: list[dict], sample: Sample, text: str, places: list[tuple[int, int]]) -> list[list]:
+        """Finds every text of the messages in what the template returned: of each message, (place in its content, in `text`, length)."""
+        at, found, earliest = 0, [[] for _ in messages], self._earliest(messages, places)
         for part, frame in zip(parts_of(messages), sample.frames, strict=True):
             at = max(at, earliest[part.message])
             if frame is None and part.kind == "thoughts":
@@ -310,7 +316,8 @@ class ChatTemplate:
             # newlines around thoughts are the template's
             if form != part.text and (part.kind == "text" or form.strip("\n") != part.text.strip("\n")):
                 self.counts.trimmed.add(self.number)
-            found[part.message] = place - part.text.index(form)
+            if part.at is not None:
+                found[part.message].append((part.at + part.text.index(form), place, len(form)))
             at = place + len(form)
         return found
 

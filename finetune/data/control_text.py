@@ -27,13 +27,13 @@ class ControlText:
         """Whether a text must be looked at: quick, and nearly always False."""
         return self._beginning in text or OPEN in text
 
-    def holds(self, value: object) -> bool:
-        """Is there a special token in a text, or anywhere in a JSON value?"""
+    def holds(self, value: object, but: frozenset[str] = frozenset()) -> bool:
+        """Is there a special token, other than those of `but`, in a text, or anywhere in a JSON value?"""
         if isinstance(value, str):
-            return self._beginning in value and self.special.search(value) is not None
+            return self._beginning in value and any(match[0] not in but for match in self.special.finditer(value))
         if isinstance(value, dict):
-            return any(self.holds(key) or self.holds(each) for key, each in value.items())
-        return isinstance(value, list) and any(map(self.holds, value))
+            return any(self.holds(key, but) or self.holds(each, but) for key, each in value.items())
+        return isinstance(value, list) and any(self.holds(each, but) for each in value)
 
     def hide(self, value: object) -> object:
         """The text or JSON value with placeholders in place of special tokens; the same object where there are none."""

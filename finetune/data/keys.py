@@ -12,6 +12,7 @@ TRAINED = (  # true or 1: learn it; false or 0: do not; another number from 0 up
     "training",  # axolotl
     "train_on_turn",  # axolotl configurations
     "trainable",
+    "do_train",
     "weight",  # OpenAI, mistral-finetune, Together, Fireworks
     "loss",  # ms-swift, xtuner
     "loss_scale",  # ms-swift
@@ -19,11 +20,13 @@ TRAINED = (  # true or 1: learn it; false or 0: do not; another number from 0 up
     "loss_mask",  # verl, and step_loss_mask of slime: what the loss is multiplied with
     "step_loss_mask",
 )
-MASKED = ("masked",)  # torchtune: true or 1 hides the answer from the loss
+MASKED = ("masked", "is_masked", "ignore")  # torchtune: true or 1 hides the answer from the loss
 
 # ---- other things that the file says of a turn or of a sample
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_text")
+THOUGHTS = (
+    "reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_text", "thinking_content", "cot", "chain_of_thought"
+)  # fmt: skip
 SYSTEM = (
     "system",
     "system_prompt",
@@ -35,7 +38,7 @@ SYSTEM = (
 )
 TOOLS = ("tools", "functions")
 CALLS = ("tool_calls", "function_call")
-MEDIA = ("images", "image", "audios", "audio", "videos", "video")
+MEDIA = tuple(f"{what}{form}" for what in ("image", "audio", "video") for form in ("s", "", "_path", "_paths", "_url", "_urls"))
 MEDIA_PARTS = (  # types of parts of a content
     *("image", "image_url", "input_image"),
     *("audio", "audio_url", "input_audio"),
@@ -50,7 +53,7 @@ THOUGHT_PARTS = {"thinking": ("thinking", "text"), "reasoning": ("reasoning", "t
 PAIRS = (
     "chosen",
     "rejected",
-    *(f"{which}_{what}" for which in ("chosen", "rejected") for what in ("response", "messages", "conversations")),
+    *(f"{which}_{what}" for which in ("chosen", "rejected") for what in ("response", "messages", "conversations", "output", "answer")),
     "preferred_output",  # OpenAI
     "non_preferred_output",
 )
@@ -86,11 +89,13 @@ REFUSED_BESIDE = {
     "chat_template": Refusal("the model's own chat template is used; remove the key"),
     "chat_template_kwargs": Refusal("the model's own chat template is used with its defaults; remove the key", ({},)),
     "enable_thinking": THINKING_SWITCH,
-    "reasoning_content": Refusal("put it on the answer that it belongs to"),
+    **dict.fromkeys(THOUGHTS, Refusal("put the thoughts on the answer that they belong to", ("", []))),
+    **dict.fromkeys(CALLS, Refusal("put the calls on the answer that makes them", ("auto", "none", "required", "", []))),
 }
 REFUSED_ON_TURNS = {
     "train_detail": PARTS_OF_TURNS,
     "training_detail": PARTS_OF_TURNS,
+    "label": Refusal('an answer marked as good or bad: say it with "train": true or false'),
     "mask": Refusal('it may mean both, learn and do not learn: say it with "train": true or false'),
     "prefix": Refusal(UNFINISHED, (False, "")),  # DeepSeek, Mistral: the answer goes on
     "partial": Refusal(UNFINISHED, (False,)),  # Qwen, Moonshot

@@ -15,6 +15,7 @@ class Counts:
     skipped: Seen = field(default_factory=Seen)  # nothing of them is learned
     forgotten: Seen = field(default_factory=Seen)  # thoughts that the template leaves out
     trimmed: Seen = field(default_factory=Seen)
+    can_skip: bool = True  # can the model be asked for an answer without thoughts?
     emptied: int = 0  # answers behind an empty block of thoughts
     answers: int = 0
     unrolled: int = 0  # conversations
@@ -34,7 +35,7 @@ class Counts:
 
     def without_thoughts(self, rendering: Rendering) -> bool:
         """Whether every answer is learned behind an empty block of thoughts."""
-        return 0 < self.answers == self.emptied and rendering.empty_thoughts == "context"
+        return self.can_skip and 0 < self.answers == self.emptied and rendering.empty_thoughts == "context"
 
     def lines(self, rendering: Rendering, why_unrolled: str) -> list[str]:
         """One line for each thing there is to know."""
@@ -55,7 +56,8 @@ class Counts:
             learn = rendering.empty_thoughts == "learn"
             done = "learned" if learn else "context, not learned (--empty_thoughts learn to change)"
             what = f"{self.emptied:,} of {self.answers:,} answers have no thoughts"
-            lines.append(f"{what}: the empty block of thoughts that the template adds is {done}")
+            asked = "" if self.can_skip else "; this model always thinks when it is asked"
+            lines.append(f"{what}: the empty block of thoughts that the template adds is {done}{asked}")
         if self.results.samples:
             lines.append(f"{counted(self.results.samples)} with ReAct answers: the results in them (Observation) are not learned")
         if self.trimmed.samples:

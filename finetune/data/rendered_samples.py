@@ -136,28 +136,35 @@ def _render(
 
     renderer = renderer_of(tokenizer, conversations.path, rendering)
     unseen = {token: tokenizer.convert_tokens_to_ids(token) for token in rendering.train_tokens}
-    full, source, answered, number = [], [], [], 0  # source: of each sample in full, its number in the file
+    full, source, number = [], [], 0  # tokens of each sample before cutting, and the number of its conversation in the file
+    unanswered, behind = [], 0  # conversations of which no answer is left, by number; answers of others that are not
     frame_ids = [IGNORE, *renderer.supervised_frame]
     bar = {"desc": "rendering data", "unit": " samples", "delay": 2, "disable": not on_first_rank()}
     with _Writer(folder) as writer, tqdm(total=len(conversations), **bar) as progress:
         for batch in _batches(conversations):
             for samples in renderer.render_batch(batch):
                 number += 1
+                full += [len(sample.ids) for sample in samples]
+                source += [number] * len(samples)
+                if long_samples == "drop":
+                    samples = [sample for sample in samples if len(sample.ids) <= max_length]
+                answered = [not _answer_is_cut(sample, max_length, frame_ids) for sample in samples]
+                if any(answered):  # of a conversation that was unrolled, later answers may lie behind the limit
+                    behind += len(answered) - sum(answered)
+                    samples = [sample for sample, there in zip(samples, answered) if there]
+                elif samples:
+                    unanswered.append(number)
                 for ids, labels, weights in samples:
-                    full.append(len(ids))
-                    source.append(number)
-                    was_cut = len(ids) > max_length
-                    if was_cut and long_samples == "drop":
-                        continue
                     ids, labels = ids[:max_length], labels[:max_length]
-                    answered.append(not was_cut or not np.isin(labels[1:], frame_ids).all())
                     writer.add(ids, labels, None if weights is None else weights[:max_length])
                     unseen = {token: index for token, index in unseen.items() if index not in ids}
             progress.update(len(batch))
     renderer.problems.raise_if_any()
     full, source = np.array(full, np.int64), np.array(source, np.int64)
-    _check_left(full, source, np.array(answered, bool), max_length, long_samples, conversations.path)
+    _check_left(full, len(writer.lengths), unanswered, number, max_length, conversations.path)
     notes = conversations.notes + renderer.notes() + too_long(full, source, max_length, long_samples)
+    if behind:
+        notes.append(f"{behind:,} samples of unrolled conversations are left out: their answers lie behind {max_length:,} tokens")
     notes += [f"--train_tokens {token}: stands in no conversation, so its row learns nothing from them" for token in unseen]
     writer.finish({"notes": notes, "without_thoughts": renderer.counts.without_thoughts(rendering)})
 
@@ -222,24 +229,25 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
         yield batch
 
 
-def _check_left(
-    full: np.ndarray, source: np.ndarray, answered: np.ndarray, max_length: int, long_samples: str, path: str
-) -> None:
+def _answer_is_cut(sample, max_length: int, frame_ids: list[int]) -> bool:
+    """Whether cutting a chatml.Rendered leaves no token of an answer. frame_ids: labels that are none."""
+    return len(sample.ids) > max_length and bool(np.isin(sample.labels[1:max_length], frame_ids).all())
+
+
+def _check_left(full: np.ndarray, kept: int, unanswered: list[int], conversations: int, max_length: int, path: str) -> None:
     """A UserError where cutting or dropping leaves nothing to learn.
 
-    full, source: int[n], tokens of every sample before cutting, and its number in the file; answered: bool, of every sample
-    kept, has it an answer token?
+    full: int[n], tokens of every sample before cutting; kept: samples that are left; unanswered: numbers of the conversations,
+    of so many, of which no answer is.
     """
     if not len(full):
         raise UserError(f"{path}: no sample whose last answer is to be learned, so --multi_turn last leaves none; leave it out")
-    if not len(answered):
+    if not kept:
         what = f"all samples are longer than {max_length:,} tokens (shortest {full.min():,})"
         raise UserError(f"{path}: {what}, so --long_samples drop leaves none; raise --model_max_length")
-    if not answered.all():
-        assert long_samples == "cut"
-        numbers = source[~answered]
-        first = ", ".join(map(str, dict.fromkeys(numbers.tolist()[:5]))) + ", …" * (len(numbers) > 5)
-        what = f"{len(numbers):,} of {len(full):,} samples have no answer token within {max_length:,}"
+    if unanswered:
+        first = ", ".join(map(str, unanswered[:5])) + ", …" * (len(unanswered) > 5)
+        what = f"{len(unanswered):,} of {conversations:,} samples have no answer token within {max_length:,}"
         raise UserError(f"{path}: {what}: sample {first}; raise --model_max_length or --long_samples drop")
 
 

@@ -1,9 +1,9 @@
 """What lays out conversations for a tokenizer: first-generation Qwen's ChatML, or the chat template of a later Qwen."""
 
-import re
 from contextlib import suppress
 
 from .chat_template import ChatTemplate
+from .control_text import ControlText
 from .messages import Conversation
 from .render_notes import Counts
 from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
@@ -36,8 +36,8 @@ class ChatML:
     def __init__(self, tokenizer, path: str = "", rendering: Rendering = Rendering()):
         self.tokenizer, self.path, self.rendering, self.number = tokenizer, path, rendering, 0
         self.supervised_frame = {tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")}
-        names = sorted(getattr(tokenizer, "special_tokens", {}), key=len, reverse=True)
-        self._special_text = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.control = ControlText(list(getattr(tokenizer, "special_tokens", {})))
+        self.as_tokens = rendering.tokens_in_text([])
         self.problems, self.counts = Problems(path), Counts()
 
     def render_batch(self, conversations: list[Conversation]) -> list[list]:
@@ -47,7 +47,7 @@ class ChatML:
         laid_out = [self._lay_out(conversation) for conversation in conversations]
         settings = {"supervise": self.rendering.supervise, "allow_special": self.rendering.allow_special}
         if self.rendering.train_tokens:
-            settings["as_tokens"] = self.rendering.tokens_in_text([])
+            settings["as_tokens"] = self.as_tokens
         flat = iter(chatml.render_batch(self.tokenizer, [each for samples in laid_out for each in samples], **settings))
         rendered = [[next(flat) for _ in samples] for samples in laid_out]
         self.counts.add_unrolled(rendered)
@@ -61,7 +61,7 @@ class ChatML:
         return []
 
     def _samples(self, messages: list[dict], tools: list[dict]) -> list[list[dict]]:
-        if any("<|" in message["content"] and self._special_text.search(message["content"]) for message in messages):
+        if self.control.holds([*messages, *tools], but=self.as_tokens):
             self.counts.special.add(self.number)
         wanted = self.rendering.wanted(messages)
         if not wanted:

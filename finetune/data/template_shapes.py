@@ -20,6 +20,7 @@ from typing import NamedTuple
 from .control_text import ControlText
 
 TAGGED = re.compile(r"(\s*<tool_response>)(.*)(</tool_response>\s*)", re.DOTALL)
+NEAR = 5  # questions before and behind an answer that are told apart
 TRUSTED = 3  # times that answers which look alike must have been alike, until no more are looked at
 QUESTION, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
 ENABLE = ({}, {"enable_thinking": True}, {"enable_thinking": False})  # the ways in which an answer is asked for
@@ -33,11 +34,13 @@ class NotLearnable(ValueError):
 
 
 class Part(NamedTuple):
-    """A text of a conversation. kind: "text", a whole content; "thoughts" of an answer, or the "answer" behind them."""
+    """A text of a conversation. kind: "text", a whole content, or a tool's "result"; "thoughts" of an answer, or the "answer"
+    behind them. at: where it begins in the content; None for one that is no part of it."""
 
     message: int
     text: str
-    kind: str = "text"
+    kind: str
+    at: int | None
 
 
 class Learned(NamedTuple):
@@ -84,6 +87,8 @@ class Headers:
                 break
         behind = last.partition(self.text)[2] if self.text else ""
         self.empty_thoughts = behind.partition("!")[0] if "</think>" in behind else ""
+        # can the model be asked for an answer behind the empty block?
+        self.can_skip = bool(self.empty_thoughts) and any(self.empty_thoughts in prompt for prompt in prompts)
 
     def find(self, rendered: str, count: int) -> list[tuple[int, int]]:
         """(begin, end) of each of `count` answers; NotLearnable if the text does not show as many."""
@@ -134,8 +139,8 @@ class Conversing:
         """_as_asked, from memory where answers that look alike, in their question and behind it, have always been alike."""
         at = bisect.bisect(self.questions, number)
         begin = self.questions[at - 1] if at else 0
-        later = at < len(self.questions) and self.questions[at] < length
-        place = (at > 1, later, length == number + 1, bool(self.tools), self.looks[0][0])
+        later = bisect.bisect_left(self.questions, length) - at  # questions behind it
+        place = (min(at, NEAR), min(later, NEAR), length == number + 1, bool(self.tools), self.looks[0][0])
         key = (place, tuple(self.looks[begin : number + 1]))
         seen, rule = self.rules.get(key, (0, None))
         if seen < TRUSTED:
@@ -267,8 +272,13 @@ def parts_of(messages: list[dict]) -> Iterator[Part]:
     """The texts that the template is to show, in the order of marked(). What is blank needs no place."""
     for number, message in enumerate(messages):
         if "reasoning_content" in message:
-            yield Part(number, message["reasoning_content"], "thoughts")
-        yield from (Part(number, text, kind) for _, text, kind in pieces_of(message) if kind)
+            yield Part(number, message["reasoning_content"], "thoughts", None)
+        at = 0
+        for literal, text, kind in pieces_of(message):
+            at += len(literal)
+            if kind:
+                yield Part(number, text, kind, at)
+            at += len(text)
 
 
 def frames_of(text: str, marks: list[Mark], length: int, control: ControlText) -> list[tuple[str, str] | None]:

@@ -107,19 +107,21 @@ def _tool(given: object, what: str, in_text: bool) -> dict:
     if tool["type"] != "function":
         raise Unreadable(f"{what} is of type {json.dumps(tool['type'], default=str)}; only functions can be called")
     function = tool.get("function")
+    if isinstance(function, dict) and isinstance(function.get("name_for_model"), str):  # Qwen's own form
+        words = {"name": function["name_for_model"], "description": function.get("description_for_model", "")}
+        tool["function"] = function = {**function, **words}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise Unreadable(f'{what} has no "name" (keys: {quoted(function if isinstance(function, dict) else given)})')
     return tool
 
 
-def names_in_text(system: str) -> tuple[bool, set[str] | None]:
-    """(does a system turn list tools between <tools> and </tools>, their names; None where they cannot be read)."""
+def tools_in_text(system: str) -> list[dict] | None:
+    """The tools that a system turn lists between <tools> and </tools>; None where they cannot be read."""
     bodies = [body for body in TOOLS_IN_TEXT.findall(system) if body.strip()]
     try:
-        tools = [tool for body in bodies for tool in _tools_of_text(body)]
-        return bool(bodies), {tool["function"]["name"] for tool in tools}
+        return [tool for body in bodies for tool in _tools_of_text(body)]
     except Unreadable:
-        return True, None
+        return None
 
 
 def _tools_of_text(body: str) -> list[dict]:
@@ -175,9 +177,9 @@ def calls_turn(value: object) -> tuple[str, list[FoundCall], str]:
     return "", [_call(entry, "the call", in_text) for entry in entries], thoughts.strip()
 
 
-def calls_in_text(text: str) -> tuple[str, list[FoundCall]]:
-    """(what stands before, the calls) of an answer with <tool_call>…</tool_call>."""
-    content, calls = split_calls(text)
+def calls_in_text(text: str, tools: list[dict] = ()) -> tuple[str, list[FoundCall]]:
+    """(what stands before, the calls) of an answer with <tool_call>…</tool_call>. tools: say the types of unquoted values."""
+    content, calls = split_calls(text, tools)
     if not calls:
         raise Unreadable("holds <tool_call>, but not calls that can be read; they must be JSON and end the answer")
     for body in re.findall(r"<tool_call>(.*?)</tool_call>", text[len(content) :], re.DOTALL):

@@ -19,14 +19,17 @@ def assemble(found: FileFindings, noted: Noted, turns: list[Turn], tools: list[d
     tools: those beside the turns. Plain text passes as it is where nothing in the conversation has to do with tools.
     """
     system = turns[0].content if turns[0].role == "system" else ""
-    in_text, names = tool_spellings.names_in_text(system) if "<tools>" in system else (False, set())
-    listed = {tool["function"]["name"] for tool in tools} or names
-    turns = joined(found, [read for turn in turns for read in read_text(found, turn)])
+    in_text = tool_spellings.tools_in_text(system) if "<tools>" in system else []
+    known = tools or in_text
+    listed = None if known is None else {tool["function"]["name"] for tool in known}
+    turns = joined(found, [read for turn in turns for read in read_text(found, turn, known or [])])
     turns = matched(found, turns)
     check_names(found, turns, listed)
-    if in_text and tools:
+    if in_text == []:
+        return [without(turn, FOR_ASSEMBLY) for turn in turns], tools
+    if tools:
         noted.tools_in_text.add(found.number)
-    return [without(turn, FOR_ASSEMBLY) for turn in turns], [] if in_text else tools
+    return [without(turn, FOR_ASSEMBLY) for turn in turns], []
 
 
 def without(turn: Turn, private: tuple[str, ...]) -> Turn:
@@ -37,11 +40,11 @@ def without(turn: Turn, private: tuple[str, ...]) -> Turn:
 # ---- calls and results that stand in text, as Hermes and later Qwens write them
 
 
-def read_text(found: FileFindings, turn: Turn) -> list[Turn]:
+def read_text(found: FileFindings, turn: Turn, tools: list[dict]) -> list[Turn]:
     """The turn, with <tool_call> read into calls; a turn of <tool_response>s as one result each."""
     if turn.role == "assistant" and "<tool_call>" in turn.content and not (turn.more or {}).get("tool_calls"):
         try:
-            content, calls = tool_spellings.calls_in_text(turn.content)
+            content, calls = tool_spellings.calls_in_text(turn.content, tools)
         except Unreadable as error:
             found.find(str(error), turn.place)
             return [turn]

@@ -92,7 +92,9 @@ class TurnReader:
             if what is None or (what == "result" and role != "tool"):
                 self._note_unread([key])
             elif what == "refused":
-                if value not in keys.REFUSED_ON_TURNS[key].harmless:
+                if key == "label" and value not in (0, 1):  # a class, or what somebody thinks of the answer
+                    self.noted.unread_key(self.found.number, key)
+                elif value not in keys.REFUSED_ON_TURNS[key].harmless:
                     self.found.refuse(keys.REFUSED_ON_TURNS[key], f'"{key}" on a turn')
             elif what == "media":
                 if value:

@@ -263,6 +263,29 @@ def test_the_order_of_samples_makes_no_difference(name, talks):
     assert found[0] == found[1]
 
 
+TWO_QUESTIONS = """\
+{%- set asked = messages | selectattr('role', 'equalto', 'user') | list | length %}{%- set n = namespace(seen=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set n.seen = n.seen + 1 %}{% endif %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.reasoning_content and n.seen + 2 > asked %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}
+{{- m.content + '<|im_end|>\\n' }}{% endfor %}"""
+
+
+def test_answers_of_other_questions_are_not_taken_for_the_same():
+    """A template that keeps the thoughts of the last two questions: what is learned does not depend on what came before."""
+    def thinking(count: int) -> Conversation:
+        messages = chat(*[text for i in range(count) for text in (f"q{i}", f"a{i}")])
+        return Conversation([m | ({"reasoning_content": "hm"} if m["role"] == "assistant" else {}) for m in messages])
+
+    tokenizer = make_tokenizer(TWO_QUESTIONS + PROMPT)
+    alone = ChatTemplate(tokenizer).render_batch([thinking(3)])
+    renderer = ChatTemplate(tokenizer)
+    *_, behind = renderer.render_batch([thinking(2)] * 4 + [thinking(3)])
+    renderer.problems.raise_if_any()
+    assert [sample.ids.tolist() for sample in behind] == [sample.ids.tolist() for sample in alone[0]] and len(behind) == 2
+    assert [sample.labels.tolist() for sample in behind] == [sample.labels.tolist() for sample in alone[0]]
+
+
 def test_a_template_may_ask_whether_there_is_a_text():
     tokenizer = make_tokenizer(ALL.replace("%}{{", "if m.content %}{{").replace("CONTENT", "m.content") + PROMPT)
     for messages in (chat("a", "b", system=""), chat("a", "b", system="c"), chat("", "b")):

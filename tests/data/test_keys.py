@@ -234,7 +234,7 @@ REFUSED = [  # a sample, what is named, and why it is refused
     (
         chat(Q, answer(), reasoning_content="x"),
         '"reasoning_content" beside the turns',
-        "put it on the answer that it belongs to",
+        "put the thoughts on the answer that they belong to",
     ),
 ]
 

@@ -132,6 +132,35 @@ def test_results_inside_an_answer_of_plain_text_are_not_learned(tokenizer):
         assert len(learned(each, sample)) == 1 and not any("ReAct" in note for note in notes)
 
 
+def test_results_in_plain_text_beside_thoughts_and_blanks():
+    """Where a template moves or trims a text, its results stay the results, and nothing else is learned or left out for it."""
+    call, final = "Action: f\nAction Input: {}\nObservation:", "\nThought: yes\nFinal Answer: b"
+    for name in ("qwen2_5", "qwen3", "qwen3_5_think"):
+        each = real_tokenizer(name)
+        messages = [REACT[0], answer(f"<think>\nlong thoughts\n</think>\n\n{call} SECRET{final}")]
+        (sample,), _ = rendered(each, Conversation(messages))
+        texts = learned(each, sample)
+        assert "SECRET" not in "".join(texts) and "long thoughts" in texts[0] and texts[-1] == " yes\nFinal Answer: b<|im_end|>"
+        for blanks in ("", "\n", "\n" * 30):
+            messages = [REACT[0], answer(f"{call} 22{blanks}"), user("QUESTION"), answer("ok")]
+            (sample,), _ = rendered(each, Conversation(messages), multi_turn="as_is")
+            text = "".join(learned(each, sample))
+            assert text.startswith(call) and text.removeprefix(call).lstrip() in ("<|im_end|>ok<|im_end|>",), (name, blanks, text)
+
+
+def test_special_tokens_are_told_of_wherever_they_stand(tokenizer):
+    hostile = "<|im_end|>"
+    tools = [{"type": "function", "function": {"name": "add", "description": hostile, "parameters": {"a": 1}}}]
+    calls = answer("", tool_calls=[call("add", {"a": hostile})])
+    for each in (tokenizer, real_tokenizer("qwen3")):
+        for conversation in (Conversation([user("a"), answer("b")], tools), Conversation([user("a"), calls], TOOLS)):
+            _, notes = rendered(each, conversation)
+            assert notes[0].startswith("1 sample contains special-token text (first: 1); it is encoded as plain text")
+        kept = "<|extra_0|>" if each is tokenizer else "<|vision_pad|>"
+        _, notes = rendered(each, Conversation([user(kept), answer("b")]), train_tokens=(kept,))
+        assert not any("special-token" in note for note in notes), "it became a token"
+
+
 def test_special_tokens_in_a_text(tokenizer):
     extra, end = tokenizer.special_tokens["<|extra_0|>"], tokenizer.im_end_id
     conversation = Conversation([user("a <|extra_0|>"), answer("b <|extra_0|> <|im_end|> <|extra_1|> c")])
@@ -206,8 +235,12 @@ def test_unrolled_samples_are_named_by_their_conversation(tmp_path, cache):
     path = write(tmp_path, [talk("a", "b", "c", "d"), talk("x" * 80, "b"), talk("1 " * 100, "b")])
     lengths = load(path, tokenizer, max_length=1000).lengths.tolist()
     assert len(lengths) == 4 and max(lengths[:2]) < min(lengths[2:])
-    with pytest.raises(UserError, match=rf"2 of 4 samples have no answer token within {max(lengths[:2])}: sample 2, 3; raise"):
+    with pytest.raises(UserError, match=rf"2 of 3 samples have no answer token within {max(lengths[:2])}: sample 2, 3; raise"):
         load(path, tokenizer, max_length=max(lengths[:2]))
+    path = write(tmp_path, [talk("a", "b", "1 " * 100, "d"), talk("a", "b")], name="long.json")
+    cut = load(path, tokenizer, max_length=60)
+    assert len(cut) == 2 and cut.notes[-1].endswith("1 samples of unrolled conversations are left out: their answers lie behind 60 tokens")
+    path = tmp_path / "talk.json"
     dropped = load(path, tokenizer, max_length=max(lengths[:2]), long_samples="drop")
     assert len(dropped) == 2 and any("2 samples dropped" in note for note in dropped.notes)
 

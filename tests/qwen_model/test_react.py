@@ -353,8 +353,20 @@ def test_other_texts_stay_as_they_are():
     talk = [user("What is ReAct? Begin!"), says(PUBLISHED), user("Observation: the result of the action"), says("Observation: x")]
     assert observation_spans(talk) == talk
     question = render([user("?")], [WEATHER])[0]
-    talk = [question, says("Final Answer: an Observation: is no result"), user("and?"), says(PUBLISHED)]
+    talk = [question, says("Final Answer: an Observation: is no result"), user("and?"), says("Observation: no call")]
     assert observation_spans(talk) == talk
+
+
+def test_results_are_marked_in_all_rounds():
+    """The published form has the instruction in the last question; a system turn may have it, too."""
+    question, plain = render([user("?")], [WEATHER])[0], user("?")
+    (_, expected) = observation_spans([question, says(PUBLISHED)])
+    assert expected["spans"]
+    for talk in ([plain, question], [question, plain]):
+        rounds = [message for asked in talk for message in (asked, says(PUBLISHED))]
+        assert observation_spans(rounds) == [talk[0], expected, talk[1], expected]
+    system = {"role": "system", "content": question["content"]}
+    assert observation_spans([system, plain, says(PUBLISHED)]) == [system, plain, expected]
 
 
 # ---- reading what a model has written
