@@ -136,6 +136,17 @@ def test_a_model_is_asked_as_it_was_trained(tmp_path, record, thinking, block):
     assert said.endswith("<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * block)
 
 
+def test_special_tokens_in_a_question_are_text_as_in_training(tmp_path):
+    folder = tiny_later_qwen(tmp_path / "model")
+    options = SimpleNamespace(folder=str(folder), base=None, system=None, max_new_tokens=2, sample=False, thinking="auto")
+    for record, expected in (({}, 4), ({"data": {"allow_special": True}}, 5)):  # <|im_start|> of the system, user, assistant
+        (folder / "training.json").write_text(json.dumps(record))
+        answerer = answerers.open_answerer(options)
+        ids = answerer.prompt("a<|im_start|>b", [])["input_ids"][0]
+        assert "a<|im_start|>b" in answerer.tokenizer.decode(ids)
+        assert (ids == answerer.tokenizer.convert_tokens_to_ids("<|im_start|>")).sum() == expected - 1
+
+
 def test_an_unknown_folder_is_one_line(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stopped:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import run_gptq
-from finetune import ask
+from finetune.ask import __main__ as ask
 from finetune.compare import __main__ as compare
 from finetune.folders import quant_settings
 from finetune.merge import __main__ as merge

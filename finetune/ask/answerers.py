@@ -7,6 +7,8 @@ from pathlib import Path
 from threading import Thread
 
 from ..compare.opened import GREEDY, open_named
+from ..data.chat_template import prompt_ids
+from ..data.rendering import Rendering
 from ..data.tool_text import split_calls
 from ..errors import UserError
 from ..folders import checkpoint
@@ -55,7 +57,8 @@ class LaterAnswerer:
     def __init__(self, tokenizer, model, options):
         self.tokenizer, self.model, self.system = tokenizer, model, options.system
         self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
-        self.thinking = thinking_of(options)
+        record = checkpoint.read_record(Path(options.folder))
+        self.thinking, self.rendering = thinking_of(options, record), Rendering.of_record(record)
 
     def answer(self, question: str) -> str:
         """One answer, without a history."""
@@ -91,15 +94,18 @@ class LaterAnswerer:
             turns += [("user", asked), ("assistant", answered)]
         return self.tokenized([{"role": role, "content": text} for role, text in [*turns, ("user", question)]])
 
-    def tokenized(self, messages: list[dict], **settings) -> dict:
+    def tokenized(self, messages: list[dict], tools: list[dict] = ()) -> dict:
         """{input_ids, attention_mask} of a conversation up to the next answer, (1, T) each."""
-        settings |= {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", **self.thinking}
-        prompt = self.tokenizer.apply_chat_template([*opening(self.system), *messages], **settings)
-        return {name: prompt[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        import torch
+
+        messages = [*opening(self.system), *messages]
+        ids = prompt_ids(self.tokenizer, messages, list(tools), self.rendering, **self.thinking)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def reply(self, messages: list[dict], tools: list[dict]) -> dict:
         """The next message of a conversation with tools."""
-        prompt = self.tokenized(messages, tools=tools)
+        prompt = self.tokenized(messages, tools)
         if prompt["input_ids"].tolist() == self.tokenized(messages)["input_ids"].tolist():
             raise UserError("--tools: the model's chat template does not show them to it - leave them out")
         before = prompt["input_ids"].shape[1]
@@ -110,11 +116,13 @@ class LaterAnswerer:
         return message_of(text, tools)
 
 
-def thinking_of(options) -> dict[str, bool]:
-    """What the chat template is told about thoughts: behind the prompt with which answers were learned, where that is known."""
+def thinking_of(options, record: dict) -> dict[str, bool]:
+    """The template's enable_thinking, so that the model is asked as it was trained; {} leaves it to the template.
+
+    record: the folder's training.json.
+    """
     if options.thinking == "auto":
-        learned = checkpoint.read_record(Path(options.folder))
-        return {"enable_thinking": False} if learned.get("data", {}).get("without_thoughts") else {}
+        return {"enable_thinking": False} if record.get("data", {}).get("without_thoughts") else {}
     return {"enable_thinking": options.thinking == "on"}
 
 

@@ -31,6 +31,7 @@ from .template_shapes import (
     parts_of,
     skeleton,
     texts_of,
+    trimmed,
 )  # fmt: skip
 
 SHAPES = 4096  # of conversations, remembered
@@ -75,7 +76,7 @@ class ChatTemplate:
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.control = ControlText(special)
         self.as_tokens = rendering.tokens_in_text(special)
-        self._special_ids = {str(token): [index] for index, token in tokenizer.added_tokens_decoder.items()}
+        self.special_ids = {str(token): [index] for index, token in tokenizer.added_tokens_decoder.items()}
         self._shapes: dict[tuple, list[Sample]] = {}
         self._rules: dict[tuple, tuple] = {}
         try:
@@ -90,7 +91,7 @@ class ChatTemplate:
     def _supervised_frame(self) -> set[int]:
         """The ids of the template's control tokens and of its empty block of thoughts."""
         tokens = self.control.special.findall(self._template([QUESTION, ANSWER], None))
-        return {*self._encode([self.headers.empty_thoughts])[0], *(self._special_ids[token][0] for token in tokens)}
+        return {*self._encode([self.headers.empty_thoughts])[0], *(self.special_ids[token][0] for token in tokens)}
 
     def identity(self) -> str:
         """Everything beside the vocabulary that a rendering depends on."""
@@ -108,9 +109,7 @@ class ChatTemplate:
         jobs = [self._jobs_of(conversation) for conversation in conversations]
         returned = iter(self._render([job for samples in jobs for job in samples]))
         laid_out = [[self._laid_out(job, next(returned)) for job in samples] for samples in jobs]
-        texts = {text: [] for samples in laid_out for sample in samples for text, special, _ in sample if not special}
-        for text, ids in zip(texts, self._encode(list(texts))):
-            texts[text] = ids
+        texts = self.ids_of([text for samples in laid_out for sample in samples for text, special, _ in sample if not special])
         sequences, ends = Sequences(), [0]
         for samples in laid_out:
             for sample in samples:
@@ -127,7 +126,7 @@ class ChatTemplate:
         """The ids of a sample, in runs of the same weight. texts: the ids of each text."""
         run, weight = [], 0.0
         for text, special, cuts in sample:
-            ids = self._special_ids[text] if special else texts[text]
+            ids = self.special_ids[text] if special else texts[text]
             at = 0
             for place, following in cuts:
                 if place:  # a token that begins before the cut belongs to what stands before it
@@ -150,6 +149,11 @@ class ChatTemplate:
             return count
         offsets = self._backend().encode(text, add_special_tokens=False).offsets
         return sum(begin < place for begin, _ in offsets)
+
+    def ids_of(self, texts: list[str]) -> dict[str, list[int]]:
+        """The ids of each different text."""
+        texts = list(dict.fromkeys(texts))
+        return dict(zip(texts, self._encode(texts)))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts, in which special tokens are ordinary characters."""
@@ -200,12 +204,12 @@ class ChatTemplate:
         return [Job(self.number, messages[: sample.length], tools, sample) for sample in samples]
 
     def _render(self, jobs: list[Job]) -> list[str | None]:
-        """What the template returns for each, None where it fails. Those without tools go through it in one call, which takes half the time."""
+        """What the template returns for each, None where it fails. One call for all those without tools takes half the time."""
         found: dict[int, str] = {}
         plain = [place for place, job in enumerate(jobs) if not job.tools]
         if plain:
             with suppress(FAILURES):  # which one it was, a call for each will say
-                found = dict(zip(plain, self._apply([jobs[place].messages for place in plain], None)))
+                found = dict(zip(plain, self.apply([jobs[place].messages for place in plain], None)))
         return [found[place] if place in found else self._of_job(job) for place, job in enumerate(jobs)]
 
     def _of_job(self, job: Job) -> str | None:
@@ -264,12 +268,13 @@ class ChatTemplate:
     def _template(self, messages: list[dict], tools: list[dict] | None, **settings) -> str:
         """The conversation as text."""
         try:
-            return self._apply([messages], tools, **settings)[0]
+            return self.apply([messages], tools, **settings)[0]
         except FAILURES as error:
             said = " ".join(str(error).split()) or type(error).__name__
             self._refuse(f"the model's chat template fails on it ({said})", CHANGE, error)
 
-    def _apply(self, conversations: list[list[dict]], tools: list[dict] | None, **settings) -> list[str]:
+    def apply(self, conversations: list[list[dict]], tools: list[dict] | None, **settings) -> list[str]:
+        """What the template returns for each conversation."""
         plain = [[{key: m[key] for key in TO_TEMPLATE if key in m} for m in messages] for messages in conversations]
         return self.tokenizer.apply_chat_template(plain, tools=tools or None, tokenize=False, **settings)
 
@@ -298,10 +303,10 @@ class ChatTemplate:
                     ends = max(first, at), min(behind, at + length)
                     if ends[0] < ends[1]:
                         cuts += [(ends[0] - at + place, own or 0.0), (ends[1] - at + place, weight)]
-        return list(self._stretches(text, sorted(cuts, key=lambda cut: cut[0])))
+        return list(self.stretches(text, sorted(cuts, key=lambda cut: cut[0])))
 
     def _find_texts(self, messages: list[dict], sample: Sample, text: str, places: list[tuple[int, int]]) -> list[list]:
-        """Finds every text of the messages in what the template returned: of each message, (place in its content, in `text`, length)."""
+        """Finds every text in what the template returned: of each message, (place in its content, place in `text`, length)."""
         at, found, earliest = 0, [[] for _ in messages], self._earliest(messages, places)
         for part, frame in zip(parts_of(messages), sample.frames, strict=True):
             at = max(at, earliest[part.message])
@@ -333,7 +338,7 @@ class ChatTemplate:
                 found.append(at)
         return found
 
-    def _stretches(self, text: str, cuts: list[tuple[int, float]]) -> Iterator[Stretch]:
+    def stretches(self, text: str, cuts: list[tuple[int, float]]) -> Iterator[Stretch]:
         """What stands between two control tokens in one piece, with the cuts that fall into it."""
         piece, own = "", []  # the piece so far; its cuts
         cuts = iter([*cuts, (len(text) + 1, 0.0)])
@@ -365,21 +370,17 @@ class ChatTemplate:
 
     def notes(self) -> list[str]:
         """A line for each thing worth knowing."""
-        return self.counts.lines(self.rendering, "each answer behind the prompt that it will be asked for with")
+        return self.counts.lines(self.rendering, "one for each answer that the chat template shows differently later")
 
 
-def trimmed(text: str, rendered: str, place: int, behind: str) -> str | None:
-    """The text as it stands in `rendered` at `place`, with `behind` behind it: as it is, or with fewer blanks around it."""
-    core = text.strip()
-    begin = text.index(core)
-    for lead in range(begin + 1):
-        head = text[lead : begin + len(core)]
-        if rendered.startswith(head, place):
-            for end in range(len(text), begin + len(core) - 1, -1):
-                form = text[lead:end]
-                if rendered.startswith(form[len(head) :] + behind, place + len(head)):
-                    return form
-    return None
+def prompt_ids(tokenizer, messages: list[dict], tools: list[dict], rendering: Rendering, **settings) -> list[int]:
+    """The prompt for the next answer, as samples are laid out: special tokens that people have written are text."""
+    renderer = ChatTemplate(tokenizer, "", rendering)
+    hide = renderer.control.hide
+    text = renderer.apply([hide(messages)], hide(tools), add_generation_prompt=True, **settings)[0]
+    stretches = list(renderer.stretches(text, []))
+    ids = renderer.ids_of([part for part, special, _ in stretches if not special])
+    return [index for part, special, _ in stretches for index in (renderer.special_ids[part] if special else ids[part])]
 
 
 def shown(messages: list[dict], part: Part, control: ControlText) -> str:

@@ -41,12 +41,13 @@ class Counts:
         """One line for each thing there is to know."""
         lines = []
         if self.special.samples:
-            what = "it becomes control tokens" if rendering.allow_special else "it is encoded as plain text. --allow_special to change"
+            stays = "it is encoded as plain text. --allow_special to change"
+            what = "it becomes control tokens" if rendering.allow_special else stays
             contain = "contains" if self.special.samples == 1 else "contain"
             lines.append(f"{counted(self.special.samples)} {contain} special-token text (first: {self.special.first}); {what}")
         if self.unrolled:
-            what = f"{counted(self.unrolled)} unrolled into {self.into:,}, {why_unrolled}"
-            lines.append(f"{what}: {self.tokens / self.longest:.1f} times their tokens; --multi_turn last or as_is to change")
+            what = f"{self.unrolled:,} conversation{'s' * (self.unrolled > 1)} unrolled into {self.into:,} samples, {why_unrolled}"
+            lines.append(f"{what} ({self.tokens / self.longest:.1f} times the tokens); --multi_turn last or as_is to change")
         if self.forgotten.samples:
             what = f"thoughts before an answer that is not the last (first: {self.forgotten.first})"
             lines.append(f"{counted(self.forgotten.samples)} with {what}: the model's chat template leaves them out")

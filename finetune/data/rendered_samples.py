@@ -39,8 +39,8 @@ class Samples:
 
     lengths, supervised: int64[n], tokens of each sample, and those of them with a label (not position 0, which nothing
     predicts). weight_sums: float64[n], the sum of the weights of those. total_tokens, total_supervised: sums over the
-    samples. without_thoughts: a model that can think learns only answers without. notes: lines to print. fingerprint: a hash of all ids, labels, weights and lengths, thus equal wherever the
-    samples are the same ones.
+    samples. without_thoughts: True if the model can think and every answer was learned without thoughts. notes: lines to
+    print. fingerprint: a hash of all ids, labels, weights and lengths, thus equal wherever the samples are the same ones.
     """
 
     def __init__(self, path: str, max_length: int, arrays: dict[str, np.ndarray], meta: dict):

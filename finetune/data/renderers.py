@@ -15,7 +15,7 @@ NO_THOUGHTS = (
 
 REACT = "first-generation Qwen's tools are text (ReAct), one call after the other, each with its result: change that message"
 TOOLS_IN_TEXT = (
-    'tools are called, and none stand in "tools" alone: first-generation Qwen has a form of its own for them (ReAct) - list '
+    "tools are called, but they are listed only in the system turn's text: first-generation Qwen has a form of its own for them (ReAct) - list "
     'them in "tools" beside the turns, and take them out of the system turn'
 )
 
@@ -92,7 +92,7 @@ class ChatML:
 
     def notes(self) -> list[str]:
         """A line for each thing worth knowing."""
-        return self.counts.lines(self.rendering, "each with the tools in the question that is being answered")
+        return self.counts.lines(self.rendering, "each with the tools in the question that is answered")
 
     def identity(self) -> str:
         tokenizer = self.tokenizer

@@ -16,9 +16,9 @@ class Rendering(NamedTuple):
     """supervise: "assistant", or "chatml" for the published mask of first-generation Qwen.
 
     allow_special: special tokens that stand in a text become control tokens; without it those of train_tokens alone do.
-    multi_turn: "unroll" (each answer as, and behind the prompt with which, it will be asked for, in a sample of its own where
-    the chat template lays it out otherwise in a longer conversation), "last" (the answer to the last question alone) or
-    "as_is" (each conversation is one sample).
+    multi_turn: "unroll" (each answer after the prompt that the model will get for it, in a sample of its own where the chat
+    template shows it differently in a longer conversation), "last" (the answer to the last question alone) or "as_is" (each
+    conversation is one sample).
     empty_thoughts: "context" or "learn", for the empty block of thoughts that a template puts before an answer without any.
     """
 
@@ -27,6 +27,12 @@ class Rendering(NamedTuple):
     train_tokens: tuple[str, ...] = ()
     multi_turn: str = "unroll"
     empty_thoughts: str = "context"
+
+    @classmethod
+    def of_record(cls, record: dict) -> "Rendering":
+        """How a run laid out its conversations, from its training.json; the usual way where that says nothing."""
+        said = record.get("data", {}) | {"train_tokens": tuple(record.get("method", {}).get("train_tokens") or ())}
+        return cls(**{name: said[name] for name in cls._fields if name in said})
 
     def tokens_in_text(self, special: list[str]) -> frozenset[str]:
         """Which special tokens become control tokens where they stand in a text."""

@@ -335,3 +335,17 @@ def has_thoughts(message: dict) -> bool:
     """Has an answer thoughts of its own? An empty block is none."""
     found = thoughts_of(message)
     return bool(message.get("reasoning_content", "").strip() or found and found[1].strip())
+
+
+def trimmed(text: str, rendered: str, place: int, behind: str) -> str | None:
+    """The text as it stands in `rendered` at `place`, with `behind` behind it: as it is, or with fewer blanks around it."""
+    core = text.strip()
+    begin = text.index(core)
+    for lead in range(begin + 1):
+        head = text[lead : begin + len(core)]
+        if rendered.startswith(head, place):
+            for end in range(len(text), begin + len(core) - 1, -1):
+                form = text[lead:end]
+                if rendered.startswith(form[len(head) :] + behind, place + len(head)):
+                    return form
+    return None

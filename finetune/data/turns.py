@@ -27,6 +27,7 @@ ROLES = PLAIN_ROLES | {
 ALLOWED = (
     "system, user, assistant, tool (human and gpt are read as user and assistant; other words for tools: data/README.md)"
 )
+NUMBERS = f"true, false, 0 or a number from {keys.LEAST:f} to {keys.MOST:,.0f}"
 TEXT_ONLY = 'only {"type": "text", "text": "…"} can be trained on'
 TEXT_PARTS = ("text", "refusal")  # each has its text under its own name
 TWO_THOUGHTS = "has thoughts twice ({}), which differ; keep one of them"
@@ -194,7 +195,7 @@ class TurnReader:
             if keys.weight_of(key, value) is not None:
                 good[key] = value
                 continue
-            allowed = "true or false" if key in keys.MASKED else f"true, false or a number from 0 up (0, or {keys.LEAST:g} to {keys.MOST:,.0f})"
+            allowed = "true or false" if key in keys.MASKED else NUMBERS
             shown = f"found {value}" if isinstance(value, int | float) and abs(value) < 1e15 else f"found {kind(value)}"
             shown = shown if not isinstance(value, float) or math.isfinite(value) else "found a number that is not finite"
             self.found.find(f'"{key}" must be {allowed}, {shown}', place)
@@ -224,6 +225,8 @@ class TurnReader:
             if role == "system" and "tools" in given:
                 return Turn(place, role, "")
             return self.found.missing(text, message, place)
+        if role == "system" and message[text] is None:
+            return Turn(place, role, "") if "tools" in given else None
         content, _ = self._parts_or_text(message[text], text, place)
         return Turn(place, role, content) if role else None
 

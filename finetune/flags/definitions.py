@@ -54,9 +54,9 @@ class DataArguments:
     )
     multi_turn: Literal["unroll", "last", "as_is"] = flag(
         "unroll",
-        "Conversations of several answers. unroll: each answer is learned as, and behind the prompt with which, the model will "
-        "be asked for it; where the chat template lays out earlier answers otherwise (Qwen3 drops their thoughts), it gets a "
-        "sample of its own. last: only the answer to the last question, with its tool calls. as_is: one sample a conversation.",
+        "Conversations of several answers. unroll: each answer is learned after the prompt that the model will get for it; where "
+        "the chat template shows earlier answers differently (Qwen3 drops their thoughts), it gets a sample of its own. last: only "
+        "the answer to the last question, with its tool calls. as_is: one sample a conversation.",
     )
     empty_thoughts: Literal["context", "learn"] = flag(
         "context",

@@ -131,7 +131,7 @@ def is_complete(path: Path) -> bool:
 
 def check_same_run(path: Path, now: dict) -> dict:
     """The record of a checkpoint ({} without one). Refuses that of another base, other data, other steps or another optimizer."""
-    before = read_record(path) or {}
+    before = read_record(path)
     kept = {
         "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
         "data as rendered": lambda record: record["data"]["fingerprint"][:12],

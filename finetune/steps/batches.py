@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from .plan import Plan
+from qwen_model.chatml import IGNORE
 
-IGNORE = -100
+from .plan import Plan
 
 
 def pack(samples: list[tuple[np.ndarray, np.ndarray]], weights: list[np.ndarray | None] | None = None) -> dict:

@@ -277,10 +277,14 @@ def test_answers_of_other_questions_are_not_taken_for_the_same():
         messages = chat(*[text for i in range(count) for text in (f"q{i}", f"a{i}")])
         return Conversation([m | ({"reasoning_content": "hm"} if m["role"] == "assistant" else {}) for m in messages])
 
+    before = [thinking(2) for _ in range(4)]  # of four shapes, alike in their first answer
+    before[1].messages[-1]["weight"] = 0.0
+    del before[2].messages[-1]["reasoning_content"]
+    before[3].messages[-1] |= {"weight": 0.0, "content": "a</think>b"}
     tokenizer = make_tokenizer(TWO_QUESTIONS + PROMPT)
     alone = ChatTemplate(tokenizer).render_batch([thinking(3)])
     renderer = ChatTemplate(tokenizer)
-    *_, behind = renderer.render_batch([thinking(2)] * 4 + [thinking(3)])
+    *_, behind = renderer.render_batch([*before, thinking(3)])
     renderer.problems.raise_if_any()
     assert [sample.ids.tolist() for sample in behind] == [sample.ids.tolist() for sample in alone[0]] and len(behind) == 2
     assert [sample.labels.tolist() for sample in behind] == [sample.labels.tolist() for sample in alone[0]]

@@ -83,7 +83,7 @@ def test_a_turn_that_is_no_answer_may_say_that_it_is_not_learned(tmp_path, said)
     assert messages_of(tmp_path, chat(Q | said, answer())) == [Q, answer()]
 
 
-NUMBER = "must be true, false or a number from 0 up (0, or 1e-06 to 1,000,000)"
+NUMBER = "must be true, false, 0 or a number from 0.000001 to 1,000,000"
 NOT_LEARNED = (
     ': no assistant answer to learn from: all are marked as not to be learned ("train": false, "weight": 0 or the like)'
 )

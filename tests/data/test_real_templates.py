@@ -226,8 +226,8 @@ def test_multi_turn_last_and_as_is():
 def test_what_unrolling_costs_and_empty_blocks_are_said():
     learned, notes = texts_learned("qwen3", CASES["two answers"][0])
     assert notes == [
-        "1 sample unrolled into 2, each answer behind the prompt that it will be asked for with: 1.6 times their tokens; "
-        "--multi_turn last or as_is to change",
+        "1 conversation unrolled into 2 samples, one for each answer that the chat template shows differently later (1.6 times the "
+        "tokens); --multi_turn last or as_is to change",
         "2 of 2 answers have no thoughts: the empty block of thoughts that the template adds is context, not learned (--empty_thoughts learn to change)",
     ]
     for name, expected in (

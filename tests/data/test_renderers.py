@@ -71,7 +71,7 @@ def test_with_tools_each_question_makes_a_sample(tokenizer):
     assert ["Begin!\n\nQuestion: a" in text for text in texts] == [True, False]
     assert ["user\na<|im_end|>" in text for text in texts] == [False, True] and "Begin!\n\nQuestion: c" in texts[1]
     (note,) = notes
-    assert note.startswith("1 sample unrolled into 2, each with the tools in the question that is being answered: ")
+    assert note.startswith("1 conversation unrolled into 2 samples, each with the tools in the question that is answered (")
 
 
 def test_multi_turn_with_tools(tokenizer):

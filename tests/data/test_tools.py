@@ -30,7 +30,34 @@ from tool_talks import (
 from finetune.data.conversations import read
 from finetune.data.messages import Conversation, call
 
+TYPED = {"name": "zip", "parameters": {"type": "object", "properties": {name: {"type": "string"} for name in "abc"}}}
+XML = "<tool_call>\n<function=zip>\n<parameter=a>\n12345\n</parameter>\n<parameter=b>\ntrue\n</parameter>\n</function>\n</tool_call>"
+QWENS_OWN = {"name_for_model": "sky", "name_for_human": "Himmel", "description_for_model": "d", "parameters": [{"name": "x"}]}
+
+
+@pytest.mark.parametrize("where", ["beside", "text"])
+def test_values_of_calls_in_text_have_the_types_of_the_tool(tmp_path, where):
+    system = {"role": "system", "content": f"<tools>\n{json.dumps(TYPED)}\n</tools>"}
+    sample = {"messages": [*([system] if where == "text" else []), Q, {"role": "assistant", "content": XML}]}
+    sample |= {"tools": [TYPED]} if where == "beside" else {}
+    (conversation,) = read(write(tmp_path, [sample]))
+    assert conversation.messages[-1]["tool_calls"] == [call("zip", {"a": "12345", "b": "true"})]
+
+
+def test_qwens_own_form_of_tools(tmp_path):
+    """As first-generation Qwen's example has them: what the model is told stands in name_for_model."""
+    sample = {"tools": [QWENS_OWN], "messages": [Q, calls(call("sky", {"x": 1}))]}
+    (conversation,) = read(write(tmp_path, [sample]))
+    (tool,) = conversation.tools
+    assert tool["function"] == QWENS_OWN | {"name": "sky", "description": "d"}
+    from qwen_model.react import render
+
+    asked = render(conversation.messages, conversation.tools)[0]["content"]
+    assert "sky: Call this tool to interact with the Himmel API. What is the Himmel API useful for? d Parameters: [" in asked
+
+
 SPELLINGS = [  # a sample, and its messages in the inner form, with TOOLS
+    (chat({"role": "system", "content": None}, Q, A), [Q, A]),  # null counts as absent
     # OpenAI
     (chat(Q, calls(PARIS), {"role": "tool", "content": "sun"}, A), ONE),
     (chat(Q, calls(as_text(PARIS)), {"role": "tool", "content": "sun", "name": "sky"}, A), ONE),

@@ -16,7 +16,7 @@ from tiny import small_checkpoint, tiny_gptq, wide_checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import qwen_model
-from finetune import ask
+from finetune.ask import __main__ as ask
 from finetune.errors import UserError
 from finetune.flags.definitions import LoraArguments
 from finetune.folders import checkpoint, model_folder, quant_settings
