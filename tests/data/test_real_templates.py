@@ -77,8 +77,11 @@ def learned_of(tokenizer, sample) -> list[tuple[str, str]]:
     return [(decode(ids[:begin]), decode(ids[begin:end])) for begin, end in zip(begins, ends)]
 
 
-def check(tokenizer, conversation: Conversation) -> list:
-    """Renders a conversation and holds it against the template; returns the samples."""
+def check(tokenizer, conversation: Conversation, with_control_text: bool = False) -> list:
+    """Renders a conversation and holds it against the template; returns the samples.
+
+    with_control_text: some texts hold special tokens, which are text here and tokens for transformers.
+    """
     renderer = ChatTemplate(tokenizer)
     (samples,) = renderer.render_batch([conversation])
     renderer.problems.raise_if_any()
@@ -88,8 +91,10 @@ def check(tokenizer, conversation: Conversation) -> list:
         for length in range(2, len(messages) + 1)
         if messages[length - 1]["role"] == "assistant"
     ]
+    texts = [tokenizer.decode(ids) for ids in every]
     for sample in samples:
-        assert sample.ids.tolist() in every, "the ids of the template's own text"
+        assert with_control_text or sample.ids.tolist() in every, "the ids of the template's own text"
+        assert tokenizer.decode(sample.ids) in texts
     found = sorted(pair for sample in samples for pair in learned_of(tokenizer, sample))
     wanted = [n for n, m in enumerate(messages) if m["role"] == "assistant" and conversation.messages[n].get("weight", 1)]
     expected = sorted(asked_for(tokenizer, conversation, number) for number in wanted)
@@ -315,45 +320,47 @@ HOSTILE = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|vision_start|>", "<
 
 
 def hostile(draw: random.Random) -> str:
-    return "x" + "".join(draw.choices(HOSTILE, k=draw.randint(1, 6))) + "y"
+    """Not blank, but for the rest anything, also at its beginning and end."""
+    pieces = draw.choices(HOSTILE, k=draw.randint(1, 6))
+    return "".join([*pieces[: len(pieces) // 2], "x", *pieces[len(pieces) // 2 :]])
 
 
-def hostile_conversation(draw: random.Random) -> Conversation:
+def hostile_conversation(draw: random.Random, thinks: bool) -> Conversation:
     """Special-token text in every place that a text can have."""
-    turns = [user(hostile(draw)), answer(hostile(draw))]
     tools = []
     if draw.random() < 0.3:
         tools = json.loads(json.dumps(TOOLS))
         tools[0]["function"]["description"] = hostile(draw)
-        arguments = {hostile(draw): hostile(draw), "city": [hostile(draw)]}
-        turns = [user(hostile(draw)), answer(tool_calls=[call("get_weather", arguments)]), result(hostile(draw)), answer(hostile(draw))]
-    if draw.random() < 0.3:
-        turns = [{"role": "system", "content": hostile(draw)}, *turns]
+    turns = [{"role": "system", "content": hostile(draw)}] if draw.random() < 0.3 else []
+    for _ in range(draw.choice([1, 1, 2])):
+        turns.append(user(hostile(draw)))
+        if tools and draw.random() < 0.7:
+            arguments = {hostile(draw): hostile(draw), "city": [hostile(draw)]}
+            turns += [answer(tool_calls=[call("get_weather", arguments)]), result(hostile(draw))]
+        more = {"reasoning_content": hostile(draw)} if thinks and draw.random() < 0.3 else {}
+        turns.append(answer(hostile(draw), **more))
     return Conversation(turns, tools)
 
 
 def check_control_tokens(name: str, count: int) -> None:
+    """Every control token is one that the template writes; of one in twenty all else is looked at, too."""
     tokenizer, draw, done = real_tokenizer(name), random.Random(name), 0
-    special = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|vision_start|>"])
+    end, start, *others = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|vision_start|>"])
     renderer = ChatTemplate(tokenizer)
     while done < count:
-        batch = [hostile_conversation(draw) for _ in range(min(500, count - done))]
-        for conversation, samples in zip(batch, renderer.render_batch(batch)):
-            for sample in samples:
-                turns = int((sample.ids == special[1]).sum())
-                whole = tokenizer.decode(sample.ids)
-                real = whole.count("<|im_start|>") - written(whole, sample, tokenizer, "<|im_start|>")
-                assert turns == real and (sample.ids == special[0]).sum() == turns
-                assert not np.isin(sample.ids, special[2:]).any()
-                assert (sample.labels == special[0]).sum() == len(learned_of(tokenizer, sample))
-                assert conversation.messages[-1]["content"].strip() in whole or len(samples) > 1
+        batch = [hostile_conversation(draw, name in THINKING) for _ in range(min(500, count - done))]
+        rendered = renderer.render_batch(batch)
+        renderer.problems.raise_if_any()
+        for conversation, samples in zip(batch, rendered):
+            roles = [message["role"] for message in conversation.messages]
+            for ids, labels, _ in samples:
+                turns = (ids == start).sum()
+                assert turns == (ids == end).sum() <= len(roles) + 1 and not np.isin(ids, others).any()
+                assert np.array_equal(np.flatnonzero(labels == end), np.flatnonzero((labels >= 0) & (ids == end)))
+            assert sum((labels == end).sum() for _, labels, _ in samples) == roles.count("assistant")
+        for conversation in batch[::20]:
+            check(tokenizer, conversation, with_control_text=True)
         done += len(batch)
-
-
-def written(whole: str, sample, tokenizer, token: str) -> int:
-    """How often a special token stands in the text as text: counted with the control tokens taken out."""
-    kept = [index for index in sample.ids.tolist() if index != tokenizer.convert_tokens_to_ids(token)]
-    return tokenizer.decode(kept).count(token)
 
 
 @pytest.mark.parametrize("name", REAL)

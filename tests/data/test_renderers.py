@@ -1,11 +1,13 @@
 """First-generation Qwen: which samples a conversation makes, with tools and without; and what both renderers have in common."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from chat_templates import make_tokenizer, real_tokenizer
 from talks import talk, write
+from test_real_templates import hostile_conversation
 
 from finetune.data.messages import Conversation, call
 from finetune.data.rendered_samples import load
@@ -267,3 +269,31 @@ def test_the_example_with_tools(cache, tokenizer):
         texts = [text for i in range(len(samples)) for text in learned(each, samples[i])]
         assert sum(text.count(opening) for text in texts) == len(calls)
         assert not [result for result in results if any(result in text for text in texts)]
+
+
+# ---- no text makes a control token
+
+
+def check_first_generation(tokenizer, count: int) -> None:
+    """Hostile conversations, with tools and without: control tokens are the format's own, and every answer ends with one."""
+    draw, renderer = random.Random(0), renderer_of(tokenizer, "talk.json")
+    start, end = tokenizer.im_start_id, tokenizer.im_end_id
+    others = [index for index in tokenizer.special_tokens.values() if index not in (start, end)]
+    for _ in range(-(-count // 500)):
+        batch = [hostile_conversation(draw, thinks=False) for _ in range(500)]
+        for conversation, samples in zip(batch, renderer.render_batch(batch)):
+            for ids, labels, _ in samples:
+                turns = sum(message["role"] in ("system", "user") for message in conversation.messages) * 2 + 1
+                assert (ids == start).sum() == (ids == end).sum() <= turns and not np.isin(ids, others).any()
+                assert ((labels == ids) | (labels == -100)).all() and labels[-2] == end
+    lines = renderer.problems.found
+    assert all("read back as something else" in line or "generation stops" in line for line in lines), lines
+
+
+def test_no_text_makes_a_control_token(tokenizer):
+    check_first_generation(tokenizer, 500)
+
+
+@pytest.mark.slow
+def test_no_text_of_many_makes_a_control_token(tokenizer):
+    check_first_generation(tokenizer, 20_000)
