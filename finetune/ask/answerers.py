@@ -7,8 +7,6 @@ from pathlib import Path
 from threading import Thread
 
 from ..compare.opened import GREEDY, open_named
-from ..data.chat_template import prompt_ids
-from ..data.rendering import Rendering
 from ..data.tool_text import split_calls
 from ..errors import UserError
 from ..folders import checkpoint
@@ -57,6 +55,8 @@ class LaterAnswerer:
     def __init__(self, tokenizer, model, options):
         self.tokenizer, self.model, self.system = tokenizer, model, options.system
         self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
+        from ..data.rendering import Rendering  # not above: without numpy the program still says what is missing
+
         record = checkpoint.read_record(Path(options.folder))
         self.thinking, self.rendering = thinking_of(options, record), Rendering.of_record(record)
 
@@ -97,6 +97,8 @@ class LaterAnswerer:
     def tokenized(self, messages: list[dict], tools: list[dict] = ()) -> dict:
         """{input_ids, attention_mask} of a conversation up to the next answer, (1, T) each."""
         import torch
+
+        from ..data.chat_template import prompt_ids
 
         messages = [*opening(self.system), *messages]
         ids = prompt_ids(self.tokenizer, messages, list(tools), self.rendering, **self.thinking)
