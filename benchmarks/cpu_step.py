@@ -144,7 +144,8 @@ def batch(path: Path, tokenizer, limit: int) -> list:
     messages = [
         [{roles[key]: value for key, value in turn.items()} for turn in sample["conversations"]] for sample in chosen
     ]
-    return [render(tokenizer, each, max_length=limit) for each in messages]
+    samples = (render(tokenizer, each, max_length=limit) for each in messages)
+    return [(sample.ids, sample.labels) for sample in samples]  # without weights: each label counts 1
 
 
 def stopwatch():
