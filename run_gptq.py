@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(options) -> None:
     """Everything a user gave is checked before a weight is read."""
-    from finetune.data import conversations  # and with it tqdm, which reads quiet()'s settings then
+    from finetune.conversations import reading  # and with it tqdm, which reads quiet()'s settings then
 
     findings, folder = Findings(), hub.find_folder(options.model_name_or_path)
     settings = settings_of(options)
@@ -38,7 +38,7 @@ def job(options) -> None:
     with findings:
         gptq_checks.check_quantizing(folder, options.out_path, settings, options.samples, options.max_len)
     with findings:
-        read = conversations.read(options.data_path)
+        read = reading.read(options.data_path)
     findings.raise_if_any()
     gptq_checks.check_values(folder)
     from finetune.gptq import calibration, pipeline  # with torch, whose import takes seconds: after the checks

@@ -123,8 +123,8 @@ def write_short(path: Path, count: int) -> None:
 
 
 def speed(folder: Path, options) -> dict:
-    from finetune.data import rendered_samples
     from finetune.model import loading
+    from finetune.samples import rendered_samples
 
     path, tokenizer = folder / "data.jsonl", loading.load_tokenizer(options.model or folder / "model")
     count = write_repeated(path, options.data, options.megabytes)
@@ -150,8 +150,8 @@ def speed(folder: Path, options) -> dict:
 
 
 def memory(folder: Path, options) -> dict:
-    from finetune.data import rendered_samples
     from finetune.model import loading
+    from finetune.samples import rendered_samples
     from finetune.steps.peak_memory import memory_gb
 
     tokenizer, begin = loading.load_tokenizer(folder / "model"), time.perf_counter()
@@ -168,8 +168,8 @@ def start(folder: Path, options) -> dict:
     import transformers
     from transformers import Trainer  # noqa: F401
 
-    from finetune.data import rendered_samples  # noqa: F401
     from finetune.flags import args  # noqa: F401
+    from finetune.samples import rendered_samples  # noqa: F401
     from finetune.steps import preparation, report, trainer  # noqa: F401
 
     ends = []

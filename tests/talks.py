@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.conversations import read
+from finetune.conversations.reading import read
 from finetune.errors import UserError
 
 

@@ -249,8 +249,8 @@ def test_special_token_text_stays_text(run, tmp_path):
     path.write_text(json.dumps([{"conversations": [{"from": role, "value": value} for role, value in turns]}]))
     code, printed = run("--use_lora", "--gradient_accumulation_steps", "1", data=path)
     assert code == 0 and "special-token text" in printed
-    from finetune.data import rendered_samples
     from finetune.model.loading import load_tokenizer
+    from finetune.samples import rendered_samples
 
     tokenizer = load_tokenizer(small_checkpoint(tmp_path / "base"))
     ids, labels = rendered_samples.load(path, tokenizer, max_length=512)[0]

@@ -38,7 +38,7 @@ def test_every_import_goes_down():
 
 def test_imports_that_go_up_are_found_inside_functions_too(copied):
     planted = {
-        "finetune/data/conversations.py": "from ..steps import plan",
+        "finetune/conversations/reading.py": "from ..steps import plan",
         "finetune/folders/config_files.py": "from . import model_folder",
         "qwen_model/chatml.py": "from peft import LoraConfig",
     }
@@ -49,7 +49,7 @@ def test_imports_that_go_up_are_found_inside_functions_too(copied):
     assert code == 1, said
     for contract in (FLOORS, CIRCLES, MODEL):
         assert f"{contract} BROKEN" in said, said
-    assert "finetune.data.conversations -> finetune.steps.plan" in said, said
+    assert "finetune.conversations.reading -> finetune.steps.plan" in said, said
 
 
 def test_a_wing_without_a_floor_is_found(copied):
@@ -60,7 +60,7 @@ def test_a_wing_without_a_floor_is_found(copied):
 
 def test_wings_say_what_they_are_for_and_forward_nothing():
     wings = sorted(path for path in (ROOT / "finetune").glob("*/__init__.py"))
-    assert len(wings) == 14
+    assert len(wings) == 16
     for path in [ROOT / "finetune" / "__init__.py", *wings]:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) == 1 and lines[0].startswith('"""') and lines[0].endswith('."""'), path

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_model
 import run_gptq
-from finetune.data import conversations
+from finetune.conversations import reading
 from finetune.flags.definitions import LoraArguments
 from finetune.folders import checkpoint, model_folder, quant_settings, shards
 from finetune.folders.new_folder import hide_config_until_done, new_folder
@@ -121,7 +121,7 @@ def test_it_loads_with_the_logits_of_its_weights(made, bits):
 
 def test_eight_bits_are_closer_than_four_and_gptq_than_rounding(made, source, tokenizer):
     """On the calibration data, in logits."""
-    drawn = calibration.draw(conversations.read(quantizing.DATA), tokenizer, 64, 42, 2048)
+    drawn = calibration.draw(reading.read(quantizing.DATA), tokenizer, 64, 42, 2048)
 
     def error(some_model) -> float:
         with torch.no_grad():
@@ -186,7 +186,7 @@ def test_variants(tmp_path, variant, capsys):
 
 def test_a_merge_may_quantize_what_it_has_just_written(source, tmp_path):
     """The 16-bit model lies in the same folder, and loads only as long as this process lives."""
-    drawn = calibration.draw(conversations.read(quantizing.DATA), loading.load_tokenizer(source), 4, 0, 64)
+    drawn = calibration.draw(reading.read(quantizing.DATA), loading.load_tokenizer(source), 4, 0, 64)
     with new_folder(tmp_path / "out") as staging:
         shutil.copytree(source, staging / "merged")
         hide_config_until_done(staging / "merged")

@@ -2,7 +2,7 @@
 
 import json
 
-from finetune.data.messages import call
+from finetune.conversations.messages import call
 
 Q = {"role": "user", "content": "q"}
 A = {"role": "assistant", "content": "a"}

@@ -11,7 +11,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from finetune.data import rendered_samples  # noqa: E402
+from finetune.samples import rendered_samples  # noqa: E402
 
 IGNORE = -100
 

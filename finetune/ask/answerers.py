@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 from ..compare.opened import GREEDY, open_named
-from ..data.tool_text import split_calls
+from ..conversations.tool_text import split_calls
 from ..errors import UserError
 from ..folders import checkpoint
 from ..folders.model_folder import LATER_TYPES
@@ -55,7 +55,7 @@ class LaterAnswerer:
     def __init__(self, tokenizer, model, options):
         self.tokenizer, self.model, self.system = tokenizer, model, options.system
         self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
-        from ..data.rendering import Rendering  # not above: without numpy the program still says what is missing
+        from ..samples.rendering import Rendering  # not above: without numpy the program still says what is missing
 
         record = checkpoint.read_record(Path(options.folder))
         self.thinking, self.rendering = thinking_of(options, record), Rendering.of_record(record)
@@ -98,7 +98,7 @@ class LaterAnswerer:
         """{input_ids, attention_mask} of a conversation up to the next answer, (1, T) each."""
         import torch
 
-        from ..data.chat_template import prompt_ids
+        from ..samples.chat_template import prompt_ids
 
         messages = [*opening(self.system), *messages]
         ids = prompt_ids(self.tokenizer, messages, list(tools), self.rendering, **self.thinking)

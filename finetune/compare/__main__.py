@@ -54,15 +54,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(options) -> None:
     """Checks, measures, prints."""
-    from ..data import conversations  # and with it tqdm, which reads quiet()'s settings then
+    from ..conversations import reading  # and with it tqdm, which reads quiet()'s settings then
 
     check_options(options)
     adapters = [name for name in options.models if opened.is_adapter(name)]
     if options.base and not adapters:
         raise UserError(f"--base {options.base}: none of the models is an adapter, which has a base - leave it out")
     models = [opened.open_named(name, options.base if name in adapters else None) for name in options.models]
-    if options.data_path and not conversations.begins_well(options.data_path):
-        conversations.read(options.data_path)  # which says what is wrong, before seconds of imports
+    if options.data_path and not reading.begins_well(options.data_path):
+        reading.read(options.data_path)  # which says what is wrong, before seconds of imports
     from . import agreement  # with torch
 
     samples, prompts = scored_samples(options, models)
@@ -129,7 +129,7 @@ def scored_samples(options, models: list):
 
 def drawn(options, tokenizer) -> tuple[list, str]:
     """(the drawn samples, what tells whether another tokenizer makes the same ones)."""
-    from ..data import rendered_samples
+    from ..samples import rendered_samples
 
     length, long_samples = options.model_max_length, options.long_samples
     every = rendered_samples.load(options.data_path, tokenizer, max_length=length, long_samples=long_samples)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.sample_files import SampleFile
+from ..data_files.sample_files import SampleFile
 from ..distributed import engines
 from ..errors import UserError, note, warn
 from ..folders import adapter_folder, config_files, model_folder

@@ -9,7 +9,7 @@ import sys
 from types import SimpleNamespace
 
 from ..compat import on_transformers, unused
-from ..data import conversations
+from ..conversations import reading
 from ..errors import Findings, first_of_two
 from ..model import packages
 from . import args as arguments
@@ -49,8 +49,8 @@ def check(args: Args) -> None:
     findings, files = Findings(), args.data.files()
     with findings:
         checks.check_first(args)
-    if findings.findings or not all(conversations.begins_well(path, flag) for flag, path in files.items()):
+    if findings.findings or not all(reading.begins_well(path, flag) for flag, path in files.items()):
         for flag, path in files.items():  # the program ends here: whole, so that all findings stand together
             with findings:
-                conversations.read(path, flag=flag)
+                reading.read(path, flag=flag)
     findings.raise_if_any()

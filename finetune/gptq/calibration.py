@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.conversations import Conversations
-from ..data.messages import Conversation
-from ..data.renderers import renderer_of
-from ..data.rendering import Rendering
+from ..conversations.messages import Conversation
+from ..conversations.reading import Conversations
 from ..folders import config_files, model_folder
+from ..samples.renderers import renderer_of
+from ..samples.rendering import Rendering
 from .settings import FEW, MANY
 
 BATCH = 256  # conversations rendered at a time

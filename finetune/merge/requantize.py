@@ -32,13 +32,13 @@ def earlier(adapter: Path, base: Path) -> Quantization:
 
 def read_calibration_data(wish: RequantizeOptions):
     """The conversations, read and checked before anything is merged."""
-    from ..data import conversations
+    from ..conversations import reading
 
     if not wish.data_path:
         raise UserError("--requantize needs conversations to calibrate on - give them with --data_path")
     if wish.samples < 1:
         raise UserError(f"--samples {wish.samples}: nothing to calibrate on - give {FEW} to {MANY}")
-    return conversations.read(wish.data_path)
+    return reading.read(wish.data_path)
 
 
 def requantize(merged: Path, staging: Path, read, wish: RequantizeOptions, to: Quantization, name: str, max_bytes: int) -> None:

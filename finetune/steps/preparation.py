@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data import rendered_samples
-from ..data.rendered_samples import Samples
 from ..distributed import engines, ranks
 from ..errors import Findings, UserError, each_line_once, note, warn
 from ..flags import checks, definitions
 from ..folders import checkpoint, hub
 from ..lora import adapters
 from ..model import kinds, loading
+from ..samples import rendered_samples
+from ..samples.rendered_samples import Samples
 from . import memory_plan, run_record
 from .memory_model import Estimate
 from .plan import Plan

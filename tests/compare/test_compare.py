@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import qwen_model
 from finetune.compare import __main__ as compare
 from finetune.compare import agreement, side_by_side
-from finetune.data import rendered_samples
 from finetune.model import loading
+from finetune.samples import rendered_samples
 
 TALKS = [
     {"conversations": [

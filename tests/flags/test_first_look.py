@@ -6,7 +6,7 @@ import pytest
 from command_lines import make_world, read, write_config
 
 from finetune.compat import on_transformers
-from finetune.data import conversations
+from finetune.conversations import reading
 from finetune.errors import UserError, note
 from finetune.flags import checks, first_look
 
@@ -108,12 +108,12 @@ def test_all_of_a_file_is_told_and_all_files(world):
 @pytest.mark.parametrize("layout", ["list", "lines"])
 def test_of_a_large_file_it_reads_the_beginning(world, monkeypatch, layout):
     """The window that a file is read through is a megabyte."""
-    monkeypatch.setattr(conversations, "BEGINNING_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "BEGINNING_BYTES", 1 << 20)
     long = {"conversations": [GOOD["conversations"][0], {"from": "assistant", "value": "word " * 100}]}
     write = json.dumps if layout == "list" else lambda samples: "\n".join(map(json.dumps, samples))
     world.data.write_text(write([long] * 10000 + [BAD]))
     assert seen(world) == []
-    monkeypatch.setattr(conversations, "BEGINNING_BYTES", 16 << 20)
+    monkeypatch.setattr(reading, "BEGINNING_BYTES", 16 << 20)
     assert [line.split(" turn")[0].split(" (line")[0] for line in seen(world)] == [f"{world.data}: sample 10001"]
-    monkeypatch.setattr(conversations, "BEGINNING_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "BEGINNING_BYTES", 1 << 20)
     assert len(seen(world, "-m", "nowhere")) == 2  # the program ends anyway: then all of it

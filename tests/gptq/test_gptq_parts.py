@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qwen_model
 from finetune.compare.agreement import Agreement
-from finetune.data import conversations
+from finetune.conversations import reading
 from finetune.errors import UserError
 from finetune.folders import gptq_format
 from finetune.folders.shards import Shards
@@ -33,7 +33,7 @@ def data(tmp_path):
     asked = [{"from": "user", "value": f"{i}?" + " 9" * i} for i in range(100)]
     samples = [{"conversations": [turn, {"from": "assistant", "value": str(i)}]} for i, turn in enumerate(asked)]
     (tmp_path / "data.json").write_text(json.dumps(samples))
-    return conversations.read(tmp_path / "data.json")
+    return reading.read(tmp_path / "data.json")
 
 
 def test_the_seed_decides_what_is_drawn(data, tokenizer):
@@ -49,7 +49,7 @@ def test_the_seed_decides_what_is_drawn(data, tokenizer):
 
 
 def test_rendered_as_for_training(data, tokenizer):
-    from finetune.data.renderers import renderer_of
+    from finetune.samples.renderers import renderer_of
 
     expected = [(ids, labels) for ((ids, labels, _),) in renderer_of(tokenizer).render_batch(list(data))]
     drawn = calibration.draw(data, tokenizer, 1000, 0, 60)

@@ -51,7 +51,7 @@ def test_a_row_of_samples_without_weights_has_none():
 
 
 class Listed(list):
-    """Samples in memory, with the interface of finetune/data's; every fifth weighs 0.5."""
+    """Samples in memory, with the interface of finetune/samples'; every fifth weighs 0.5."""
 
     def token_weights(self, i):
         return None if i % 5 else np.full(2, 0.5, np.float32)

@@ -7,8 +7,8 @@ from chat_templates import make_tokenizer, real_template
 from talks import talk, write
 from tiny import later_model, small_checkpoint
 
-from finetune.data.rendered_samples import load
 from finetune.model import later_qwen, loading
+from finetune.samples.rendered_samples import load
 from finetune.steps.batches import Steps
 from finetune.steps.plan import Plan
 

@@ -16,7 +16,7 @@ from finetune.steps.trainer import PlannedTrainer
 
 
 class Samples:
-    """Samples in memory, with the interface of finetune/data's."""
+    """Samples in memory, with the interface of finetune/samples'."""
 
     def __init__(self, count=20, seed=0):
         ids, labels = random_samples(count, seed=seed)

@@ -5,9 +5,9 @@ import math
 import re
 from typing import NamedTuple
 
+from ..data_files.sample_files import DECODER, TWICE
 from .file_findings import half_character, kind, quoted
 from .messages import call
-from .sample_files import DECODER, TWICE
 from .tool_text import split_calls
 
 MAX_DEPTH = 100  # of objects and lists inside one another

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..data_files.sample_files import TWICE
 from .data_notes import Seen, counted
 from .keys import Refusal
-from .sample_files import TWICE
 
 SHOWN = 20  # findings of one file that are printed
 SHOWN_NAMES = 6  # keys that one refusal names

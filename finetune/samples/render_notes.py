@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .data_notes import Seen, counted
+from ..conversations.data_notes import Seen, counted
 from .rendering import Rendering
 
 

@@ -10,10 +10,10 @@ from chat_templates import REAL, real_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.chat_template import ChatTemplate
-from finetune.data.messages import Conversation, call
-from finetune.data.rendering import Rendering
+from finetune.conversations.messages import Conversation, call
 from finetune.errors import UserError
+from finetune.samples.chat_template import ChatTemplate
+from finetune.samples.rendering import Rendering
 
 THINKING = ("qwen3", "qwen3_thinking_2507", "qwen3_5_think", "qwen3_5_nothink")
 WAYS = ({}, {"enable_thinking": True}, {"enable_thinking": False})

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from talks import SAMPLES, ByteTokenizer, laid_out, messages_of, talk, write
 
-from finetune.data import rendered_samples
-from finetune.data.rendered_samples import load
 from finetune.errors import UserError
+from finetune.samples import rendered_samples
+from finetune.samples.rendered_samples import load
 from qwen_model import chatml
 
 

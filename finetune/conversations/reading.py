@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from ..data_files.sample_files import TWICE, SampleFile
 from ..errors import UserError, on_first_rank
 from . import keys, order, tool_turns
 from .data_notes import Noted
 from .file_findings import FileFindings, kind, quoted
 from .messages import Conversation
-from .sample_files import TWICE, SampleFile
 from .tool_spellings import Unreadable, tools_in_keys
 from .turns import Turn, TurnReader
 

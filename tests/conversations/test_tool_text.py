@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.messages import call
-from finetune.data.tool_text import split_calls
+from finetune.conversations.messages import call
+from finetune.conversations.tool_text import split_calls
 
 TEMPLATES = Path(__file__).parent.parent.parent.parent / "shared" / "templates"
 NAMES = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink")

@@ -7,8 +7,8 @@ import pytest
 from talks import write
 from tool_talks import BARE, TOOLS, as_text, bare, block, result
 
-from finetune.data.conversations import read
-from finetune.data.messages import call
+from finetune.conversations.messages import call
+from finetune.conversations.reading import read
 
 LETTERS = ['"', "\\", "{", "}", "好", "😀", "a", " ", "\n", "<think", "null", "\u2028", "%"]
 

@@ -27,8 +27,8 @@ from tool_talks import (
     shared,
 )
 
-from finetune.data.conversations import read
-from finetune.data.messages import Conversation, call
+from finetune.conversations.messages import Conversation, call
+from finetune.conversations.reading import read
 
 TYPED = {"name": "zip", "parameters": {"type": "object", "properties": {name: {"type": "string"} for name in "abc"}}}
 XML = "<tool_call>\n<function=zip>\n<parameter=a>\n12345\n</parameter>\n<parameter=b>\ntrue\n</parameter>\n</function>\n</tool_call>"

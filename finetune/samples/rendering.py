@@ -3,9 +3,9 @@
 import json
 from typing import NamedTuple
 
+from ..conversations.data_notes import Seen
+from ..conversations.file_findings import SHOWN
 from ..errors import UserError
-from .data_notes import Seen
-from .file_findings import SHOWN
 
 MOST = 1000  # conversations that cannot be rendered, until the rest is not looked at
 FRAME = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # of the formats themselves: never from a text, unless asked for

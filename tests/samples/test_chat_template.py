@@ -9,12 +9,12 @@ from chat_templates import QWEN2, QWEN3, QWEN25, THINKING, make_tokenizer, real_
 from talks import TALK, talk, write
 from tokenizers import AddedToken
 
-from finetune.data import chat_template, rendered_samples
-from finetune.data.chat_template import ChatTemplate
-from finetune.data.messages import Conversation, call
-from finetune.data.rendered_samples import load
-from finetune.data.rendering import Rendering
+from finetune.conversations.messages import Conversation, call
 from finetune.errors import UserError
+from finetune.samples import chat_template, rendered_samples
+from finetune.samples.chat_template import ChatTemplate
+from finetune.samples.rendered_samples import load
+from finetune.samples.rendering import Rendering
 
 TEMPLATES = {"Qwen2": QWEN2, "Qwen2.5": QWEN25, "Qwen3": QWEN3, "thinking": THINKING}
 LEFT_OUT = "the model's chat template leaves them out"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from talks import GOOD, TALK, findings, turns, write
 
-from finetune.data.conversations import read
-from finetune.data.messages import Conversation, call
+from finetune.conversations.messages import Conversation, call
+from finetune.conversations.reading import read
 
 EXPECTED = 'expected "conversations" (from/value), "messages" (role/content) or "instruction"/"output"'
 ALLOWED = (

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from talks import SAMPLES, START, ByteTokenizer, laid_out, messages_of, talk, write
 
-from finetune.data import conversations, rendered_samples
-from finetune.data.rendered_samples import load
+from finetune.conversations import reading
 from finetune.errors import UserError
+from finetune.samples import rendered_samples
+from finetune.samples.rendered_samples import load
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "labels.json").read_text(encoding="utf-8"))
@@ -161,7 +162,7 @@ def test_nothing_left(tmp_path, cache):
 def test_progress_only_where_it_takes_long(tmp_path, cache, capfd, monkeypatch):
     bars = []
     monkeypatch.setattr(
-        rendered_samples, "tqdm", lambda **settings: bars.append(settings) or conversations.tqdm(**settings)
+        rendered_samples, "tqdm", lambda **settings: bars.append(settings) or reading.tqdm(**settings)
     )
     load(write(tmp_path, SAMPLES), ByteTokenizer(), max_length=200)
     assert capfd.readouterr().err == ""
@@ -173,7 +174,7 @@ def test_progress_only_where_it_takes_long(tmp_path, cache, capfd, monkeypatch):
 
 def test_nothing_heavy_is_imported():
     """Data is checked before anything large is loaded."""
-    code = "import sys, finetune.data.rendered_samples; print(*sys.modules)"
+    code = "import sys, finetune.samples.rendered_samples; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     imported = set(result.stdout.split())
     assert "numpy" in imported and not imported & {"torch", "transformers", "peft", "deepspeed", "pyarrow"}

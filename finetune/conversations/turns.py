@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..data_files.sample_files import TWICE
 from . import keys, tool_spellings
 from .data_notes import Noted
 from .file_findings import FileFindings, half_character, kind, quoted
-from .sample_files import TWICE
 from .tool_spellings import Unreadable
 
 PLAIN_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}

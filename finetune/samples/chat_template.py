@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from ..conversations.messages import Conversation
 from ..errors import UserError
 from .control_text import ControlText
-from .messages import Conversation
 from .render_notes import Counts
 from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
 from .template_shapes import (

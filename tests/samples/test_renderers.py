@@ -9,11 +9,11 @@ from chat_templates import make_tokenizer, real_tokenizer
 from talks import talk, write
 from test_real_templates import hostile_conversation
 
-from finetune.data.messages import Conversation, call
-from finetune.data.rendered_samples import load
-from finetune.data.renderers import renderer_of
-from finetune.data.rendering import Rendering
+from finetune.conversations.messages import Conversation, call
 from finetune.errors import UserError
+from finetune.samples.rendered_samples import load
+from finetune.samples.renderers import renderer_of
+from finetune.samples.rendering import Rendering
 from qwen_model.tokenization_qwen import QWenTokenizer
 from qwen_model.vocabulary import find_vocabulary
 

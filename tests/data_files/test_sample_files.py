@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from talks import GOOD, TALK, findings, turns, write
 
-from finetune.data import sample_files
-from finetune.data.conversations import read
+from finetune.conversations.reading import read
+from finetune.data_files import sample_files
 from finetune.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -276,7 +276,7 @@ def test_a_number_of_any_length_is_no_obstacle(tmp_path):
 
 MEASURE = """
 import resource, sys
-from finetune.data.conversations import read
+from finetune.conversations.reading import read
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
 before = peak()
 conversations = read(sys.argv[1])

@@ -6,8 +6,8 @@ import pytest
 from talks import findings, write
 from tool_talks import BARE, HERMES, IDS, PARIS, ROME, TOOLS, A, Q, bare, block, calls, chat, result, shared
 
-from finetune.data.conversations import read
-from finetune.data.messages import call
+from finetune.conversations.messages import call
+from finetune.conversations.reading import read
 
 NO_RESULT = 'calls "sky", and no result of it follows; add it or remove the call'
 FINITE = "holds a number that is not finite; JSON has no such number"

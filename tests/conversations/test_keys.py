@@ -6,8 +6,8 @@ import time
 import pytest
 from talks import findings, turns, write
 
-from finetune.data import keys
-from finetune.data.conversations import begins_well, read
+from finetune.conversations import keys
+from finetune.conversations.reading import begins_well, read
 
 Q = {"role": "user", "content": "q"}
 LONG = "9" * 5000

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..conversations.data_notes import too_long
+from ..conversations.messages import Conversation
+from ..conversations.reading import Conversations, read
+from ..data_files.sample_files import SampleFile
 from ..distributed.ranks import one_at_a_time
 from ..errors import UserError, note, on_first_rank
-from .conversations import Conversations, read
-from .data_notes import too_long
-from .messages import Conversation
 from .renderers import renderer_of
 from .rendering import Rendering
-from .sample_files import SampleFile
 
 BATCH_CHARS, BATCH_SAMPLES = 1 << 20, 2048  # of one tokenizer call: enough for its threads, little enough for memory
 ABANDONED_SECONDS = 3600  # a temporary folder that nobody has written to for so long belongs to a killed run
@@ -260,8 +260,9 @@ def _user_cache_dir() -> Path:
 
 def _key(path: str, tokenizer, settings: dict) -> str:
     """A hash over what the rendered samples depend on: the file's bytes, our code, the tokenizer, the settings."""
-    here = Path(__file__).parent
-    code = sorted(here.glob("*.py")) + [here.parents[1] / "qwen_model" / f"{name}.py" for name in ("chatml", "react", "react_text")]
+    here, model = Path(__file__).parents[1], Path(__file__).parents[2] / "qwen_model"
+    code = [source for wing in ("data_files", "conversations", "samples") for source in sorted((here / wing).glob("*.py"))]
+    code += [model / f"{name}.py" for name in ("chatml", "react", "react_text")]
     parts = [_file_hash(path), *(_file_hash(source) for source in code), _tokenizer_hash(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 

@@ -2,9 +2,9 @@
 
 from contextlib import suppress
 
+from ..conversations.messages import Conversation
 from .chat_template import ChatTemplate
 from .control_text import ControlText
-from .messages import Conversation
 from .render_notes import Counts
 from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
 

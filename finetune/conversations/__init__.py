@@ -1,0 +1,1 @@
+"""From raw samples in every published spelling to conversations in one form."""

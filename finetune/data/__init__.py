@@ -1,1 +1,0 @@
-"""From a file of conversations to token ids and labels."""

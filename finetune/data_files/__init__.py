@@ -1,0 +1,1 @@
+"""From a path to raw samples: the kinds of files that hold them."""
