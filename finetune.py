@@ -24,11 +24,13 @@ def main() -> None:
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
-    free = min(meeting.exchange("free memory", memory_plan.free_bytes(args.training)))
+    free = min(meeting.exchange("free memory", memory_plan.free_bytes(args)))
     with meeting.as_one("checks and data"):
         job = preparation.prepare(args, out, meeting.restarted, launches, free)
     ranks.agree(preparation.consistency_record(args, job), preparation.REMEDIES)
     preparation.check_storage(args, out)
+    if args.look.dry_run:
+        return show_look(args, job, free)
     preparation.make_room(args, job, out)
 
     engines.connect(args.training)
@@ -38,6 +40,15 @@ def main() -> None:
     if ranks.rank() == 0:
         report.print_next_steps(out, args.lora.use_lora)
     engines.disconnect()
+
+
+def show_look(args, job, free) -> None:
+    """--dry_run: what the run would do. free: bytes of memory for each process."""
+    from finetune.data import present
+    from finetune.errors import on_first_rank
+
+    if on_first_rank():
+        present.show(present.look_at_run(args, job, free), args.look.html)
 
 
 def make_trainer(args, job):

@@ -44,6 +44,7 @@ Usage: bash $0 [-m MODEL] [-d DATA] [-o OUTPUT] [any flag of finetune.py ...]
   -m, --model MODEL     a checkpoint folder, or a name on the Hugging Face hub (default: $model)
   -d, --data DATA       the conversations to learn: .json, .jsonl or .parquet
   -o, --output OUTPUT   the folder for the result (default: $output)
+  --dry_run             look before the run: what is odd about the data, what is learned, steps, memory, disk, time
   -h, --help            this text; the flags of finetune.py are listed by: bash $0 -- --help$([[ ! -v deepspeed ]] || usage_of_torchrun)
 
 Every other flag goes to finetune.py as it is, and so does everything after --. The script's own hyperparameters are
@@ -53,7 +54,7 @@ A flag that you give overrides them: --learning_rate 1e-4, --num_train_epochs 3,
 
 Environment:
 $([[ -v deepspeed ]] && environment_of_torchrun || echo "  CUDA_VISIBLE_DEVICES=2    the GPU to use")
-  DRY_RUN=1                 print the command and run nothing
+  DRY_RUN=1                 print the command and run nothing (--dry_run looks at the run)
   FINETUNE_PYTHON=PYTHON    the Python to use, instead of the one in .venv
 HELP
 }
@@ -126,6 +127,10 @@ count_gpus() {
 # on_the_cpu WHY [WHAT]: bf16 and fp16 are what GPUs are fast in; most CPUs take ten times as long with them as with float32.
 on_the_cpu() {
     local precision=" in float32"
+    if [[ " ${extra[*]} " == *" --gpu_memory"* ]]; then  # a look at a run on a GPU that is not here
+        note "$1: planning for the GPU of --gpu_memory"
+        return
+    fi
     if switched_on --bf16 || switched_on --fp16; then precision=""; else without_bf16 --fp16 False; fi
     note "$1: ${2:-running} on the CPU$precision"
 }

@@ -34,6 +34,15 @@ def zero_stage(config) -> str:
     return next((name for number, name in ((1, ZERO1), (2, ZERO2), (3, ZERO3)) if stage == number), ZERO2)
 
 
+def offloaded(training) -> str:
+    """What the engine keeps in main memory: "", "optimizer" or "all". training: TrainingArguments."""
+    if training.deepspeed:
+        places = {part: deepspeed_file.at(training.deepspeed, "zero_optimization", f"offload_{part}", "device") for part in ("param", "optimizer")}
+        on = [part for part, place in places.items() if place not in (None, "none")]
+        return "all" if "param" in on else "optimizer" if on else ""
+    return "all" if fsdp_words(vars(training)) and (training.fsdp_config or {}).get("cpu_offload") else ""
+
+
 # ---- FSDP2
 
 

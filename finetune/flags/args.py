@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from ..errors import note
-from .definitions import Args, DataArguments, LoraArguments, ModelArguments, TrainingFlags
+from .definitions import Args, DataArguments, LookArguments, LoraArguments, ModelArguments, TrainingFlags
 from .parser import Parser
 
 # ---- flags that transformers had at 4.32 or later, and dropped or renamed up to 5.23
@@ -103,15 +103,16 @@ def parse(argv: list[str] | None = None) -> Args:
 def parse_as(training_kind, argv: list[str]) -> Args:
     """The parsed flags. training_kind: the dataclass of the training flags, whose values stay a plain dict here."""
     argv, findings = modernize(argv)
-    kinds = (ModelArguments, DataArguments, LoraArguments, training_kind)
+    kinds = (ModelArguments, DataArguments, LoraArguments, LookArguments, training_kind)
     parser = Parser(kinds)
     namespace, rest = parser.parse_known_args(argv)
     findings += unknown(rest, parser)
     *values, training = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
-    own[-1].use_lora |= own[-1].q_lora  # Q-LoRA is LoRA over quantized weights
-    findings += own[1].parse_pass_size()
-    return Args(*own, training=training, findings=findings)
+    model, data, lora, look = own
+    lora.use_lora |= lora.q_lora  # Q-LoRA is LoRA over quantized weights
+    findings += data.parse_pass_size()
+    return Args(model, data, lora, training, look, findings)
 
 
 def unknown(rest: list[str], parser: Parser) -> list[str]:
@@ -140,7 +141,7 @@ def help_asked_for(argv: list[str]) -> None:
 
 def show_help(every_flag: bool) -> None:
     """Our flags and the usual ones of training; with every_flag, transformers' other ones behind them."""
-    parser = Parser((ModelArguments, DataArguments, LoraArguments, TrainingFlags))
+    parser = Parser((ModelArguments, DataArguments, LoraArguments, LookArguments, TrainingFlags))
     parser.description = "Fine-tunes a Qwen model on conversations. A switch may be written --bf16 or --bf16 True."
     if not every_flag:
         parser.epilog = "All other flags of transformers' TrainingArguments work too: --help_all shows them."

@@ -80,6 +80,16 @@ def ranges(args) -> Iterator[str]:
         yield f"--num_train_epochs {values['num_train_epochs']}: nothing to train - give a number above 0"
 
 
+def look(args) -> Iterator[str]:
+    """What belongs to --dry_run."""
+    asked, memory = args.look, args.look.gpu_memory
+    for name in ("html", "gpu_memory"):
+        if getattr(asked, name) is not None and not asked.dry_run:
+            yield f"--{name} {getattr(asked, name)}: belongs to a look before the run - add --dry_run, or leave it out"
+    if memory is not None and not 0 < memory < INF:
+        yield f"--gpu_memory {memory}: out of range - give the GB of a GPU, as 24"
+
+
 def reporting(args) -> Iterator[str]:
     """The services of --report_to are known and installed."""
     asked = args.training.report_to or []
@@ -264,7 +274,7 @@ def lora_layers(args, folder: Path) -> list[str]:
     return asked if asked != ["auto"] else model_folder.block_layers(config_files.config_of(folder).get("model_type"))
 
 
-FIRST = (ranges, data_files, base_model, method_checks.method, output_folder, resuming, disk_space)
+FIRST = (ranges, look, data_files, base_model, method_checks.method, output_folder, resuming, disk_space)
 
 
 # ---- small things

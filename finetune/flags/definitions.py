@@ -87,6 +87,10 @@ class DataArguments:
         names = ("supervise", "allow_special", "multi_turn", "empty_thoughts")
         return {name: getattr(self, name) for name in names}
 
+    def title(self) -> str:
+        """The training data in a few words."""
+        return str(self.data_path)
+
     def files(self) -> dict[str, str]:
         """The files of conversations, by the flag that named them."""
         files = {"--data_path": self.data_path, "--eval_data_path": self.eval_data_path}
@@ -193,6 +197,19 @@ class TrainingFlags:
 
 
 @dataclass
+class LookArguments:
+    _argument_group_name = "a look before the run"
+
+    dry_run: bool = flag(
+        False,
+        "Show what the run would do, and end: the data and what is odd about them, lengths, three samples with what is learned of "
+        "them, steps, memory, disk, time.",
+    )
+    html: str | None = flag(None, "With --dry_run: write the same as one page for a browser.", metavar="FILE.html")
+    gpu_memory: float | None = flag(None, "With --dry_run: plan for a GPU of so many GB that is not here.", metavar="GB")
+
+
+@dataclass
 class Args:
     """What a user asked for. findings: what could not even be parsed; check_flags() lists them with its own.
 
@@ -203,6 +220,7 @@ class Args:
     data: DataArguments
     lora: LoraArguments
     training: Any
+    look: LookArguments = field(default_factory=LookArguments)
     findings: list[str] = field(default_factory=list)
 
 

@@ -10,11 +10,17 @@ with autograd's own hooks. Later Qwens compute with transformers' layers, which 
 All in bytes unless a name says otherwise; s: bytes of a number in the pass's precision.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from ..distributed.engines import DDP, FSDP, ONE, ZERO1, ZERO2, ZERO3
 
-CONTEXT = 0.7e9  # CUDA's own, kernels and libraries
+CUDA = 0.7e9  # on a GPU: CUDA's own, kernels and libraries
+PYTHON = 0.32e9  # in main memory: Python, torch and transformers, measured on the CPU at six sizes of full and LoRA
+PYTHON_WITH_CUDA = 3e9  # the same with CUDA's libraries
+LIVE = 1e9  # parameters that ZeRO-3 gathers at a time from those in main memory: our DeepSpeed files' stage3_max_live_parameters
+SHARD = 5e9  # bytes of one file of a published checkpoint
 SLACK = 1.06  # what the allocator cannot use, seen from what is asked of it
 
 
@@ -77,7 +83,9 @@ class Run:
 
     rank: of LoRA, 0 for full-parameter; embeddings: both train whole beside LoRA; packed: bytes a frozen block weight takes where
     it is quantized; half: passes in 16 bit; half_weights: --bf16_weights; state: bytes of the optimizer's state a parameter;
-    ranks: processes; on_gpu: kernels of a GPU do attention.
+    ranks: processes; on_gpu: kernels of a GPU do attention; offload: what DeepSpeed or FSDP2 keeps in main memory, "",
+    "optimizer" (with the gradients and the masters) or "all" (the weights, too); step_tokens: of the largest step of a
+    process: where a pass holds less, a step has several.
     """
 
     rank: int
@@ -89,6 +97,8 @@ class Run:
     engine: str = ONE
     ranks: int = 1
     on_gpu: bool = True
+    offload: str = ""
+    step_tokens: float = math.inf
 
     @property
     def s(self) -> int:
@@ -97,7 +107,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on each GPU. tokens: of the largest pass; recomputed: blocks that are computed again, of `layers`."""
+    """Bytes on each GPU, or in main memory on the CPU. tokens: of the largest pass; recomputed: blocks that are computed
+    again, of `layers`; libraries: what the process has before it loads a model; host: bytes of main memory, of each process.
+    """
 
     weights: float
     gradients: float
@@ -106,14 +118,17 @@ class Estimate:
     tokens: int
     recomputed: int
     layers: int
+    libraries: float = 0.0
+    host: float = 0.0
 
     @property
     def peak(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.libraries
 
     def describe(self) -> str:
         """The estimate as one line of text."""
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        parts |= {"libraries": self.libraries} if self.libraries else {}
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
         again = f"{self.recomputed} of {self.layers} blocks computed again" if self.recomputed else "no block computed again"
         return (
@@ -123,16 +138,18 @@ class Estimate:
 
 def estimate(sizes: Sizes, run: Run, tokens: int, recomputed: int = 0) -> Estimate:
     """tokens: of the largest pass; recomputed: how many blocks keep their input alone."""
-    weights, gradients, optimizer = standing(sizes, run)
+    weights, gradients, optimizer = on_device(sizes, run)
     kept = kept_by_block(sizes, run)
     # the first blocks are those that are computed again: when their turn comes, what the others kept is gone
     whole = max(sizes.layers - recomputed, 1) * kept
     by_token = whole + recomputed * sizes.hidden * run.s + at_work_in_block(sizes, run) + kept_by_head(sizes, run)
     activations = tokens * by_token + head_piece(sizes, run, tokens)
     activations += unpacked(sizes, run)
+    activations += second_gradients(sizes, run, tokens)
     if run.on_gpu:
-        activations = activations * SLACK + CONTEXT
-    return Estimate(weights, gradients, optimizer, activations, tokens, recomputed, sizes.layers)
+        activations *= SLACK
+    found = Estimate(weights, gradients, optimizer, activations, tokens, recomputed, sizes.layers, CUDA if run.on_gpu else PYTHON)
+    return dataclasses.replace(found, host=in_main_memory(sizes, run) if run.on_gpu else found.peak)
 
 
 # ---- what stands all the time
@@ -162,6 +179,31 @@ def standing(sizes: Sizes, run: Run) -> tuple[float, float, float]:
     ways = run.ranks if run.engine == FSDP else 1
     buckets = 4 if run.engine == DDP and run.ranks > 1 else 0
     return (frozen + count * 4) / ways + count * cast, count * (4 + buckets) / ways, count * run.state / ways
+
+
+def on_device(sizes: Sizes, run: Run) -> tuple[float, float, float]:
+    """standing(), without what is kept in main memory."""
+    weights, gradients, optimizer = standing(sizes, run)
+    if run.offload == "all":
+        weights = min(weights, LIVE * run.s)
+    return (weights, 0.0, 0.0) if run.offload else (weights, gradients, optimizer)
+
+
+def in_main_memory(sizes: Sizes, run: Run) -> float:
+    """Bytes of main memory that a process with a GPU takes at most: the weights while they are loaded, or what is kept there.
+
+    Quantized weights are loaded onto the GPU. ZeRO-3 reads a file at a time, and each process keeps its part.
+    """
+    weights, gradients, optimizer = standing(sizes, run)
+    kept = {"": 0.0, "optimizer": gradients + optimizer, "all": weights + gradients + optimizer}[run.offload]
+    every = sizes.blocks + sizes.embeddings
+    float32 = not run.rank and not run.half_weights and run.engine in (ONE, DDP, FSDP)
+    loaded = every * (4 if float32 else run.s)
+    if run.packed:
+        loaded = 0.0
+    elif run.engine == ZERO3:
+        loaded = min(loaded, loaded / run.ranks + SHARD)
+    return PYTHON_WITH_CUDA + max(kept, loaded)
 
 
 # ---- what a pass adds
@@ -196,10 +238,24 @@ def kept_by_head(sizes: Sizes, run: Run) -> float:
 
 def head_piece(sizes: Sizes, run: Run, tokens: int) -> float:
     """Bytes of the logits that exist at one time; with a trained head in 16 bit, also of its copy."""
-    copy = sizes.vocabulary * sizes.hidden * run.s if run.half and (run.embeddings or not run.rank) else 0
+    # a piece's gradient of the weight, too, unless the weight itself is in 16 bit
+    copies = (1 if run.half_weights else 2) if run.half and (run.embeddings or not run.rank) else 0
+    copy = copies * sizes.vocabulary * sizes.hidden * run.s
     rows = min(tokens, (2**26 if run.on_gpu else 2**24) // sizes.vocabulary)
     # the kernel works where the logits lie; plain torch adds them in float32, and the exponentials
     return rows * sizes.vocabulary * (run.s if run.on_gpu else 2 * run.s + 4) + copy
+
+
+def second_gradients(sizes: Sizes, run: Run, tokens: int) -> float:
+    """Bytes of the gradients of embedding and head, whole, before they are added to those of the step's pass before.
+
+    The head's exists from the forward pass on. The embedding's comes when the activations are gone; but on the CPU, the C library
+    has not given their memory back, which a GPU's allocator has.
+    """
+    if (run.rank and not run.embeddings) or run.step_tokens <= tokens:
+        return 0.0
+    each = sizes.vocabulary * sizes.hidden * (2.0 if run.half_weights else 4.0)
+    return each if run.on_gpu else 2 * each
 
 
 def unpacked(sizes: Sizes, run: Run) -> float:

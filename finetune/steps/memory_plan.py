@@ -12,21 +12,25 @@ from ..errors import note, warn
 from ..folders import config_files
 from ..model import optimizers
 from .memory_model import Estimate, Run, Sizes, estimate
+from .ways_to_fit import NF4_BYTES, fits, ways_to_fit
 
 AUTO = "auto"
 USEFUL, LARGEST, LARGEST_ON_CPU = 4096, 16384, 8192  # tokens of a pass: below, a GPU idles; above, nothing is gained
-USED = 0.92  # of the free memory: the model is not exact
 STEP = 1024
-NF4_BYTES, GPTQ_EXTRA = 0.5 + 0.127 / 8, 4  # of NF4 with its doubly quantized scales; of a group of GPTQ: scale, zeros
+GPTQ_EXTRA = 4  # bytes of a group of GPTQ: scale, zeros
 
 
-def free_bytes(training) -> float:
-    """What this process may use: of its GPU, else of the machine's main memory, shared by the processes on it.
+def free_bytes(args) -> float:
+    """What this process may use: of its GPU, or of one that is not here (--gpu_memory); else of the machine's main memory,
+    shared by the processes on it.
 
-    training: of args.parse(); infinite where its flags are at fault, which others say.
+    args: of args.parse(); infinite where its flags are at fault, which others say.
     """
     import torch
 
+    training = args.training
+    if args.look.gpu_memory:
+        return args.look.gpu_memory * 1e9
     if not hasattr(training, "device"):
         return math.inf
     if training.device.type == "cuda":
@@ -43,7 +47,7 @@ def resolve_auto(args, folder: Path, longest: int, step_tokens: int, free: float
     """
     data, training = args.data, args.training
     config = config_files.config_of(folder)
-    sizes, run = Sizes.of(config), run_of(args, config)
+    sizes, run = Sizes.of(config), run_of(args, config, step_tokens)
     asked = training.recompute
     choices = range(sizes.layers + 1) if asked == AUTO else [sizes.layers if asked else 0]
     largest = LARGEST if run.on_gpu else LARGEST_ON_CPU
@@ -53,13 +57,20 @@ def resolve_auto(args, folder: Path, longest: int, step_tokens: int, free: float
     chosen = least_checkpointing(sizes, run, useful, choices, free) or least_checkpointing(sizes, run, longest, choices, free)
     if chosen is None:
         chosen = estimate(sizes, run, longest, choices[-1])
-        warn_of(chosen, free, args)
+        if not args.look.dry_run:  # which says it itself
+            warn_of(sizes, run, chosen, free, args)
     if data.max_tokens_per_pass == AUTO:
         chosen = largest_fitting_pass(sizes, run, chosen, min(largest, step_tokens), free)
         data.max_tokens_per_pass = chosen.tokens
     if asked == AUTO:
         training.recompute_blocks(chosen.recomputed)
     return chosen
+
+
+def with_passes_of(args, folder: Path, chosen: Estimate, largest: int, step_tokens: int) -> Estimate:
+    """The estimate for the passes that the plan has come to: levelled out, they may be far smaller than the limit."""
+    config = config_files.config_of(folder)
+    return estimate(Sizes.of(config), run_of(args, config, step_tokens), largest, chosen.recomputed)
 
 
 def least_checkpointing(sizes: Sizes, run: Run, tokens: int, choices, free: float) -> Estimate | None:
@@ -77,26 +88,20 @@ def largest_fitting_pass(sizes: Sizes, run: Run, chosen: Estimate, limit: int, f
     return chosen
 
 
-def fits(found: Estimate, free: float) -> bool:
-    return found.peak <= free * USED
-
-
-def warn_of(found: Estimate, free: float, args) -> None:
+def warn_of(sizes: Sizes, run: Run, found: Estimate, free: float, args) -> None:
     """What does not fit by the model may still be tried: it says so, and what would help."""
-    ways = ["a lower --model_max_length"]
-    if not args.lora.use_lora:
-        ways.append("--use_lora")
-    elif not args.lora.q_lora:
-        ways.append("--q_lora --quant nf4")
-    if args.training.recompute is False:
-        ways.append("--gradient_checkpointing auto")
-    if args.training.engine == engines.DDP:
-        ways.append("--deepspeed ds_config_zero3.json")
     what = f"this run needs {found.describe()}, and {free / 1e9:.1f} GB are free"
-    warn(f"{what}: it will hardly fit - give {' or '.join(ways)}")
+    warn(f"{what}: it will hardly fit - {remedy(sizes, run, found.tokens, free, args)}")
 
 
-def run_of(args, config: dict) -> Run:
+def remedy(sizes: Sizes, run: Run, longest: int, free: float, args) -> str:
+    """What to add to the command, each with the memory that the run then takes."""
+    recompute = "--gradient_checkpointing auto" if args.training.recompute is False else ""
+    ways = [f"{flags} ({needs.peak / 1e9:.1f} GB)" for flags, needs in ways_to_fit(sizes, run, longest, free, recompute)]
+    return f"give {' or '.join(ways)}" if ways else "no flag brings it down to that: take a smaller model or a larger GPU"
+
+
+def run_of(args, config: dict, step_tokens: float = math.inf) -> Run:
     """The Run of these flags, for the memory model."""
     lora, training = args.lora, args.training
     return Run(
@@ -108,7 +113,9 @@ def run_of(args, config: dict) -> Run:
         state=optimizers.state_bytes(training.optim),
         engine=training.engine,
         ranks=training.world_size,
-        on_gpu=training.device.type == "cuda",
+        on_gpu=training.device.type == "cuda" or bool(args.look.gpu_memory),
+        offload=engines.offloaded(training),
+        step_tokens=step_tokens,
     )
 
 

@@ -108,6 +108,10 @@ class Plan:
         likely = np.argsort(-at_most, kind="stable")[:LAID_OUT].tolist()
         return tuple(sorted(likely, key=lambda index: (-self.largest_pass(index), index))[:2])
 
+    def largest_passes(self) -> int:
+        """Tokens of the largest pass of the first epoch, as far as the likeliest groups tell."""
+        return max(map(self.largest_pass, self.front or self.largest_two()))
+
     def largest_pass(self, index: int) -> int:
         """Tokens of the largest pass of a group of the first epoch."""
         _, lengths, bins = self.laid_out(0, index)

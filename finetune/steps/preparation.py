@@ -49,6 +49,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     samples, eval_samples = load_data(args, tokenizer)
     memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
+    memory = memory_plan.with_passes_of(args, folder, memory, plan.largest_passes(), plan.largest_step() // training.world_size)
     record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
     if launches:
         record["launches"] = list(launches)
@@ -107,7 +108,7 @@ def load_data(args, tokenizer) -> list:
             length = args.training.model_max_length
             loaded.append(rendered_samples.load(path, tokenizer, max_length=length, flag=flag, **settings))
     findings.raise_if_any()
-    for line in [line for samples in loaded for line in samples.notes]:
+    for line in [line for samples in loaded for line in samples.notes if not args.look.dry_run]:  # which shows them itself
         warn(line)
     return [*loaded, None][:2]
 

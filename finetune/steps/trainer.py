@@ -228,9 +228,10 @@ class Throughput:
     def add(self, step: StepBatch) -> None:
         self.tokens += step.tokens
         self.supervised += step.supervised_tokens
+        self.passes += len(step.rows)
 
     def drain(self) -> dict[str, float]:
-        """{tokens_per_second, supervised_tokens_per_second} since the last call; starts anew."""
+        """{tokens_per_second, supervised_tokens_per_second, passes (of this rank)} since the last call; starts anew."""
         now = time.perf_counter()
         seconds = max(now - getattr(self, "since", now), 1e-9)
         rates = {}
@@ -238,6 +239,7 @@ class Throughput:
             rates = {
                 "tokens_per_second": round(self.tokens / seconds, 1),
                 "supervised_tokens_per_second": round(self.supervised / seconds, 1),
+                "passes": self.passes,
             }
-        self.since, self.tokens, self.supervised = now, 0, 0
+        self.since, self.tokens, self.supervised, self.passes = now, 0, 0, 0
         return rates

@@ -377,7 +377,7 @@ def test_help_is_quick_and_ours_comes_first(tmp_path):
     result = run("--help", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.endswith("LOADED []\n"), result.stderr
     groups = [line for line in result.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert groups == ["model:", "data:", "LoRA:", "training:"]
+    assert groups == ["model:", "data:", "LoRA:", "a look before the run:", "training:"]
     for name in (
         "--supervise",
         "--max_tokens_per_pass",

@@ -8,7 +8,7 @@ import torch
 from test_memory_model import QWEN_7B
 
 from finetune.flags import args as arguments
-from finetune.steps import memory_plan
+from finetune.steps import memory_plan, ways_to_fit
 from finetune.steps.memory_model import Run, Sizes, estimate
 
 
@@ -36,9 +36,9 @@ def test_plenty_of_memory_means_large_passes_and_nothing_twice(folder):
 
 def test_as_few_blocks_are_computed_again_as_a_useful_pass_needs(folder):
     found, tokens, again, flag = decided(folder, free_gb=32)
-    assert 0 < again < 32 and flag is True and found.peak <= 32e9 * memory_plan.USED
+    assert 0 < again < 32 and flag is True and found.peak <= 32e9 * ways_to_fit.USED
     sizes, run = Sizes.of(QWEN_7B), Run(rank=64)
-    assert estimate(sizes, run, memory_plan.USEFUL, again - 1).peak > 32e9 * memory_plan.USED
+    assert estimate(sizes, run, memory_plan.USEFUL, again - 1).peak > 32e9 * ways_to_fit.USED
     assert memory_plan.USEFUL <= tokens == found.tokens
 
 
@@ -61,7 +61,7 @@ def test_too_little_memory_is_said_with_what_would_help(folder, capsys):
     assert (tokens, again, flag) == (512, 32, True)
     said = capsys.readouterr().err
     assert said.startswith("warning: this run needs about 18.9 GB") and "12.0 GB are free" in said
-    assert said.endswith("it will hardly fit - give a lower --model_max_length or --q_lora --quant nf4\n")
+    assert said.endswith("it will hardly fit - give --q_lora --quant nf4 (9.4 GB)\n")  # fewer tokens would not do
     _, _, again, _ = decided(folder, "--q_lora", "--quant", "nf4", free_gb=12)
     assert 0 < again <= 32 and capsys.readouterr().err == ""
 

@@ -1,0 +1,36 @@
+"""--write_fixed: the conversations of a file that can be read, in one form, in a new file."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..conversations.messages import Conversation
+from ..errors import UserError
+
+
+def write_fixed(conversations: Iterable[Conversation], sources: list[str], out: Path) -> int:
+    """Writes JSON lines of OpenAI's messages, UTF-8; returns how many. sources: files that must not be overwritten.
+
+    The file appears once it is whole. Raises UserError where it cannot be written.
+    """
+    if any(os.path.exists(source) and out.exists() and os.path.samefile(source, out) for source in sources):
+        raise UserError(f"--write_fixed {out}: is the data file itself, which is kept as it is - give another name")
+    written, count = out.with_name(f"{out.name}.unfinished"), 0
+    try:
+        with written.open("w", encoding="utf-8") as file:
+            for conversation in conversations:
+                file.write(json.dumps(sample_of(conversation), ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(written, out)
+    except OSError as error:
+        remedy = "give a file in a folder that exists and has room"
+        raise UserError(f"--write_fixed {out}: cannot be written ({error.strerror}) - {remedy}") from error
+    finally:
+        written.unlink(missing_ok=True)
+    return count
+
+
+def sample_of(conversation: Conversation) -> dict:
+    """The inner form (conversations/messages.py) is OpenAI's, so it is written as it is."""
+    return {"messages": conversation.messages} | ({"tools": conversation.tools} if conversation.tools else {})
