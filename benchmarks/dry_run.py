@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["256x4", "512x8", "768x12"], metavar="HIDDENxLAYERS")
     parser.add_argument("--passes", nargs="+", type=int, default=[1024, 4096], metavar="TOKENS", help="--max_tokens_per_pass")
-    parser.add_argument("--steps", type=int, default=3, metavar="N")
+    parser.add_argument("--steps", type=int, default=4, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     parser.add_argument("--look", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -67,10 +67,15 @@ def resolve_auto(args, folder: Path, longest: int, step_tokens: int, free: float
     return chosen
 
 
-def with_passes_of(args, folder: Path, chosen: Estimate, largest: int, step_tokens: int) -> Estimate:
-    """The estimate for the passes that the plan has come to: levelled out, they may be far smaller than the limit."""
+def with_passes_of(args, folder: Path, chosen: Estimate, largest: dict[bool, int]) -> Estimate:
+    """The estimate for the passes that the plan has come to: levelled out, they may be far smaller than the limit.
+
+    largest: of plan.largest_passes(). A step of several passes takes more than one of a single pass of that size.
+    """
     config = config_files.config_of(folder)
-    return estimate(Sizes.of(config), run_of(args, config, step_tokens), largest, chosen.recomputed)
+    sizes = Sizes.of(config)
+    runs = [(run_of(args, config, math.inf if several else tokens), tokens) for several, tokens in largest.items()]
+    return max((estimate(sizes, run, tokens, chosen.recomputed) for run, tokens in runs), key=lambda found: found.peak)
 
 
 def least_checkpointing(sizes: Sizes, run: Run, tokens: int, choices, free: float) -> Estimate | None:

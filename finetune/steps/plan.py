@@ -102,20 +102,27 @@ class Plan:
 
         They depend on the layout: a run that is gone on with has to keep the `front` that it began with.
         """
+        return tuple(sorted(self.likely(), key=lambda index: (-max(self.passes_of(index)), index))[:2])
+
+    def likely(self) -> list[int]:
+        """The groups of the first epoch that may have the largest passes, LAID_OUT of them at most."""
         longest, tokens = self.sums_of_steps(np.maximum), self.sums_of_steps(np.add)
         # no pass is larger: one sample, or as many as the limit takes
         at_most = np.maximum(longest, np.minimum(tokens, self.max_tokens_per_pass))
-        likely = np.argsort(-at_most, kind="stable")[:LAID_OUT].tolist()
-        return tuple(sorted(likely, key=lambda index: (-self.largest_pass(index), index))[:2])
+        return np.argsort(-at_most, kind="stable")[:LAID_OUT].tolist()
 
-    def largest_passes(self) -> int:
-        """Tokens of the largest pass of the first epoch, as far as the likeliest groups tell."""
-        return max(map(self.largest_pass, self.front or self.largest_two()))
-
-    def largest_pass(self, index: int) -> int:
-        """Tokens of the largest pass of a group of the first epoch."""
+    def passes_of(self, index: int) -> list[int]:
+        """Tokens of each pass of a group of the first epoch."""
         _, lengths, bins = self.laid_out(0, index)
-        return max(int(lengths[members].sum()) for members in bins if members)
+        return [int(lengths[members].sum()) for members in bins if members]
+
+    def largest_passes(self) -> dict[bool, int]:
+        """Tokens of the largest pass that is alone in its step (False), and of the largest of a step of several (True)."""
+        found: dict[bool, int] = {}
+        for passes in map(self.passes_of, self.likely()):
+            several = len(passes) > self.world_size
+            found[several] = max(found.get(several, 0), *passes)
+        return found
 
     def total_steps(self, epochs: float, max_steps: int = -1) -> int:
         """Optimizer steps of a run of so many epochs; max_steps, where positive, wins (transformers' rule)."""

@@ -49,7 +49,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     samples, eval_samples = load_data(args, tokenizer)
     memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
-    memory = memory_plan.with_passes_of(args, folder, memory, plan.largest_passes(), plan.largest_step() // training.world_size)
+    memory = memory_plan.with_passes_of(args, folder, memory, plan.largest_passes())
     record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
     if launches:
         record["launches"] = list(launches)

@@ -1,0 +1,58 @@
+"""What python -m finetune.data does with the files that it is given: looks at them as a run would, also where a run would end."""
+
+from pathlib import Path
+
+from ..conversations import reading
+from ..errors import UserError
+from ..flags import args as arguments
+from ..flags import first_look
+from ..steps import memory_plan, preparation
+from . import present, run_rows
+from .fixing import write_fixed
+from .look import Look, data_look
+
+
+def look_at_files(argv: list[str], with_model: bool) -> tuple[Look, str | None]:
+    """(the look, where its page goes). argv: flags of finetune.py. What is wrong with the data is among the look's findings.
+
+    Raises UserError for what is wrong with flags or model, and where the data leave nothing to look at.
+    """
+    args = arguments.parse(argv) if with_model else first_look.read(argv) or arguments.parse(argv)
+    look_at = look_with_model if with_model else look_without_model
+    try:
+        return look_at(args), args.look.html
+    except UserError as error:
+        if args.data.bad_samples == "drop":
+            raise
+        findings = error.findings
+    args = arguments.parse([*argv, "--bad_samples", "drop"]) if with_model else first_look.read([*argv, "--bad_samples", "drop"])
+    try:
+        look = look_at(args)
+    except UserError:
+        raise UserError(*findings) from None
+    look.findings.extend(findings)
+    return look, args.look.html
+
+
+def look_with_model(args) -> Look:
+    """As finetune.py --dry_run."""
+    free = memory_plan.free_bytes(args)
+    job = preparation.prepare(args, Path(args.training.output_dir), free=free)
+    return present.look_at_run(args, job, free)
+
+
+def look_without_model(args) -> Look:
+    """Counted with first-generation Qwen's tokenizer."""
+    from qwen_model.tokenization_qwen import QWenTokenizer
+    from qwen_model.vocabulary import find_vocabulary
+
+    if args.findings:
+        raise UserError(*args.findings)
+    tokenizer = QWenTokenizer(find_vocabulary())
+    samples, _ = preparation.load_data(args, tokenizer)
+    args.training.world_size = 1
+    if args.data.max_tokens_per_pass == memory_plan.AUTO:
+        args.data.max_tokens_per_pass = memory_plan.LARGEST
+    plan = preparation.plan_of(args, samples, args.data.max_tokens_per_pass)
+    title = f"{args.data.title()}, counted with first-generation Qwen's tokenizer (-m MODEL: with the model's)"
+    return data_look(samples, tokenizer, title, run_rows.step_rows(plan, args.training))
