@@ -1,6 +1,7 @@
 """What a data file may do but its owner should know of: counted while it is read, told in one line each."""
 
 import difflib
+import hashlib
 import unicodedata
 from array import array
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from . import keys
 
 MAX_UNREAD = 1000  # different keys remembered; a file that uses ids as keys could have millions
 SHOWN_UNREAD = 12
-WHOLE_CORPUS = 8  # times max_length: a sample as long as that is hardly one conversation
 
 
 @dataclass
@@ -29,13 +29,18 @@ class Seen:
 
 @dataclass
 class Noted:
-    """The counts over one file, and 64 bits per sample of its prompt (all but the last answer) and of all of it."""
+    """The counts over one file, and 64 bits per sample of its prompt (all but the last answer) and of all of it.
+
+    The same text has the same bits on every machine: samples are drawn by them.
+    """
 
     blank: Seen = field(default_factory=Seen)
     composed: Seen = field(default_factory=Seen)
     unclosed: Seen = field(default_factory=Seen)
     unopened: Seen = field(default_factory=Seen)
     tools_in_text: Seen = field(default_factory=Seen)
+    greetings: Seen = field(default_factory=Seen)
+    unanswered: Seen = field(default_factory=Seen)  # last questions that were left out
     unread: dict[str, Seen] = field(default_factory=dict)
     prompts: array = field(default_factory=lambda: array("q"))
     wholes: array = field(default_factory=lambda: array("q"))
@@ -55,18 +60,26 @@ class Noted:
                 self.composed.add(number)
             texts += (role, content)
             more = more or more_of_turn
-        prompt, texts = tuple(texts[:-1]), tuple(texts)
+        answer = texts.pop()
         if tools or more:
-            prompt = (prompt, repr((tools, [turn.more for turn in turns[:-1]])))
-            texts = (prompt, texts[-1], repr(turns[-1].more))
-        self.prompts.append(hash(prompt))
-        self.wholes.append(hash(texts))
+            texts.append(repr((tools, [turn.more for turn in turns[:-1]])))
+            answer += repr(turns[-1].more)
+        prompt = hashlib.blake2b("\0".join(texts).encode(errors="surrogatepass"), digest_size=8)
+        self.prompts.append(int.from_bytes(prompt.digest(), "little", signed=True))
+        prompt.update(answer.encode(errors="surrogatepass"))
+        self.wholes.append(int.from_bytes(prompt.digest(), "little", signed=True))
 
     def lines(self) -> list[str]:
         """One line for each thing there is to know."""
         lines = []
         if self.blank.samples:
             lines.append(f"{counted(self.blank.samples)} with an empty user turn (first: {self.blank.first})")
+        if self.unanswered.samples:
+            where = f"{counted(self.unanswered.samples)} with a last question that has no answer (first: {self.unanswered.first})"
+            lines.append(f"{where}; the question is left out")
+        if self.greetings.samples:
+            where = f"{counted(self.greetings.samples)} that the assistant begins (first: {self.greetings.first})"
+            lines.append(f'{where}; what it says first is context, unless it is marked with "train": true')
         if self.unclosed.samples:
             where = f"{counted(self.unclosed.samples)} with <think> but no </think> in an answer"
             lines.append(f"{where} (first: {self.unclosed.first}); it is learned as it stands")
@@ -114,23 +127,6 @@ def _unread(unread: dict[str, Seen]) -> str:
         meant = f'; did you mean "{guess[0]}"?' if guess else ""
         shown.append(f'"{key}" ({counted(seen.samples)}, first: {seen.first}{meant})')
     return ", ".join(shown) + (f" and {len(unread) - SHOWN_UNREAD} more" if len(unread) > SHOWN_UNREAD else "")
-
-
-def too_long(full: np.ndarray, source: np.ndarray, max_length: int, long_samples: str) -> list[str]:
-    """Notes on samples longer than max_length. full: int[n], tokens of every sample before cutting or dropping; source: their
-    numbers in the file."""
-    long = np.flatnonzero(full > max_length)
-    if not len(long):
-        return []
-    cut, at = long_samples == "cut", int(full.argmax())
-    done = f"cut to {max_length:,} tokens" if cut else f"dropped, being longer than {max_length:,} tokens"
-    lost = int((full[long] - cut * max_length).sum())
-    share = f"{100 * len(long) / len(full):.2g} %"
-    lines = [f"{counted(len(long))} {done} ({share}), longest {full[at]:,}; {lost:,} tokens lost"]
-    if full[at] >= WHOLE_CORPUS * max_length:
-        times = f"{full[at]:,} tokens = {full[at] / max_length:.0f} × max length"
-        lines.append(f"sample {source[at]} has {times}; one sample should be one conversation")
-    return lines
 
 
 def counted(samples: int) -> str:

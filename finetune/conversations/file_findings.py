@@ -9,8 +9,11 @@ from ..data_files.sample_files import TWICE
 from .data_notes import Seen, counted
 from .keys import Refusal
 
-SHOWN = 20  # findings of one file that are printed
+SHOWN = 20  # kinds of findings of one file that are printed
+SHOWN_PLACES = 3  # places that one kind names
+SHOWN_CHARS = 40  # of one text of the file
 SHOWN_NAMES = 6  # keys that one refusal names
+MOST_KINDS = 1000  # that are told apart; a file in which each finding is another would fill the memory
 SURROGATE = re.compile("[\ud800-\udfff]")
 KINDS = {
     dict: "an object",
@@ -24,25 +27,57 @@ KINDS = {
 
 
 @dataclass
+class Places:
+    """Where findings of one kind are: how many, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN_PLACES:
+            self.first.append(place)
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return ", ".join(self.first) + (f" and {more:,} more" if more else "")
+
+
+@dataclass
 class FileFindings:
-    """number, line: of the sample at hand, both counted from 1; no line in parquet. count: findings in all."""
+    """number, line: of the sample at hand, both counted from 1; no line in parquet. count: findings in all.
+
+    reasons: what is wrong with the sample at hand, each with its place within the sample. kinds: text -> where it was found;
+    others: findings beyond MOST_KINDS.
+    """
 
     path: str
     number: int = 0
     line: int | None = None
     count: int = 0
-    findings: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    kinds: dict[str, Places] = field(default_factory=dict)
+    others: int = 0
     refused: dict[str, tuple[Seen, list[str]]] = field(default_factory=dict)  # why -> the samples, what is refused in them
 
+    def next(self, line: int | None) -> None:
+        """Goes to the next sample."""
+        self.number, self.line, self.reasons = self.number + 1, line, []
+
     def find(self, finding: str, place: str = "") -> None:
-        """Adds a finding about the current sample."""
+        """Adds a finding about the current sample. Findings of the same text are one kind: what differs belongs into place."""
         self.count += 1
-        if len(self.findings) < SHOWN:
-            line = f" (line {self.line})" if self.line and self.line > 1 else ""
-            self.findings.append(f"{self.path}: sample {self.number}{line}{' ' * bool(place)}{place}: {finding}")
+        self.reasons.append(f"{place}: {finding}" if place else finding)
+        if finding not in self.kinds and len(self.kinds) >= MOST_KINDS:
+            self.others += 1
+            return
+        places = self.kinds.setdefault(finding, Places())
+        line = f" (line {self.line})" if self.line and self.line > 1 and not places.count else ""
+        places.add(f"sample {self.number}{line}{' ' * bool(place)}{place}")
 
     def refuse(self, refusal: Refusal, what: str) -> None:
         """The current sample has something for which the file is refused: one line, however many samples have it."""
+        self.reasons.append(f"{what}: {refusal.why}")
         if refusal.why not in self.refused:
             self.refused[refusal.why] = Seen(), []
             self.count += 1
@@ -52,36 +87,46 @@ class FileFindings:
             names.append(what)
 
     def lines(self) -> list[str]:
-        """All of it: refusals, the first findings, and how many more there are."""
+        """All of it: refusals, the first kinds of findings, and how many more there are."""
         lines = []
         for why, (seen, names) in self.refused.items():
             shown = ", ".join(names[:SHOWN_NAMES]) + ", …" * (len(names) > SHOWN_NAMES)
             lines.append(f"{self.path}: {counted(seen.samples)} with {shown} (first: {seen.first}): {why}")
-        hidden = self.count - len(self.refused) - len(self.findings)
-        return lines + self.findings + [f"{self.path}: and {hidden:,} more findings"] * (hidden > 0)
+        shown = list(self.kinds.items())[:SHOWN]
+        lines += [f"{self.path}: {places}: {finding}" for finding, places in shown]
+        hidden = self.others + sum(places.count for places in self.kinds.values()) - sum(places.count for _, places in shown)
+        return lines + [f"{self.path}: and {hidden:,} more findings"] * (hidden > 0)
 
     def once(self, value: dict, place: str = "") -> None:
         """Finds a key that stands twice in an object of the file."""
         if TWICE in value:
             self.find(f'has "{value[TWICE]}" twice; one of them would be lost', place)
 
-    def missing(self, key: str, value: dict, place: str = "") -> None:
-        """Finds that `key` is not in value, and which misspelt key may be meant."""
+    def missing(self, key: str, value: dict, place: str = "", but: Iterable[str] = ()) -> None:
+        """Finds that `key` is not in value, and which misspelt key may be meant; those of `but` are not."""
         keys = [name for name in value if name is not TWICE]
-        guess = self.meant(key, [name.lower() for name in keys], 0.7)
+        guess = self.meant(key, [name.lower() for name in keys if name not in but], 0.7)
         meant = [name for name in keys if guess and name.lower() == guess]
-        shown = f'; did you mean "{key}"? Rename the key "{meant[0]}"' if meant else ""
+        shown = f'; did you mean "{key}"? Rename the key {quoted(meant[:1])}' if meant else ""
         self.find(f'no "{key}" (keys: {quoted(keys)}){shown}', place)
 
     def meant(self, word: str, words: Iterable[str], likeness: float = 0.75) -> str:
         """The one of `words` that `word` may be a misspelling of; "" for none, and where no finding is printed any more."""
-        guess = difflib.get_close_matches(word, words, 1, likeness) if len(self.findings) < SHOWN else []
+        guess = difflib.get_close_matches(word, words, 1, likeness) if len(self.kinds) < SHOWN else []
         return guess[0] if guess else ""
 
 
 def quoted(keys: Iterable[str]) -> str:
+    """Texts of the file, in quotes: the first twelve, each as far as shown() shows it."""
     keys = list(keys)
-    return ", ".join(f'"{key}"' for key in keys[:12]) + (", …" if len(keys) > 12 else "")
+    return ", ".join(f'"{shown(key)}"' for key in keys[:12]) + (", …" if len(keys) > 12 else "")
+
+
+def shown(text: str) -> str:
+    """A text of the file for a message: its beginning, and without characters that a terminal would obey."""
+    begin = str(text)[:SHOWN_CHARS]
+    visible = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in begin)
+    return visible + "…" * (len(text) > SHOWN_CHARS)
 
 
 def kind(value: object) -> str:

@@ -121,9 +121,9 @@ BESIDE_TURNS = _kinds(
     pairs=PAIRS,
     marks=MARKS,
     refused=REFUSED_BESIDE,
-    read=("id", "conversations", "messages", "instruction"),
+    read=("id",),
 )
-ALPACA = BESIDE_TURNS | _kinds(read=("input", "output", "history"), thoughts=THOUGHTS)
+BESIDE_SINGLE = BESIDE_TURNS | _kinds(thoughts=THOUGHTS)  # beside a single question and answer
 ON_TURN = _kinds(
     learn=TRAINED + MASKED,
     thoughts=THOUGHTS,
@@ -134,7 +134,7 @@ ON_TURN = _kinds(
     refusal=("refusal",),
     result=("tool_call_id",),
 )
-ALL = sorted({*ALPACA, *ON_TURN} - {"id", "conversations", "messages", "instruction", "output"})  # that one may misspell
+ALL = sorted({*BESIDE_SINGLE, *ON_TURN, "input", "history"} - {"id"})  # what a key that is not read may misspell
 
 
 LEAST, MOST = 1e-6, 1e6  # of a weight that is not 0: what float32 adds up without losing it

@@ -13,31 +13,49 @@ IN_PLACE = re.compile(r"\A\s*{0}|{0}\s*\Z|^[ \t]*{0}[ \t]*\r?$".format("(<(?:ima
 QWEN_VL = re.compile(r"<img>[^<\n]*</img>")
 
 
+def settle(noted: Noted, number: int, turns: list[Turn], marked: set[str], drop: bool = False) -> list[Turn]:
+    """The turns of sample `number` as they are trained on: an answer before the first question is context, unless it is marked.
+
+    marked: places of the answers whose weight the file states. drop: a last question without an answer is left out, where another
+    answer is there.
+    """
+    if drop and turns[-1].role == "user" and any(turn.role == "assistant" for turn in turns):
+        noted.unanswered.add(number)
+        turns = turns[:-1]
+    first = 1 if turns[0].role == "system" else 0
+    if len(turns) > first and turns[first].role == "assistant":
+        noted.greetings.add(number)
+        if turns[first].place not in marked:  # a model is never asked to speak first
+            context = turns[first]._replace(more=(turns[first].more or {}) | {"weight": 0.0})
+            turns = [*turns[:first], context, *turns[first + 1 :]]
+    return turns
+
+
 def check(found: FileFindings, noted: Noted, turns: list[Turn]) -> None:
-    """turns: as messages of the inner form."""
+    """turns: as messages of the inner form, settled."""
     for before, turn in pairwise(turns):
         role = turn.role
         if role == "system":
             found.find("system turn only allowed first", turn.place)
         elif role == before.role and role != "tool":
-            both = f"{_two(before.place, turn.place)} are both {role}"
-            found.find(f"{both}; join them or add the turn between them")
+            found.find(f"are both {role}; join them or add the turn between them", _two(before.place, turn.place))
         elif role == "user" and before.role == "tool":
             found.find("the result before it has no answer; add the turn between them", turn.place)
-    first = turns[turns[0].role == "system" :][:1]
-    if first and first[0].role == "assistant":
-        found.find("starts with assistant; the first turn (after a system turn) must be the user's")
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
-        found.find("no assistant answer to learn from")
+        found.find("no assistant answer to learn from; add one, or remove the sample")
     elif turns[-1].role == "user":
-        found.find("last user turn has no answer; add it or remove the turn", turns[-1].place)
+        what = "last user turn has no answer; add it or remove the turn (--bad_samples drop removes such turns)"
+        found.find(what, turns[-1].place)
     elif turns[-1].role == "tool":
         what = "nothing follows this result; add the answer, or remove the turns behind the last answer"
         found.find(what, turns[-1].place)
     elif all(turn.more and turn.more.get("weight") == 0 for turn in answers):
         marks = '"train": false, "weight": 0 or the like'
-        found.find(f"no assistant answer to learn from: all are marked as not to be learned ({marks})")
+        if len(answers) == 1 and turns[turns[0].role == "system"] is answers[0]:
+            found.find('only answer is before any question; mark it with "train": true to learn it, or remove the sample')
+        else:
+            found.find(f"no assistant answer to learn from: all are marked as not to be learned ({marks}); remove the sample")
     for turn in turns:
         _, role, content, more = turn
         if role == "assistant":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..data_files.sample_files import TWICE
@@ -12,21 +12,27 @@ from .file_findings import FileFindings, half_character, kind, quoted
 from .tool_spellings import Unreadable
 
 PLAIN_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-ROLES = PLAIN_ROLES | {
-    "function_call": "calls",  # ShareGPT, LLaMA-Factory
-    "function-call": "calls",
-    "tool_call": "calls",  # ms-swift
-    "tool": "tool",  # OpenAI, Hermes, ms-swift
-    "tool_response": "tool",  # ms-swift
-    "function": "tool",  # OpenAI's older form
-    "function_response": "tool",
-    "function-response": "tool",
-    "observation": "tool",  # ShareGPT, LLaMA-Factory
-    "ipython": "tool",  # Llama 3
-}
-ALLOWED = (
-    "system, user, assistant, tool (human and gpt are read as user and assistant; other words for tools: data/README.md)"
-)
+OTHER_NAMES = {
+    "system": ("developer", "sys", "系统"),  # developer: OpenAI's newer word
+    "user": ("prompter", "client", "customer", "person", "usr", "question", "用户", "人类"),  # prompter: Open Assistant
+    "assistant": ("chatgpt", "gpt4", "gpt-4", "bot", "chatbot", "model", "ai", "agent", "bing", "bard", "claude", "gemini", "llama", "qwen", "moss",
+                  "llm", "answer", "助手", "机器人"),
+    "calls": (
+        "function_call",  # ShareGPT, LLaMA-Factory
+        "function-call",
+        "tool_call",  # ms-swift
+    ),
+    "tool": (
+        "tool_response",  # ms-swift
+        "function",  # OpenAI's older form
+        "function_response",
+        "function-response",
+        "observation",  # ShareGPT, LLaMA-Factory
+        "ipython",  # Llama 3
+    ),
+}  # fmt: skip
+ROLES = PLAIN_ROLES | {"tool": "tool"} | {name: role for role, names in OTHER_NAMES.items() for name in names}
+ALLOWED = "allowed: system, user, assistant, tool and their other names in data/README.md"
 NUMBERS = f"true, false, 0 or a number from {keys.LEAST:f} to {keys.MOST:,.0f}"
 TEXT_ONLY = 'only {"type": "text", "text": "…"} can be trained on'
 TEXT_PARTS = ("text", "refusal")  # each has its text under its own name
@@ -34,7 +40,7 @@ TWO_THOUGHTS = "has thoughts twice ({}), which differ; keep one of them"
 
 
 class Turn(NamedTuple):
-    """place: how messages name it, "turn 3" or, in the alpaca form, its field.
+    """place: how messages name it, "turn 3" or, of a single question and answer, its field.
 
     more: what else the message has in the inner form (see messages.py): weight, reasoning_content, tool_calls, name.
     Until tool_turns.assemble has put calls and results together also: ids (of the calls) and calls_only; of a result,
@@ -59,6 +65,7 @@ class TurnReader:
     noted: Noted
     with_tools: bool = False
     tools: object = None  # those that the current sample's system turn brings
+    marked: set[str] = field(default_factory=set)  # places of the current sample's answers whose weight the file states
 
     def turn(self, place: str, message: object, speaker: str, text: str) -> Turn | None:
         """speaker, text: the keys of the role and the content."""
@@ -114,11 +121,12 @@ class TurnReader:
         role = message[speaker]
         if not isinstance(role, str):
             return self.found.find(f'"{speaker}" must be a string, found {kind(role)}', place)
-        if role not in ROLES:
-            guess = self.found.meant(role.strip().lower(), ROLES)
+        known = ROLES.get(role) or ROLES.get(role.strip().lower())
+        if known is None:
+            guess = self.found.meant(role.strip().lower(), (*PLAIN_ROLES, "tool"))
             meant = f'; did you mean "{guess}"?' if guess else ""
-            return self.found.find(f'role "{role}" unknown; allowed: {ALLOWED}{meant}', place)
-        return ROLES[role]
+            return self.found.find(f"role {quoted([role])} unknown; {ALLOWED}{meant}", place)
+        return known
 
     # ---- answers
 
@@ -150,6 +158,8 @@ class TurnReader:
             self.with_tools = True
             more |= {"tool_calls": [each.call for each in calls], "ids": [each.id for each in calls]}
             self._note_unread(key for each in calls for key in each.unread)
+        if given.get("learn"):
+            self.marked.add(place)
         if weight != 1:
             more["weight"] = weight
         return Turn(place, "assistant", content, more or None)

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from ..conversations import reading
 from ..errors import UserError
 from ..flags import args as arguments
 from ..flags import first_look
 from ..steps import memory_plan, preparation
 from . import present, run_rows
-from .fixing import write_fixed
 from .look import Look, data_look
 
 

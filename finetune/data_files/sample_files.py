@@ -48,7 +48,12 @@ class SampleFile:
         self.layout = _layout(self.path, head)
 
     def __iter__(self) -> Iterator[tuple[int | None, object]]:
-        rows = self._parquet() if self.layout == "parquet" else self._json()
+        return self.samples()
+
+    def samples(self, broken_line=None) -> Iterator[tuple[int | None, object]]:
+        """As iterating. broken_line(line, message, text): called for a line of JSON lines that is no JSON, which is then passed over;
+        without it such a line is an error."""
+        rows = self._parquet() if self.layout == "parquet" else self._json(broken_line)
         try:
             yield from rows
         except OSError as error:
@@ -60,7 +65,7 @@ class SampleFile:
         if _stamp(self.path) != self.stamp:
             raise UserError(f"{self.path}: changed while it was read; start again once it stays as it is")
 
-    def _json(self) -> Iterator[tuple[int, object]]:
+    def _json(self, broken_line) -> Iterator[tuple[int, object]]:
         in_list, number = self.layout == "list", 0
         with open(self.path, "rb") as file:
             text = _Window(self.path, file)
@@ -74,10 +79,18 @@ class SampleFile:
                     break
                 number += 1
                 self.position = text.bytes_read
-                if not in_list and char != "{":
-                    raise text.error(number, f'one JSON object per line expected, found "{char}"')
-                line = text.line()
-                yield line, text.value(number)
+                line, begin = text.line(), text.pos
+                try:
+                    if not in_list and char not in "{[":
+                        raise text.error(number, f'one JSON object per line expected, found "{char}"')
+                    value = text.value(number)
+                except UserError as error:
+                    if in_list or broken_line is None:
+                        raise
+                    number -= 1
+                    broken_line(line, error.findings[0], text.rest_of_line(begin))
+                    continue
+                yield line, value
                 if in_list and (char := text.peek()) != ",":
                     break
                 text.pos += in_list
@@ -170,6 +183,15 @@ class _Window:
                 self.pos = end
                 return value
 
+    def rest_of_line(self, begin: int) -> str:
+        """The text from `begin`, where a value could not be read, to the end of its line; moves behind it."""
+        self.pos = begin
+        while (end := self.buffer.find("\n", self.pos)) < 0 and self.fill():
+            pass
+        end = len(self.buffer) if end < 0 else end
+        rest, self.pos = self.buffer[self.pos : end], end
+        return rest
+
     def _newlines_to(self, pos: int) -> int:
         if pos < self.counted:
             return self.buffer.count("\n", 0, pos)
@@ -256,7 +278,21 @@ def _layout(path: str, head: bytes) -> str:
         shown = text[:20].decode("utf-8", "replace").splitlines()[0]
         expected = 'expected a JSON list ("[") or one JSON object per line ("{")'
         raise UserError(f"{path}: {expected}, found {json.dumps(shown, ensure_ascii=False)}")
-    return "list" if text[:1] == b"[" else "lines"
+    return "list" if text[:1] == b"[" and not _lists_by_line(path) else "lines"
+
+
+def _lists_by_line(path: str) -> bool:
+    """Whether each line is a list by itself, of turns perhaps: the first two are whole."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        lines = (line.strip()[:CHUNK_BYTES] for line in file if line.strip())
+        return all(line.startswith("[") and _is_list(line) for line in (next(lines, ""), next(lines, "")))
+
+
+def _is_list(text: str) -> bool:
+    try:
+        return isinstance(DECODER.decode(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _not_utf8(path: str, encoding: str) -> str:

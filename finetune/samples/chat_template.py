@@ -76,6 +76,7 @@ class ChatTemplate:
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.control = ControlText(special)
         self.as_tokens = rendering.tokens_in_text(special)
+        self.end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.special_ids = {str(token): [index] for index, token in tokenizer.added_tokens_decoder.items()}
         self._shapes: dict[tuple, list[Sample]] = {}
         self._rules: dict[tuple, tuple] = {}
@@ -99,14 +100,15 @@ class ChatTemplate:
 
     # ---- rendering
 
-    def render_batch(self, conversations: list[Conversation]) -> list[list]:
-        """The samples of each conversation, as chatml.Rendered (ids, labels, weights).
+    def render_batch(self, conversations: list[Conversation], numbers: list[int] | None = None) -> list[list]:
+        """The samples of each conversation, as chatml.Rendered (ids, labels, weights). numbers: of them; else they are counted.
 
         Those for which the template fails, or does not keep a text, make none: problems.raise_if_any() names them.
         """
         from qwen_model.chatml import Sequences  # reading data does without torch until it is rendered
 
-        jobs = [self._jobs_of(conversation) for conversation in conversations]
+        numbers = numbers or range(self.seen + 1, self.seen + 1 + len(conversations))
+        jobs = [self._jobs_of(number, conversation) for number, conversation in zip(numbers, conversations)]
         returned = iter(self._render([job for samples in jobs for job in samples]))
         laid_out = [[self._laid_out(job, next(returned)) for job in samples] for samples in jobs]
         texts = self.ids_of([text for samples in laid_out for sample in samples for text, special, _ in sample if not special])
@@ -170,10 +172,9 @@ class ChatTemplate:
 
     # ---- one conversation
 
-    def _jobs_of(self, conversation: Conversation) -> list[Job]:
+    def _jobs_of(self, number: int, conversation: Conversation) -> list[Job]:
         """The samples that a conversation makes."""
-        self.seen += 1
-        self.number = self.seen
+        self.seen = self.number = number
         with suppress(Refused):
             return self._jobs(conversation)
         return []

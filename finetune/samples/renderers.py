@@ -20,14 +20,17 @@ TOOLS_IN_TEXT = (
 )
 
 
-def renderer_of(tokenizer, path: str = "", rendering: Rendering = Rendering()):
-    """What lays out conversations for this tokenizer. path: of the file they come from, for messages.
+def renderer_of(tokenizer, path: str = "", rendering: Rendering = Rendering(), dropping: bool = False):
+    """What lays out conversations for this tokenizer. path: of the file they come from, for messages; dropping: see Problems.
 
-    It has render_batch(conversations), which returns the samples of each, chatml.Rendered; supervised_frame, ids that are
-    supervised without being content; problems, of what could not be rendered; notes(), lines about what was rendered so far; identity(), text that tells it apart.
+    It has render_batch(conversations, numbers), which returns the samples of each, chatml.Rendered; numbers: of the conversations in
+    their file, left out where they are counted. supervised_frame, ids that are supervised without being content; end_id, the one that
+    ends an answer; problems, of what could not be rendered; notes(), lines about what was rendered so far; identity(), text that tells it apart.
     """
     kind = ChatML if hasattr(tokenizer, "encode_ordinary") else ChatTemplate
-    return kind(tokenizer, path, rendering)
+    renderer = kind(tokenizer, path, rendering)
+    renderer.problems.dropping = dropping
+    return renderer
 
 
 class ChatML:
@@ -35,16 +38,18 @@ class ChatML:
 
     def __init__(self, tokenizer, path: str = "", rendering: Rendering = Rendering()):
         self.tokenizer, self.path, self.rendering, self.number = tokenizer, path, rendering, 0
+        self.end_id = tokenizer.im_end_id
         self.supervised_frame = {tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.encode_ordinary("\n")}
         self.control = ControlText(list(getattr(tokenizer, "special_tokens", {})))
         self.as_tokens = rendering.tokens_in_text([])
         self.problems, self.counts = Problems(path), Counts()
 
-    def render_batch(self, conversations: list[Conversation]) -> list[list]:
+    def render_batch(self, conversations: list[Conversation], numbers: list[int] | None = None) -> list[list]:
         """The samples of each conversation; none of those that the format has no place for: problems.raise_if_any() names them."""
         from qwen_model import chatml  # reading data does without torch until it is rendered
 
-        laid_out = [self._lay_out(conversation) for conversation in conversations]
+        numbers = numbers or range(self.number + 1, self.number + 1 + len(conversations))
+        laid_out = [self._lay_out(number, conversation) for number, conversation in zip(numbers, conversations)]
         settings = {"supervise": self.rendering.supervise, "allow_special": self.rendering.allow_special}
         if self.rendering.train_tokens:
             settings["as_tokens"] = self.as_tokens
@@ -53,9 +58,9 @@ class ChatML:
         self.counts.add_unrolled(rendered)
         return rendered
 
-    def _lay_out(self, conversation: Conversation) -> list[list[dict]]:
+    def _lay_out(self, number: int, conversation: Conversation) -> list[list[dict]]:
         """ChatML's messages of each sample that a conversation makes."""
-        self.number += 1
+        self.number = number
         with suppress(Refused):
             return self._samples(*conversation)
         return []

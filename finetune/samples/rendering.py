@@ -52,28 +52,36 @@ class Refused(Exception):
 
 
 class Problems:
-    """What is wrong with the conversations of a file, as it shows when they are laid out. The same problem is told once."""
+    """What is wrong with the conversations of a file, as it shows when they are laid out. The same problem is told once.
 
-    def __init__(self, path: str):
-        self.path, self.found, self.count = path, {}, 0
+    dropping: such conversations are left out; then reasons has why, by their number.
+    """
+
+    def __init__(self, path: str, dropping: bool = False):
+        self.path, self.dropping, self.found, self.count = path, dropping, {}, 0
+        self.reasons: dict[int, str] = {}
 
     def refuse(self, number: int, what: str, cause: Exception | None = None):
         """Notes the problem of conversation `number`; raises Refused, or a UserError where there are too many to go on."""
         self.found.setdefault(what, Seen()).add(number)
         self.count += 1
-        if self.count >= MOST:
+        if self.dropping:
+            self.reasons.setdefault(number, what)
+        elif self.count >= MOST:
             self.raise_if_any()
         raise Refused(what) from cause
 
-    def raise_if_any(self) -> None:
+    def lines(self) -> list[str]:
+        """A line for each problem."""
         lines = []
         for what, seen in list(self.found.items())[:SHOWN]:
             others = f" (and {seen.samples - 1:,} more samples)" if seen.samples > 1 else ""
-            lines.append(f"{self.path}: sample {seen.first}{others}: {what}")
-        if len(self.found) > SHOWN:
-            lines.append(f"{self.path}: and {len(self.found) - SHOWN:,} more findings")
-        if lines:
-            raise UserError(*lines)
+            lines.append(f"sample {seen.first}{others}: {what}")
+        return lines + [f"and {len(self.found) - SHOWN:,} more findings"] * (len(self.found) > SHOWN)
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            raise UserError(*(f"{self.path}: {line}" for line in self.lines()))
 
 
 def unlearned_results(messages: list[dict]) -> list[dict]:

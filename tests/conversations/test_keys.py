@@ -85,7 +85,7 @@ def test_a_turn_that_is_no_answer_may_say_that_it_is_not_learned(tmp_path, said)
 
 NUMBER = "must be true, false, 0 or a number from 0.000001 to 1,000,000"
 NOT_LEARNED = (
-    ': no assistant answer to learn from: all are marked as not to be learned ("train": false, "weight": 0 or the like)'
+    ': no assistant answer to learn from: all are marked as not to be learned ("train": false, "weight": 0 or the like); remove the sample'
 )
 THOUGHTS = 'has thoughts twice ("reasoning_content", "thinking"), which differ; keep one of them'
 MEASURED = (
@@ -152,8 +152,8 @@ FINDINGS = [  # a sample, and what is said of it
     (chat(Q, answer(None)), ' turn 2: "content" must be a string, found null'),
     (
         {"id": "x", "messages": None},
-        ': no "conversations" (keys: "id"); expected "conversations" (from/value), "messages" (role/content) or '
-        '"instruction"/"output"',
+        ': no "conversations" (keys: "id"); expected "conversations" (from/value), "messages" (role/content), '
+        '"instruction"/"output" or another form of data/README.md',
     ),
 ]
 
@@ -254,11 +254,10 @@ def test_refusals_stand_before_findings(tmp_path):
         chat(Q | {"audio": "x"}, answer()),
         chat(Q, answer(prefix=True)),
     ]
-    media, prefix, *found, more = findings(write(tmp_path, data))
+    media, prefix, found = findings(write(tmp_path, data))
     assert media == f'2 samples with "images", "audio" (first: 1): {MEDIA}'
     assert prefix == f'1 sample with "prefix" on a turn (first: 33): {UNFINISHED}'
-    assert found == [f"sample {n}: no assistant answer to learn from" for n in range(2, 22)]
-    assert more == "and 10 more findings"
+    assert found == "sample 2, sample 3, sample 4 and 27 more: no assistant answer to learn from; add one, or remove the sample"
     broken = json.dumps(data)[:-1] + ", {"
     assert findings(write(tmp_path, broken))[:2] == [media, prefix]
 
@@ -387,10 +386,10 @@ def test_integers_stay_what_they_are_at_any_length(tmp_path):
 
 def test_many_bad_samples_take_no_longer_than_good_ones(tmp_path):
     """Words that are near to a misspelt one are looked for only where the finding is printed."""
-    bad = [{"conversation": [{"form": f"x{i}", "valu": "y"}]} for i in range(10_000)]
-    bad += [{"messages": [{"role": "asistant", "contentt": "x"}]} for _ in range(10_000)]
+    bad = [{"conversationz": [{f"form{i}": f"x{i}", "valu": "y"}], f"k{i}": 0} for i in range(10_000)]
+    bad += [{"messages": [{"role": f"asistant{i}", "contentt": "x"}]} for i in range(10_000)]
     path, start = write(tmp_path, bad), time.process_time()
-    assert findings(path)[-1].endswith(" more findings")
+    assert findings(path)[-1] == "and 29,980 more findings"
     assert time.process_time() - start < 2
 
 

@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 from talks import GOOD, TALK, findings, turns, write
 
+from finetune.conversations.forms import LAID_OUT, NO_FORM
 from finetune.conversations.messages import Conversation, call
 from finetune.conversations.reading import read
-
-EXPECTED = 'expected "conversations" (from/value), "messages" (role/content) or "instruction"/"output"'
-ALLOWED = (
-    "allowed: system, user, assistant, tool (human and gpt are read as user and assistant; other words for tools: "
-    "data/README.md)"
-)
-
+from finetune.conversations.sample_reader import EXPECTED
+from finetune.conversations.turns import ALLOWED
 
 # ---- what is accepted
 
@@ -97,8 +93,8 @@ def test_the_examples_of_the_readme_are_accepted(tmp_path):
     assert [[conversation.messages for conversation in conversations] for conversations in accepted] == EXAMPLES
     assert [len(next(iter(conversations)).tools) for conversations in accepted] == [0, 0, 0, 1, 1, 1, 1, 0, 0]
     unknown, pairs = [text.strip() for text in examples if text.lstrip()[0] not in "[{"]
-    [found] = findings(write(tmp_path, [turns(("user", "x"), ("bot", "y"))]))
-    assert unknown.split(": ", 2)[2].split(" (")[0] == found.split(": ", 1)[1].split(" (")[0]
+    [found] = findings(write(tmp_path, [turns(("user", "x"), ("narrator", "y"))]))
+    assert found.split(": ", 1)[1].startswith(unknown.split(": ", 2)[2].removesuffix(" user, ..."))
     [found] = findings(write(tmp_path, [{"chosen": "x", "rejected": "y"}] * 300))
     assert pairs.startswith("talk.json: ") and found.startswith(pairs.removeprefix("talk.json: ").removesuffix("..."))
 
@@ -124,7 +120,8 @@ def test_system_turn_and_system_field(tmp_path):
 # ---- samples and turns
 
 
-ORDER = "; the first turn (after a system turn) must be the user's"
+NO_ANSWER = "no assistant answer to learn from; add one, or remove the sample"
+GREETING = 'only answer is before any question; mark it with "train": true to learn it, or remove the sample'
 BOTH = "; join them or add the turn between them"
 TEXT_PART = 'only {"type": "text", "text": "…"} can be trained on'
 QUESTION = {"role": "user", "content": "a"}
@@ -133,30 +130,31 @@ CASES = [  # a sample, and what is said of it
     (turns(), ": empty conversation; remove it"),
     ({"conversations": "hi"}, ': "conversations" must be a list of turns, found a string'),
     ({"conversations": [3]}, ' turn 1: must be an object with "from" and "value", found a number'),
-    ({"id": 1, "text": "x"}, f': no "conversations" (keys: "id", "text"); {EXPECTED}'),
+    ({"id": 1, "topic": "x"}, f': no "conversations" (keys: "id", "topic"); {EXPECTED}'),
+    ({"id": 1, "text": "x"}, f': "text": {NO_FORM["text"]}'),
+    ({"text": "<|im_start|>user\nhi<|im_end|>"}, f': "text": {LAID_OUT}'),
     (
         {"from": "user", "value": "x"},
         ': is a single turn; put the turns of a conversation into {"conversations": [...]}',
     ),
-    (GOOD | {"messages": []}, ': has "conversations", "messages"; keep one of them'),
+    (GOOD | {"messages": []}, ': has "conversations" and "messages", which differ; keep one of them'),
     # misspelt keys
     (
         {"conversation": []},
         ': no "conversations" (keys: "conversation"); did you mean "conversations"? Rename the key "conversation"',
     ),
-    (
-        {"dialog": GOOD["conversations"]},
-        ': no "conversations" (keys: "dialog"); did you mean "conversations"? Rename the key "dialog"',
-    ),
-    ({"chat": [QUESTION]}, ': no "messages" (keys: "chat"); did you mean "messages"? Rename the key "chat"'),
+    ({"conversation_id": "7", "x": []}, f': no "conversations" (keys: "conversation_id", "x"); {EXPECTED}'),
+    ({"chat": [QUESTION]}, f": {NO_ANSWER}"),
     (
         {"conversations": [{"form": "user", "Value": "x"}]},
         ' turn 1: no "from" (keys: "form", "Value"); did you mean "from"? Rename the key "form"',
         ' turn 1: no "value" (keys: "form", "Value"); did you mean "value"? Rename the key "Value"',
     ),
     # roles and their order
-    (turns(("bot", "x")), f' turn 1: role "bot" unknown; {ALLOWED}'),
-    (turns(("User", "x")), f' turn 1: role "User" unknown; {ALLOWED}; did you mean "user"?'),
+    (turns(("narrator", "x")), f' turn 1: role "narrator" unknown; {ALLOWED}'),
+    (turns(("usar", "x")), f' turn 1: role "usar" unknown; {ALLOWED}; did you mean "user"?'),
+    (turns(("a" * 10_000, "x")), f' turn 1: role "{"a" * 40}…" unknown; {ALLOWED}'),
+    (turns(("\x1b[31m\u202e", "x")), f' turn 1: role "\\x1b[31m\\u202e" unknown; {ALLOWED}'),
     (turns((None, "x")), ' turn 1: "from" must be a string, found null'),
     (turns((["user"], "x")), ' turn 1: "from" must be a string, found a list'),
     (turns(("user", "a"), ("system", "s"), ("assistant", "b")), " turn 2: system turn only allowed first"),
@@ -165,15 +163,14 @@ CASES = [  # a sample, and what is said of it
         {"system": "s", **turns(("system", "t"), ("user", "a"), ("assistant", "b"))},
         ': has a "system" and a system turn with another text; keep one',
     ),
-    (turns(("assistant", "a"), ("user", "b"), ("assistant", "c")), f": starts with assistant{ORDER}"),
-    (turns(("system", "s"), ("assistant", "a")), f": starts with assistant{ORDER}"),
-    (turns(("user", "a"), ("human", "b"), ("assistant", "c")), f": turns 1,2 are both user{BOTH}"),
-    (turns(("user", "a"), ("assistant", "b"), ("gpt", "c")), f": turns 2,3 are both assistant{BOTH}"),
-    (turns(("user", "a")), ": no assistant answer to learn from"),
-    (turns(("system", "s")), ": no assistant answer to learn from"),
+    (turns(("system", "s"), ("assistant", "a")), f": {GREETING}"),
+    (turns(("user", "a"), ("human", "b"), ("assistant", "c")), f" turns 1,2: are both user{BOTH}"),
+    (turns(("user", "a"), ("assistant", "b"), ("gpt", "c")), f" turns 2,3: are both assistant{BOTH}"),
+    (turns(("user", "a")), f": {NO_ANSWER}"),
+    (turns(("system", "s")), f": {NO_ANSWER}"),
     (
         turns(("user", "a"), ("assistant", "b"), ("user", "c")),
-        " turn 3: last user turn has no answer; add it or remove the turn",
+        " turn 3: last user turn has no answer; add it or remove the turn (--bad_samples drop removes such turns)",
     ),
     # contents
     (turns(("user", "a"), ("assistant", None)), ' turn 2: "value" must be a string, found null'),
@@ -196,7 +193,7 @@ CASES = [  # a sample, and what is said of it
         ': no "output" (keys: "instruction", "ouput"); did you mean "output"? Rename the key "ouput"',
     ),
     ({"instruction": "a", "output": None}, ': no "output" (keys: "instruction")'),
-    ({"input": "a", "output": "b"}, ': no "instruction" (keys: "input", "output")'),
+    ({"output": "b"}, ': no "instruction" (keys: "output")'),
     (
         {"instruction": "a", "input": 0, "output": 1},
         ': "input" must be a string, found a number',
@@ -226,8 +223,8 @@ def test_findings_of_one_sample(tmp_path, case):
 
 
 def test_an_unknown_first_line_is_one_sample_among_others(tmp_path):
-    lines = [json.dumps({"text": "x"}), json.dumps(GOOD)]
-    assert findings(write(tmp_path, "\n".join(lines))) == [f'sample 1: no "conversations" (keys: "text"); {EXPECTED}']
+    lines = [json.dumps({"topic": "x"}), json.dumps(GOOD)]
+    assert findings(write(tmp_path, "\n".join(lines))) == [f'sample 1: no "conversations" (keys: "topic"); {EXPECTED}']
 
 
 def test_half_a_character_and_keys_given_twice(tmp_path):
@@ -254,13 +251,16 @@ def test_mixed_forms_name_the_first_sample_of_each(tmp_path):
 
 def test_all_findings_of_a_file_come_together(tmp_path):
     lines = [json.dumps(turns(("user", "a"))) for _ in range(1500)]
-    found = findings(write(tmp_path, "\n".join(lines)))
-    assert len(found) == 21
-    assert found[0] == "sample 1: no assistant answer to learn from"
-    assert found[19] == "sample 20 (line 20): no assistant answer to learn from"
-    assert found[20] == "and 1,480 more findings"
+    several = f"sample 1, sample 2, sample 3 and 1,497 more: {NO_ANSWER}"
+    assert findings(write(tmp_path, "\n".join(lines))) == [several]
     found = findings(write(tmp_path, "\n".join([*lines, json.dumps({"messages": TALK}), "{"])))
-    assert len(found) == 22 and found[20] == "and 1,480 more findings" and "line 1502" in found[21]
+    assert len(found) == 2 and found[0] == several and "line 1502" in found[1]
+
+
+def test_kinds_beyond_the_first_twenty_are_counted(tmp_path):
+    found = findings(write(tmp_path, [turns(("user", "a"), (f"role{i}", "b"), (f"role{i}", "b")) for i in range(2000)]))
+    assert len(found) == 21 and found[20] == "and 3,960 more findings"
+    assert found[1] == f'sample 2 turn 2, sample 2 turn 3: role "role1" unknown; {ALLOWED}'
 
 
 # ---- notes

@@ -193,7 +193,7 @@ def test_broken_line_of_json_lines_after_other_findings(tmp_path):
     lines = [json.dumps(GOOD), json.dumps(turns(("user", "x"))), json.dumps(GOOD)[:-1] + ",}", json.dumps(GOOD)]
     column = len(lines[2])
     wrong, broken = findings(write(tmp_path, "\n".join(lines)))
-    assert wrong == "sample 2 (line 2): no assistant answer to learn from"
+    assert wrong == "sample 2 (line 2): no assistant answer to learn from; add one, or remove the sample"
     # which character is named, the comma or the brace, differs between Python versions
     assert broken.startswith(
         (f"line 3, column {column}, near sample 3: ", f"line 3, column {column - 1}, near sample 3: ")

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from finetune.conversations.messages import Conversation, call
 from finetune.errors import UserError
-from finetune.samples import chat_template, rendered_samples
+from finetune.samples import chat_template, laying_out, rendered_samples, sample_store
 from finetune.samples.chat_template import ChatTemplate
 from finetune.samples.rendered_samples import load
 from finetune.samples.rendering import Rendering
@@ -410,7 +410,7 @@ def test_samples_of_a_file(tmp_path, cache):
 
 
 def test_a_refused_sample_is_named_through_batches(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(rendered_samples, "BATCH_SAMPLES", 2)
+    monkeypatch.setattr(laying_out, "BATCH_SAMPLES", 2)
     path = write(tmp_path, [talk("a", "b")] * 4 + [talk("a", "x <think>b</think>c")])
     with pytest.raises(UserError) as caught:
         load(path, make_tokenizer(QWEN3), max_length=100)
@@ -431,7 +431,7 @@ def test_an_answer_of_which_only_the_empty_thoughts_are_left(tmp_path, cache):
 
 
 def test_what_the_cache_depends_on(tmp_path, cache, monkeypatch):
-    path, key = write(tmp_path, [talk("a", "b")]), rendered_samples._key
+    path, key = write(tmp_path, [talk("a", "b")]), sample_store.key_of
     first = make_tokenizer(QWEN2)
     same = {key(path, first, {}), key(path, make_tokenizer(QWEN2), {})}
     first(["a", "longer"], padding=True, truncation=True, max_length=2, split_special_tokens=True)
@@ -441,6 +441,6 @@ def test_what_the_cache_depends_on(tmp_path, cache, monkeypatch):
     others = {key(path, make_tokenizer(QWEN3), {}), key(path, more, {})}
     assert len(same) == 1 and len(same | others) == 3
     read = []
-    monkeypatch.setattr(rendered_samples, "_file_hash", lambda path: read.append(str(path)) or "hash")
+    monkeypatch.setattr(sample_store, "_file_hash", lambda path: read.append(str(path)) or "hash")
     key(path, first, {})
     assert chat_template.__file__ in read

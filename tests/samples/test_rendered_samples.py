@@ -11,7 +11,7 @@ from talks import SAMPLES, START, ByteTokenizer, laid_out, messages_of, talk, wr
 
 from finetune.conversations import reading
 from finetune.errors import UserError
-from finetune.samples import rendered_samples
+from finetune.samples import laying_out, rendered_samples
 from finetune.samples.rendered_samples import load
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("batch_samples", [1, 2, 2048])
 @pytest.mark.parametrize("max_length", [1000, 180])
 def test_samples_equal_the_ones_laid_out_by_hand(tmp_path, cache, monkeypatch, batch_samples, max_length):
-    monkeypatch.setattr(rendered_samples, "BATCH_SAMPLES", batch_samples)
+    monkeypatch.setattr(laying_out, "BATCH_SAMPLES", batch_samples)
     samples = load(write(tmp_path, SAMPLES), ByteTokenizer(), max_length=max_length)
     expected = [laid_out(messages_of(sample), max_length) for sample in SAMPLES]
     assert len(samples) == 3
@@ -100,7 +100,8 @@ def test_cut_samples_are_counted(tmp_path, cache):
     lost = third - limit + fifth - limit
     times = f"{fifth:,} tokens = {fifth / limit:.0f} × max length"
     assert loaded.notes == [
-        f"{path}: 2 samples cut to {limit} tokens (40 %), longest {fifth:,}; {lost:,} tokens lost",
+        f"{path}: 2 samples cut to {limit} tokens (40 %), longest {fifth:,}; {lost:,} tokens lost, "
+        f"{lost - 2:,} of them learned",  # all but the line end behind each
         f"{path}: sample 5 has {times}; one sample should be one conversation",
     ]
     assert loaded.lengths.max() == limit
@@ -125,8 +126,10 @@ def test_answers_beyond_the_limit(tmp_path, cache, supervise, reach):
     dropped = load(path, ByteTokenizer(), **settings, long_samples="drop")
     assert len(dropped) == 1 and dropped[0][0].tolist() == laid_out(messages_of(samples[0]))[0]
     longest, lost = sizes(samples)[1], sum(sizes(samples)[1:])
+    learned = 7 * sum(np.count_nonzero(sample_labels[1:] >= 0) for _, sample_labels in [load(path, ByteTokenizer(), max_length=999, supervise=supervise)[1]])
     gone = (
-        f"7 samples dropped, being longer than {before_answer} tokens (88 %), longest {longest}; {lost:,} tokens lost"
+        f"7 samples dropped, being longer than {before_answer} tokens (88 %), longest {longest}; {lost:,} tokens lost, "
+        f"{learned:,} of them learned"
     )
     assert dropped.notes == [
         f"{path}: duplicates: 6 samples equal to an earlier one (first: 2 and 3)",
@@ -162,7 +165,7 @@ def test_nothing_left(tmp_path, cache):
 def test_progress_only_where_it_takes_long(tmp_path, cache, capfd, monkeypatch):
     bars = []
     monkeypatch.setattr(
-        rendered_samples, "tqdm", lambda **settings: bars.append(settings) or reading.tqdm(**settings)
+        laying_out, "tqdm", lambda **settings: bars.append(settings) or reading.tqdm(**settings)
     )
     load(write(tmp_path, SAMPLES), ByteTokenizer(), max_length=200)
     assert capfd.readouterr().err == ""

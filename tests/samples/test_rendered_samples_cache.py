@@ -11,7 +11,7 @@ import pytest
 from talks import SAMPLES, ByteTokenizer, laid_out, messages_of, talk, write
 
 from finetune.errors import UserError
-from finetune.samples import rendered_samples
+from finetune.samples import laying_out, rendered_samples
 from finetune.samples.rendered_samples import load
 from qwen_model import chatml
 
@@ -88,7 +88,7 @@ def test_allow_special_and_tokenizers_files_are_part_of_the_key(tmp_path, tokeni
 
     names = ["mergeable_ranks", "special_tokens", "im_start_id", "im_end_id", "encode_ordinary"]
     ranks, special = dict(tokenizer.mergeable_ranks), dict(tokenizer.special_tokens)
-    key = rendered_samples._key
+    key = rendered_samples.key_of
     same = {key(path, Copy(), {}), key(path, tokenizer, {}), key(path, Copy(mergeable_ranks=ranks), {})}
     others = {
         key(path, Copy(mergeable_ranks=ranks | {b"new token": 151851}), {}),
@@ -126,7 +126,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, cache, monkeypatch, error):
         return render_batch(*args, **settings)
 
     monkeypatch.setattr(chatml, "render_batch", interrupted)
-    monkeypatch.setattr(rendered_samples, "BATCH_SAMPLES", 1)
+    monkeypatch.setattr(laying_out, "BATCH_SAMPLES", 1)
     with pytest.raises(error):
         load(path, ByteTokenizer(), max_length=200)
     assert list(cache.iterdir()) == []
@@ -145,7 +145,7 @@ def test_what_a_killed_run_left_is_swept_away_later(tmp_path, cache):
 
 
 def test_a_run_killed_outright_does_no_harm(tmp_path, cache, monkeypatch):
-    path, batches = write(tmp_path, SAMPLES), rendered_samples._batches
+    path, batches = write(tmp_path, SAMPLES), laying_out.batches
 
     def then_killed(conversations):
         yield from batches(conversations)
@@ -153,7 +153,7 @@ def test_a_run_killed_outright_does_no_harm(tmp_path, cache, monkeypatch):
 
     if not (child := os.fork()):
         try:
-            rendered_samples._batches = then_killed
+            laying_out.batches = then_killed
             load(path, ByteTokenizer(), max_length=200)
         finally:
             os._exit(1)
@@ -182,13 +182,13 @@ def test_several_machines_at_once(tmp_path, cache, monkeypatch):
     """Four loads that all render, as on machines that share the cache: one of them publishes, all give the same samples."""
     monkeypatch.setattr(rendered_samples, "one_at_a_time", lambda name: contextlib.nullcontext())
     path, together = write(tmp_path, SAMPLES), threading.Barrier(4, timeout=60)
-    publish = rendered_samples._publish
+    publish = rendered_samples.publish
 
     def publish_together(*folders):
         together.wait()
         publish(*folders)
 
-    monkeypatch.setattr(rendered_samples, "_publish", publish_together)
+    monkeypatch.setattr(rendered_samples, "publish", publish_together)
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(load(path, ByteTokenizer(), max_length=200))) for _ in range(4)
@@ -202,14 +202,14 @@ def test_several_machines_at_once(tmp_path, cache, monkeypatch):
 
 
 def test_the_file_may_not_change_while_it_is_rendered(tmp_path, cache, monkeypatch):
-    path, key = write(tmp_path, SAMPLES), rendered_samples._key
+    path, key = write(tmp_path, SAMPLES), rendered_samples.key_of
 
     def key_then_change(*args):
         result = key(*args)
         write(tmp_path, SAMPLES[:1])
         return result
 
-    monkeypatch.setattr(rendered_samples, "_key", key_then_change)
+    monkeypatch.setattr(rendered_samples, "key_of", key_then_change)
     with pytest.raises(UserError, match="changed while it was read"):
         load(path, ByteTokenizer(), max_length=200)
     assert list(cache.iterdir()) == []
