@@ -32,6 +32,7 @@ def main() -> None:
     if args.look.dry_run:
         return show_look(args, job, free)
     preparation.make_room(args, job, out)
+    preparation.write_left_out(job, out)
 
     engines.connect(args.training)
     trainer = make_trainer(args, job)

@@ -202,7 +202,7 @@ LONG = "word " * 600
 BAD = {
     "missing file": (None, ["nowhere.json", "no such file", "-d"]),
     "broken JSON": ('[{"conversations": [}]', ["line 1, column 21", "sample 1"]),
-    "unknown role": ([("user", "hi"), ("bot", "hello")], ["sample 1", "turn 2", '"bot"', "user, assistant"]),
+    "unknown role": ([("user", "hi"), ("narrator", "hello")], ["sample 1", "turn 2", '"narrator"', "allowed: system, user, assistant"]),
     "empty conversation": ([], ["sample 1", "empty conversation"]),
     "answer beyond the limit": (
         [("user", LONG), ("assistant", "yes")],

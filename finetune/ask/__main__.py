@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tools", type=Path, help="a JSON list of tools: name, description, parameters (JSON schema)")
     parser.add_argument("--base", help="the adapter's base, if it has moved")
     parser.add_argument(
-        "--system", help='the system message; default: the model\'s own, or "You are a helpful assistant."'
+        "--system",
+        help="the system message; default: the one that all conversations of the training data had, else the model's own, or "
+        '"You are a helpful assistant."',
     )
     parser.add_argument(
         "--thinking",

@@ -8,7 +8,7 @@ from threading import Thread
 
 from ..compare.opened import GREEDY, open_named
 from ..conversations.tool_text import split_calls
-from ..errors import UserError
+from ..errors import UserError, note
 from ..folders import checkpoint
 from ..folders.model_folder import LATER_TYPES
 
@@ -18,7 +18,15 @@ def open_answerer(options):
     opened = open_named(options.folder, options.base)
     model = opened.load()
     kind = LaterAnswerer if model.config.model_type in LATER_TYPES else Answerer
+    if options.system is None and (learned := system_of(options.folder)):
+        options.system = learned
+        note(f"asking with the system message of the training data: {learned[:60]!r}{'...' * (len(learned) > 60)} (--system for another)")
     return kind(opened.tokenizer, model, options)
+
+
+def system_of(folder: str) -> str | None:
+    """The system text that all conversations had which a folder's model learned from; None where they had none, or several."""
+    return checkpoint.read_record(Path(folder)).get("data", {}).get("system")
 
 
 class Answerer:

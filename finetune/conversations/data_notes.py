@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 import unicodedata
 from array import array
 from dataclasses import dataclass, field
@@ -12,6 +13,15 @@ from . import keys
 
 MAX_UNREAD = 1000  # different keys remembered; a file that uses ids as keys could have millions
 SHOWN_UNREAD = 12
+SHOWN_CHARS = 40  # of one text of the file
+MAX_SYSTEMS = 1000  # different system texts remembered
+LONGEST_SYSTEM = 20_000  # characters of one that is written into training.json
+FEW = 10  # conversations that may well have one answer
+# what templates leave in: {{name}}, {% if %}, [INSERT NAME], [Your Name], <your name>
+PLACEHOLDER_MARKS = ("{{", "{%", "[I", "[Y", "[y", "<y", "<Y")
+PLACEHOLDER = re.compile(
+    r"\{\{ ?[A-Za-z_]\w{0,30} ?\}\}|\{% ?(?:if|for|end|set)[^%\n]{0,60}%\}|\[INSERT[^\]\n]{0,40}\]|\[[Yy]our [^\]\n]{1,30}\](?!\()|<[Yy]our [^>\n]{1,30}>"
+)
 
 
 @dataclass
@@ -41,6 +51,10 @@ class Noted:
     tools_in_text: Seen = field(default_factory=Seen)
     greetings: Seen = field(default_factory=Seen)
     unanswered: Seen = field(default_factory=Seen)  # last questions that were left out
+    placeholders: Seen = field(default_factory=Seen)
+    placeholder: str = ""  # the first
+    systems: dict[str | None, int] = field(default_factory=dict)  # system text -> conversations; None where there is none
+    answers: array = field(default_factory=lambda: array("q"))  # of each conversation's last answer
     unread: dict[str, Seen] = field(default_factory=dict)
     prompts: array = field(default_factory=lambda: array("q"))
     wholes: array = field(default_factory=lambda: array("q"))
@@ -58,9 +72,16 @@ class Noted:
                 self.blank.add(number)
             if not (content.isascii() or unicodedata.is_normalized("NFC", content)):
                 self.composed.add(number)
+            if any(mark in content for mark in PLACEHOLDER_MARKS) and (found := PLACEHOLDER.search(content)):
+                self.placeholder = self.placeholder or found[0]
+                self.placeholders.add(number)
             texts += (role, content)
             more = more or more_of_turn
+        system = turns[0].content if turns[0].role == "system" else None
+        if system in self.systems or len(self.systems) < MAX_SYSTEMS:
+            self.systems[system] = self.systems.get(system, 0) + 1
         answer = texts.pop()
+        self.answers.append(hash(answer))
         if tools or more:
             texts.append(repr((tools, [turn.more for turn in turns[:-1]])))
             answer += repr(turns[-1].more)
@@ -68,6 +89,11 @@ class Noted:
         self.prompts.append(int.from_bytes(prompt.digest(), "little", signed=True))
         prompt.update(answer.encode(errors="surrogatepass"))
         self.wholes.append(int.from_bytes(prompt.digest(), "little", signed=True))
+
+    def system(self) -> str | None:
+        """The system text that all conversations have; None where they have none, or several."""
+        text = next(iter(self.systems), None) if len(self.systems) == 1 else None
+        return text if text and len(text) <= LONGEST_SYSTEM else None
 
     def lines(self) -> list[str]:
         """One line for each thing there is to know."""
@@ -80,6 +106,12 @@ class Noted:
         if self.greetings.samples:
             where = f"{counted(self.greetings.samples)} that the assistant begins (first: {self.greetings.first})"
             lines.append(f'{where}; what it says first is context, unless it is marked with "train": true')
+        if self.placeholders.samples:
+            where = f"{counted(self.placeholders.samples)} with what looks like a placeholder, {shown(self.placeholder)}"
+            lines.append(f"{where} (first: {self.placeholders.first}); it is learned as it stands")
+        if len(self.systems) > 1:
+            lines.append(_systems(self.systems))
+        lines += _equal_answers(self.answers)
         if self.unclosed.samples:
             where = f"{counted(self.unclosed.samples)} with <think> but no </think> in an answer"
             lines.append(f"{where} (first: {self.unclosed.first}); it is learned as it stands")
@@ -97,6 +129,25 @@ class Noted:
         if self.unread:
             lines.append(f"keys that are not read: {_unread(self.unread)}")
         return lines + _repeated(np.array(self.prompts), np.array(self.wholes))
+
+
+def _systems(systems: dict[str | None, int]) -> str:
+    """That a model is told different things before its conversations."""
+    given = {text: count for text, count in systems.items() if text is not None}
+    at_least = "at least " * (len(systems) == MAX_SYSTEMS)
+    texts = f"{at_least}{len(given):,} different system texts" if len(given) > 1 else "a system text"
+    where = f"{texts}, the commonest in {counted(max(given.values()))}"
+    without = f", none in {counted(systems[None])}" if None in systems else ""
+    return f"{where}{without}: ask the model with the one that fits"
+
+
+def _equal_answers(answers: array) -> list[str]:
+    """Where over half of more than FEW conversations end with the same answer."""
+    if len(answers) <= FEW:
+        return []
+    _, counts = np.unique(np.array(answers), return_counts=True)
+    most = int(counts.max())
+    return [f"{most:,} of {counted(len(answers))} end with the same answer"] * (most > len(answers) / 2)
 
 
 def _repeated(prompts: np.ndarray, wholes: np.ndarray) -> list[str]:
@@ -132,3 +183,10 @@ def _unread(unread: dict[str, Seen]) -> str:
 def counted(samples: int) -> str:
     """ "1 sample", "1,234 samples"."""
     return f"{samples:,} sample{'' if samples == 1 else 's'}"
+
+
+def shown(text: str) -> str:
+    """A text of the file for a message: its beginning, and without characters that a terminal would obey."""
+    begin = str(text)[:SHOWN_CHARS]
+    visible = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in begin)
+    return visible + "…" * (len(text) > SHOWN_CHARS)

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..data_files.sample_files import TWICE
-from .data_notes import Seen, counted
+from .data_notes import Seen, counted, shown
 from .keys import Refusal
 
 SHOWN = 20  # kinds of findings of one file that are printed
 SHOWN_PLACES = 3  # places that one kind names
-SHOWN_CHARS = 40  # of one text of the file
 SHOWN_NAMES = 6  # keys that one refusal names
 MOST_KINDS = 1000  # that are told apart; a file in which each finding is another would fill the memory
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -90,11 +89,11 @@ class FileFindings:
         """All of it: refusals, the first kinds of findings, and how many more there are."""
         lines = []
         for why, (seen, names) in self.refused.items():
-            shown = ", ".join(names[:SHOWN_NAMES]) + ", …" * (len(names) > SHOWN_NAMES)
-            lines.append(f"{self.path}: {counted(seen.samples)} with {shown} (first: {seen.first}): {why}")
-        shown = list(self.kinds.items())[:SHOWN]
-        lines += [f"{self.path}: {places}: {finding}" for finding, places in shown]
-        hidden = self.others + sum(places.count for places in self.kinds.values()) - sum(places.count for _, places in shown)
+            listed = ", ".join(names[:SHOWN_NAMES]) + ", …" * (len(names) > SHOWN_NAMES)
+            lines.append(f"{self.path}: {counted(seen.samples)} with {listed} (first: {seen.first}): {why}")
+        first = list(self.kinds.items())[:SHOWN]
+        lines += [f"{self.path}: {places}: {finding}" for finding, places in first]
+        hidden = self.others + sum(places.count for places in self.kinds.values()) - sum(places.count for _, places in first)
         return lines + [f"{self.path}: and {hidden:,} more findings"] * (hidden > 0)
 
     def once(self, value: dict, place: str = "") -> None:
@@ -107,8 +106,8 @@ class FileFindings:
         keys = [name for name in value if name is not TWICE]
         guess = self.meant(key, [name.lower() for name in keys if name not in but], 0.7)
         meant = [name for name in keys if guess and name.lower() == guess]
-        shown = f'; did you mean "{key}"? Rename the key {quoted(meant[:1])}' if meant else ""
-        self.find(f'no "{key}" (keys: {quoted(keys)}){shown}', place)
+        remedy = f'; did you mean "{key}"? Rename the key {quoted(meant[:1])}' if meant else ""
+        self.find(f'no "{key}" (keys: {quoted(keys)}){remedy}', place)
 
     def meant(self, word: str, words: Iterable[str], likeness: float = 0.75) -> str:
         """The one of `words` that `word` may be a misspelling of; "" for none, and where no finding is printed any more."""
@@ -120,13 +119,6 @@ def quoted(keys: Iterable[str]) -> str:
     """Texts of the file, in quotes: the first twelve, each as far as shown() shows it."""
     keys = list(keys)
     return ", ".join(f'"{shown(key)}"' for key in keys[:12]) + (", …" if len(keys) > 12 else "")
-
-
-def shown(text: str) -> str:
-    """A text of the file for a message: its beginning, and without characters that a terminal would obey."""
-    begin = str(text)[:SHOWN_CHARS]
-    visible = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in begin)
-    return visible + "…" * (len(text) > SHOWN_CHARS)
 
 
 def kind(value: object) -> str:

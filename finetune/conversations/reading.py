@@ -40,12 +40,12 @@ class Conversations:
     """The conversations of one validated file. Iterating reads the file again, so that no more than one is in memory.
 
     len() is their number; each is a messages.Conversation. notes: lines to print. prompts: int64, a hash of the prompt of each, the
-    same on every machine. dropping: whether bad samples are left out; then broken_lines has those that are no JSON: (line, message,
+    same on every machine. system: the system text that all of them have; None where they have none, or several. dropping: whether bad samples are left out; then broken_lines has those that are no JSON: (line, message,
     text).
     """
 
-    def __init__(self, file: SampleFile, notes: list[str], prompts: np.ndarray, dropping: bool = False, broken_lines=()):
-        self.file, self.count, self.notes, self.prompts = file, len(prompts), notes, prompts
+    def __init__(self, file: SampleFile, notes: list[str], prompts: np.ndarray, system: str | None, dropping: bool, broken_lines: list):
+        self.file, self.count, self.notes, self.prompts, self.system = file, len(prompts), notes, prompts, system
         self.dropping, self.broken_lines = dropping, broken_lines
 
     @property
@@ -94,7 +94,8 @@ def read(path: str | os.PathLike, *, flag: str = "--data_path", bad_samples: str
             raise UserError(*reader.found.lines(), *error.findings) from None
     notes = finish(reader, file.layout, bad)
     prompts = np.array(reader.noted.prompts, np.int64)
-    return Conversations(file, notes + reader.noted.lines(), prompts, reader.drop, reader.broken_lines)
+    noted = reader.noted
+    return Conversations(file, notes + noted.lines(), prompts, noted.system(), reader.drop, reader.broken_lines)
 
 
 def begins_well(path: str | os.PathLike, flag: str = "--data_path") -> bool:

@@ -112,6 +112,8 @@ def parse_as(training_kind, argv: list[str]) -> Args:
     model, data, lora, look = own
     lora.use_lora |= lora.q_lora  # Q-LoRA is LoRA over quantized weights
     findings += data.parse_pass_size()
+    if data.eval_split and training["eval_strategy"] == "no":
+        training["eval_strategy"] = "epoch"
     return Args(model, data, lora, training, look, findings)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..data_files.sample_files import SampleFile
+from ..data_files.sources import sources_of
 from ..distributed import engines
 from ..errors import UserError, note, warn
 from ..folders import adapter_folder, config_files, model_folder
@@ -31,6 +32,7 @@ RANGES = {
     "weight_decay": (0, INF),
     "max_grad_norm": (0, INF),
     "warmup_ratio": (0, 1),
+    "eval_split": (0, 1),
     "adam_beta1": (0, 1),
     "adam_beta2": (0, 1),
     "seed": (0, 2**32),
@@ -109,20 +111,23 @@ def data_files(args) -> Iterator[str]:
     data, evaluates = args.data, args.training.eval_strategy != "no" or args.training.eval_on_start
     if data.lazy_preprocess:
         note("--lazy_preprocess has no effect: the data is checked and tokenized once, and kept on disk from then on")
-    if data.data_path is None:
+    if not data.data_path:
         yield "--data_path: missing - give your training JSON with -d"
-    for flag, path in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
+    for flag in ("data_path", "eval_data_path"):
         try:
-            _ = path is not None and SampleFile(path, flag)
+            for source in sources_of(getattr(data, flag), f"--{flag}"):
+                SampleFile(source.path, source.flag)
         except UserError as error:
             yield from error.findings
     if data.eval_data_path and not evaluates:
         yield "--eval_data_path is set but evaluation is off - set --evaluation_strategy steps or epoch"
-    if evaluates and not data.eval_data_path:
+    if evaluates and not (data.eval_data_path or data.eval_split):
         strategy = method_checks.word(args.training.eval_strategy)
         asked = "eval_on_start" if strategy == "no" else f"evaluation_strategy {strategy}"
         yield f"--{asked} needs conversations to evaluate on - give --eval_data_path, or leave it out"
-    if same(data.data_path, data.eval_data_path):
+    if data.eval_split and data.eval_data_path:
+        yield "--eval_split and --eval_data_path: two ways to evaluation data - leave out one"
+    if any(same(path, other) for path in data.data_path for other in data.eval_data_path):
         warn("--eval_data_path is the training data: the evaluation will look better than the model is")
 
 

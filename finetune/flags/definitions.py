@@ -33,19 +33,37 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
 
-    data_path: str | None = flag(
-        None, "The conversations to learn: a JSON list, JSON lines or parquet.", metavar="FILE", aliases=["-d"]
+    data_path: list[str] = flag(
+        [],
+        "The conversations to learn: files or folders of JSON, JSON lines, CSV, parquet, also packed, or the id of a data set on the "
+        "Hugging Face Hub. FILE:0.3 takes a share of a file. May be given several times.",
+        metavar="FILE",
+        aliases=["-d"],
+        action="extend",
     )
-    eval_data_path: str | None = flag(
-        None, "Conversations to evaluate on while training; see --eval_strategy.", metavar="FILE"
+    eval_data_path: list[str] = flag(
+        [], "Conversations to evaluate on while training, in the same forms; see --eval_strategy.", metavar="FILE", action="extend"
+    )
+    eval_split: float | None = flag(
+        None,
+        "Hold out this share of the training conversations to evaluate on, the same ones on every start. Evaluates after each epoch, "
+        "unless --eval_strategy says otherwise.",
+        metavar="SHARE",
+    )
+    bad_samples: Literal["error", "drop"] = flag(
+        "error",
+        "What happens to samples with something wrong. error: nothing starts. drop: they are left out, and OUTPUT/left_out.jsonl has them "
+        "with the reasons; a last question without an answer is cut off.",
     )
     supervise: Literal["assistant", "chatml"] = flag(
         "assistant",
         "What is learned. assistant: each answer and the <|im_end|> after it. chatml: the published trainer's mask, "
         "which adds the format's own tokens of every turn.",
     )
-    long_samples: Literal["cut", "drop"] = flag(
-        "cut", "What happens to a sample longer than --model_max_length: cut at its end, or left out."
+    long_samples: Literal["error", "cut", "drop", "split"] = flag(
+        "cut",
+        "What happens to a sample longer than --model_max_length. cut: it ends with the last answer that is whole, or in the midst of the "
+        "first. drop: it is left out. split: it becomes several, each beginning with a question. error: nothing starts.",
     )
     allow_special: bool = flag(
         False,
@@ -89,12 +107,16 @@ class DataArguments:
 
     def title(self) -> str:
         """The training data in a few words."""
-        return str(self.data_path)
+        return ", ".join(self.data_path)
 
-    def files(self) -> dict[str, str]:
-        """The files of conversations, by the flag that named them."""
-        files = {"--data_path": self.data_path, "--eval_data_path": self.eval_data_path}
-        return {flag: path for flag, path in files.items() if path}
+    def sources(self) -> list:
+        """The files of conversations, training's first: data_files.sources.Source each. Raises UserError for what names none."""
+        from ..data_files.sources import sources_of
+
+        return [
+            *sources_of(self.data_path, "--data_path"),
+            *sources_of(self.eval_data_path, "--eval_data_path"),
+        ]
 
 
 @dataclass

@@ -46,11 +46,14 @@ def read(argv: list[str]) -> Args | None:
 
 def check(args: Args) -> None:
     """Raises UserError with what is wrong with flags, folders, and what the conversations begin with."""
-    findings, files = Findings(), args.data.files()
+    findings, sources = Findings(), []
     with findings:
         checks.check_first(args)
-    if findings.findings or not all(reading.begins_well(path, flag) for flag, path in files.items()):
-        for flag, path in files.items():  # the program ends here: whole, so that all findings stand together
+    with findings:
+        sources = args.data.sources()
+    bad = args.data.bad_samples
+    if findings.findings or not (bad == "drop" or all(reading.begins_well(source.path, source.flag) for source in sources)):
+        for source in sources:  # the program ends here: whole, so that all findings stand together
             with findings:
-                reading.read(path, flag=flag)
+                reading.read(source.path, flag=source.flag, bad_samples=bad)
     findings.raise_if_any()

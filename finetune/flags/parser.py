@@ -110,7 +110,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}".rstrip()
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         return f"{action.help or ''} (default: {str(value).replace('%', '%%')})"

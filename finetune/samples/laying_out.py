@@ -127,4 +127,5 @@ class _LayingOut:
         self.long.check(len(writer.lengths), self.read, path)
         notes += renderer.notes() + self.long.notes()
         notes += [f"--train_tokens {token}: stands in no conversation, so its row learns nothing from them" for token in self.unseen]
-        writer.finish({"notes": notes, "without_thoughts": renderer.counts.without_thoughts(self.rendering)})
+        meta = {"system": conversations.system}
+        writer.finish(meta | {"notes": notes, "without_thoughts": renderer.counts.without_thoughts(self.rendering)})

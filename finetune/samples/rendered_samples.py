@@ -3,6 +3,7 @@
 sample_store.py has the folders of the cache, laying_out.py what becomes of the conversations.
 """
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -25,7 +26,8 @@ class Samples:
     lengths, supervised: int64[n], tokens of each sample, and those of them with a label (not position 0, which nothing
     predicts). weight_sums: float64[n], the sum of the weights of those. total_tokens, total_supervised: sums over the
     samples. conversations, prompts: int64[n], the number of each sample's conversation in the file, from 1, and a hash of its
-    prompt. left_out: JSON lines (UTF-8), what --bad_samples drop left out. without_thoughts: True if the model can think and every
+    prompt. left_out: JSON lines (UTF-8), what --bad_samples drop left out. system: the system text that all conversations have; None where
+    they have none, or several. without_thoughts: True if the model can think and every
     answer was learned without thoughts. notes: lines to print. fingerprint: a hash of all ids, labels, weights and lengths, thus equal wherever the samples are the same ones.
     """
 
@@ -38,7 +40,10 @@ class Samples:
         self.lengths = np.diff(self._offsets)
         self.total_tokens, self.total_supervised = int(self._offsets[-1]), int(self.supervised.sum())
         self.fingerprint, self.without_thoughts = meta["fingerprint"], meta["without_thoughts"]
-        self.left_out = arrays["left_out"].tobytes() if "left_out" in arrays else b""
+        self.system: str | None = meta["system"]
+        lines = arrays["left_out"].tobytes().splitlines(True) if "left_out" in arrays else []
+        head = json.dumps({"file": path}, ensure_ascii=False)[:-1].encode(errors="surrogateescape") + b", "
+        self.left_out = b"".join(head + line[1:] for line in lines)
         self.notes = [f"{path}: {line}" for line in meta["notes"]]
 
     def __len__(self) -> int:
@@ -59,10 +64,14 @@ class Samples:
         return None if (weights[labels >= 0] == 1).all() else weights
 
     def describe(self) -> str:
-        """One line for people."""
-        share = f"{self.total_supervised:,} of them supervised ({self.total_supervised / self.total_tokens:.0%})"
-        longest = f"longest {self.lengths.max():,} (limit {self.max_length:,})"
-        return f"{self.path}: {len(self):,} samples, {self.total_tokens:,} tokens, {share}, {longest}"
+        return described(self)
+
+
+def described(samples) -> str:
+    """Samples in one line for people."""
+    share = f"{samples.total_supervised:,} of them supervised ({samples.total_supervised / samples.total_tokens:.0%})"
+    longest = f"longest {samples.lengths.max():,} (limit {samples.max_length:,})"
+    return f"{samples.path}: {len(samples):,} samples, {samples.total_tokens:,} tokens, {share}, {longest}"
 
 
 def load(

@@ -11,7 +11,7 @@ from ..flags import checks, definitions
 from ..folders import checkpoint, hub
 from ..lora import adapters
 from ..model import kinds, loading
-from ..samples import rendered_samples
+from ..samples import rendered_samples, selection
 from ..samples.rendered_samples import Samples
 from . import memory_plan, run_record
 from .memory_model import Estimate
@@ -77,9 +77,9 @@ def checked(args) -> Path:
     with findings:
         checks.check_flags(args)
     if findings.findings or not os.path.isdir(name):  # else the data is read once, when it is rendered
-        for flag, path in args.data.files().items():
+        for source in args.data.sources():
             with findings:
-                rendered_samples.read(path, flag=flag)
+                rendered_samples.read(source.path, flag=source.flag, bad_samples=args.data.bad_samples)
     findings.raise_if_any()
     folder = hub.find_folder(name, args.training.cache_dir)
     if not os.path.isdir(name):
@@ -102,15 +102,29 @@ def resolve_adapter_flags(args, folder: Path, tokenizer) -> None:
 def load_data(args, tokenizer) -> list:
     """[samples, evaluation samples or None], rendered; prints what is worth knowing about them."""
     wish, findings, loaded = args.data, Findings(), []
-    settings = wish.rendering() | {"train_tokens": tuple(args.lora.train_tokens), "long_samples": wish.long_samples}
-    for flag, path in args.data.files().items():
+    settings = wish.rendering() | {"train_tokens": tuple(args.lora.train_tokens)}
+    settings |= {"long_samples": wish.long_samples, "bad_samples": wish.bad_samples, "max_length": args.training.model_max_length}
+    for source in wish.sources():
         with findings:
-            length = args.training.model_max_length
-            loaded.append(rendered_samples.load(path, tokenizer, max_length=length, flag=flag, **settings))
+            loaded.append((source, rendered_samples.load(source.path, tokenizer, flag=source.flag, **settings)))
     findings.raise_if_any()
-    for line in [line for samples in loaded for line in samples.notes if not args.look.dry_run]:  # which shows them itself
-        warn(line)
-    return [*loaded, None][:2]
+    samples, held_out = selection.select(loaded, wish.eval_split)
+    if not args.look.dry_run:  # which shows them itself
+        for line in samples.notes + (held_out.notes if held_out and wish.eval_data_path else []):
+            warn(line)
+    return [samples, held_out]
+
+
+def write_left_out(job: Job, out: Path) -> None:
+    """OUTPUT/left_out.jsonl: what --bad_samples drop left out of the data. No file where that was nothing."""
+    text = b"".join(samples.left_out for samples in (job.samples, job.eval_samples) if samples is not None)
+    if text and ranks.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / LEFT_OUT).write_bytes(text)
+        note(f"{out / LEFT_OUT} has what was left out of the data, with the reasons")
+
+
+LEFT_OUT = "left_out.jsonl"
 
 
 def plan_memory(args, folder: Path, samples: Samples, free: float) -> Estimate:

@@ -17,7 +17,11 @@ def of_run(name: str, folder: Path, args, samples, samples_per_step: int) -> dic
         "method": vars(args.lora)
         | {"lora_weight_path": None, "quantization": quant_settings.as_record(quantization)},
         "data": {
-            "path": str(args.data.data_path),
+            "paths": list(args.data.data_path),
+            "eval_split": args.data.eval_split,
+            "bad_samples": args.data.bad_samples,
+            "long_samples": args.data.long_samples,
+            "system": samples.system,
             "fingerprint": samples.fingerprint,
             "without_thoughts": samples.without_thoughts,
             **args.data.rendering(),

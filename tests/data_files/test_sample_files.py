@@ -41,7 +41,7 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     from pyarrow import Table
 
-    answers = [{"from": "assistant", "value": "a", "train": False}] + [{"from": "assistant", "value": "a"}] * 699
+    answers = [{"from": "assistant", "value": "a", "train": False}, *({"from": "assistant", "value": f"a{i}"} for i in range(1, 700))]
     rows = [
         {"system": None, "conversations": [{"from": "user", "value": f"q{i}"}, answers[i]], "messages": None}
         for i in range(700)
@@ -54,8 +54,9 @@ def test_parquet(tmp_path):
     assert first[:2] == [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a", "weight": 0.0}]
     assert first[3] == {"role": "assistant", "content": "b"}
     assert rest[5][0] == {"role": "system", "content": "S"}
-    assert rest[698] == [{"role": "user", "content": "q699"}, {"role": "assistant", "content": "a"}]
-    assert len(conversations) == 700 and conversations.notes == []
+    assert rest[698] == [{"role": "user", "content": "q699"}, {"role": "assistant", "content": "a699"}]
+    system = "a system text, the commonest in 1 sample, none in 699 samples: ask the model with the one that fits"
+    assert len(conversations) == 700 and conversations.notes == [system]
     rows[300]["conversations"][1] = {"from": "assistant", "value": None}
     parquet.write_table(Table.from_pylist(rows), tmp_path / "talk.json", row_group_size=100)
     assert findings(tmp_path / "talk.json") == ['sample 301 turn 2: "value" must be a string, found null']

@@ -11,7 +11,7 @@ from finetune.errors import UserError, note
 from finetune.flags import checks, first_look
 
 GOOD = {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
-BAD = {"conversations": [{"from": "user", "value": "a"}, {"from": "bot", "value": "b"}]}
+BAD = {"conversations": [{"from": "user", "value": "a"}, {"from": "narrator", "value": "b"}]}
 
 
 @pytest.fixture
@@ -102,7 +102,8 @@ def test_all_of_a_file_is_told_and_all_files(world):
     world.data.write_text(json.dumps([BAD, GOOD, BAD]))
     (world.data.parent / "eval.json").write_text(json.dumps([GOOD, BAD]))
     lines = seen(world, "--eval_data_path", "eval.json", "--eval_strategy", "epoch")
-    assert [line.split(" turn")[0] for line in lines] == [f"{world.data}: sample 1", f"{world.data}: sample 3", "eval.json: sample 2"]
+    assert [line.split(" turn")[0] for line in lines] == [f"{world.data}: sample 1", "eval.json: sample 2"]
+    assert "sample 1 turn 2, sample 3 turn 2: role" in lines[0]
 
 
 @pytest.mark.parametrize("layout", ["list", "lines"])

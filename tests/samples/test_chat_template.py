@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from finetune.conversations.messages import Conversation, call
 from finetune.errors import UserError
-from finetune.samples import chat_template, laying_out, rendered_samples, sample_store
+from finetune.samples import chat_template, laying_out, sample_store
 from finetune.samples.chat_template import ChatTemplate
 from finetune.samples.rendered_samples import load
 from finetune.samples.rendering import Rendering
@@ -404,7 +404,7 @@ def test_samples_of_a_file(tmp_path, cache):
     path = write(tmp_path, talks)
     for _ in range(2):  # rendered, then from the cache
         samples = load(path, tokenizer, max_length=100, **AS_IS)
-        assert samples.notes[0] == f"{path}: 1 sample with thoughts before an answer that is not the last (first: 1): {LEFT_OUT}"
+        assert samples.notes[1] == f"{path}: 1 sample with thoughts before an answer that is not the last (first: 1): {LEFT_OUT}"
         for i, messages in enumerate([talks[0]["messages"], chat("a", "b", system="c")]):
             assert [values.tolist() for values in samples[i]] == render(tokenizer, messages)
 

@@ -11,7 +11,7 @@ from talks import SAMPLES, START, ByteTokenizer, laid_out, messages_of, talk, wr
 
 from finetune.conversations import reading
 from finetune.errors import UserError
-from finetune.samples import laying_out, rendered_samples
+from finetune.samples import laying_out
 from finetune.samples.rendered_samples import load
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,0 +1,48 @@
+"""What -d names: files, shares of files, folders of files."""
+
+import os
+import re
+from typing import NamedTuple
+
+from ..errors import UserError, note
+
+SHARE = re.compile(r"(.+):(\d*\.?\d+(?:[eE]-?\d+)?)")
+
+
+class Source(NamedTuple):
+    """One file (or whatever SampleFile reads). share: of its conversations, above 0 and at most 1. flag: the option that named it."""
+
+    path: str
+    share: float
+    flag: str
+
+    def __str__(self) -> str:
+        return self.path if self.share == 1 else f"{self.path}:{self.share:g}"
+
+
+def sources_of(words: list[str], flag: str) -> list[Source]:
+    """words: FILE, FOLDER or FILE:SHARE each; a path that exists is a path. Raises UserError for shares that are none."""
+    found, findings = [], []
+    for word in words:
+        path, share = word, 1.0
+        match = None if os.path.exists(word) else SHARE.fullmatch(word)
+        if match:
+            path, share = match[1], float(match[2])
+            if not 0 < share <= 1:
+                findings.append(f"{flag} {word}: {match[2]} is no share of a file - give one above 0 and up to 1, as {path}:0.3")
+        try:
+            found += [Source(each, share, flag) for each in expand(path, flag)]
+        except UserError as error:
+            findings += error.findings
+    if findings:
+        raise UserError(*findings)
+    once = {os.path.realpath(source.path): source for source in reversed(found)}
+    for source in found:
+        if once[os.path.realpath(source.path)] is not source:
+            note(f"{flag} {source.path}: is named twice, and taken once")
+    return [source for source in found if once[os.path.realpath(source.path)] is source]
+
+
+def expand(path: str, flag: str) -> list[str]:
+    """A folder of data files becomes its files, in order; every other path is itself."""
+    return [path]
