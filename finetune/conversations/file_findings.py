@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..data_files.sample_files import TWICE
+from ..data_files.window import TWICE
 from .data_notes import Seen, counted, shown
 from .keys import Refusal
 

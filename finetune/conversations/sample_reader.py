@@ -1,6 +1,6 @@
 """One sample after the other, from a JSON value to turns: which form it has, what stands beside its turns, and its turns."""
 
-from ..data_files.sample_files import TWICE
+from ..data_files.window import TWICE
 from . import keys, order, tool_turns
 from .data_notes import Noted
 from .file_findings import FileFindings, kind, quoted

@@ -2,7 +2,7 @@
 
 import json
 
-from ..data_files.sample_files import DECODER
+from ..data_files.window import DECODER
 
 
 def listed(value: object) -> object:

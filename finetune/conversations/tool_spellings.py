@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
-from ..data_files.sample_files import DECODER, TWICE
+from ..data_files.window import DECODER, TWICE
 from .file_findings import half_character, kind, quoted
 from .messages import call
 from .tool_text import split_calls

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..data_files.sample_files import TWICE
+from ..data_files.window import TWICE
 from . import keys, tool_spellings
 from .data_notes import Noted
 from .file_findings import FileFindings, half_character, kind, quoted

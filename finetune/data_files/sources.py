@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 from ..errors import UserError, note
+from . import arrow
 
 SHARE = re.compile(r"(.+):(\d*\.?\d+(?:[eE]-?\d+)?)")
 
@@ -43,6 +44,26 @@ def sources_of(words: list[str], flag: str) -> list[Source]:
     return [source for source in found if once[os.path.realpath(source.path)] is source]
 
 
+PASSED_OVER = (".md", ".txt", ".yaml", ".yml", ".py", ".sh", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".lock", ".log", ".license")
+
+
 def expand(path: str, flag: str) -> list[str]:
-    """A folder of data files becomes its files, in order; every other path is itself."""
-    return [path]
+    """A folder of data files becomes its files, in order of their names, those of folders in it as well; every other path is itself.
+
+    Hidden files and such as hold no data (README.md, pictures) are passed over, and a note names them.
+    """
+    if not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in (arrow.STATE, arrow.SPLITS)):
+        return [path]
+    found, passed_over = [], []
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                holds_none = name.lower().endswith(PASSED_OVER) or "." not in name
+                (passed_over if holds_none else found).append(os.path.join(folder, name))
+    if passed_over:
+        shown = ", ".join(os.path.relpath(each, path) for each in passed_over[:6]) + ", ..." * (len(passed_over) > 6)
+        note(f"{flag} {path}: passed over {shown}")
+    if not found:
+        raise UserError(f"{flag} {path}: is a folder without data files; give one with .json, .jsonl, .csv, .parquet or the like")
+    return found

@@ -99,7 +99,7 @@ def load(
         "max_length": max_length, "long_samples": long_samples, "bad_samples": bad_samples, "rendering": Rendering(**rendering)
     }  # fmt: skip
     root = Path(cache_dir or os.environ.get("FINETUNE_CACHE") or user_cache_dir() / "finetune").expanduser()
-    folder = root / key_of(file.path, tokenizer, settings)
+    folder = root / key_of(file, tokenizer, settings)
     if stored := open_folder(folder):
         return Samples(file.path, max_length, *stored)
     conversations = None

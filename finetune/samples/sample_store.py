@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data_files.sample_files import SampleFile
 from .renderers import renderer_of
 
 ABANDONED_SECONDS = 3600  # a temporary folder that nobody has written to for so long belongs to a killed run
@@ -89,12 +90,12 @@ def user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def key_of(path: str, tokenizer, settings: dict) -> str:
+def key_of(file: SampleFile, tokenizer, settings: dict) -> str:
     """A hash over what the rendered samples depend on: the file's bytes, our code, the tokenizer, the settings."""
     here, model = Path(__file__).parents[1], Path(__file__).parents[2] / "qwen_model"
     code = [source for wing in ("data_files", "conversations", "samples") for source in sorted((here / wing).glob("*.py"))]
     code += [model / f"{name}.py" for name in ("chatml", "react", "react_text")]
-    parts = [_file_hash(path), *(_file_hash(source) for source in code), _tokenizer_hash(tokenizer), settings]
+    parts = [file.content_hash(), *(_file_hash(source) for source in code), _tokenizer_hash(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 

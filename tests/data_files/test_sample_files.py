@@ -12,7 +12,8 @@ import pytest
 from talks import GOOD, TALK, findings, turns, write
 
 from finetune.conversations.reading import read
-from finetune.data_files import sample_files
+from finetune.data_files import window
+from finetune.data_files.sample_files import EXPECTED
 from finetune.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -82,7 +83,7 @@ def test_missing_file_and_folder(tmp_path):
     assert (
         str(caught.value) == f"--eval_data_path {missing}: no such file. Give an existing file with --eval_data_path."
     )
-    with pytest.raises(UserError, match="is a folder or a device; give one file"):
+    with pytest.raises(UserError, match="is a folder; give its files"):
         read(tmp_path)
 
 
@@ -96,7 +97,10 @@ def test_missing_file_and_folder(tmp_path):
             b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
             "is a git-lfs pointer (50 bytes), not the data: run git lfs pull",
         ),
-        (b"<html>\n", 'expected a JSON list ("[") or one JSON object per line ("{"), found "<html>"'),
+        (b"<html>\n", "is a web page, not data: the download failed, or needs a login (<html>)"),
+        (b"Hello, world.\n", f'{EXPECTED}, found "Hello, world."'),
+        ("你好，世界。今天天气很好。\n".encode("gbk"), f'{EXPECTED}, found "你好，世界。今天天气很好。"'),
+        (b"\x1b[31mred\n", f'{EXPECTED}, found "\\\\x1b[31mred"'),
         (
             b'{"data": [], "version": 1}',
             'top level is an object with keys "data", "version"; expected a list of samples',
@@ -105,12 +109,6 @@ def test_missing_file_and_folder(tmp_path):
 )
 def test_other_content(tmp_path, data, message):
     assert findings(write(tmp_path, data)) == [message]
-
-
-@pytest.mark.parametrize(("magic", "program"), [(b"\x1f\x8b\x08", "gunzip"), (b"PK\x03\x04", "unzip")])
-def test_packed_file(tmp_path, magic, program):
-    path = write(tmp_path, magic + b"rest", "my talk.json.gz")
-    assert findings(path) == [f"is a packed file; unpack it first: {program} {shlex.quote(str(path))}"]
 
 
 CHINESE = json.dumps([turns(("user", "今天天气怎么样，适合出门吗"), ("assistant", "很好。"))] * 40, ensure_ascii=False)
@@ -140,7 +138,7 @@ def test_other_encodings_and_the_command_that_repairs_them(tmp_path, codec, name
 @pytest.mark.parametrize("front", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("at", [30, 2500])
 def test_damaged_byte(tmp_path, at, front, monkeypatch):
-    monkeypatch.setattr(sample_files, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(window, "CHUNK_BYTES", 1000)
     data = CHINESE.encode()
     place = data.index("天".encode(), at)
     path = write(tmp_path, front + data[:place] + b"\xff" + data[place:])
@@ -171,7 +169,7 @@ def test_half_a_character_of_utf8(tmp_path):
 )
 def test_broken_json_is_located(tmp_path, monkeypatch, chunk, broken, message):
     """@ stands before the character to be named."""
-    monkeypatch.setattr(sample_files, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(window, "CHUNK_BYTES", chunk)
     names = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     lines = [json.dumps(turns(("user", f"问 {name}"), ("assistant", name)), ensure_ascii=False) for name in names]
     text = ("[\n" + ",\n".join(lines) + "]").replace('"value": "nine"', broken)
@@ -183,7 +181,7 @@ def test_broken_json_is_located(tmp_path, monkeypatch, chunk, broken, message):
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_columns_of_a_file_of_one_line(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(sample_files, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(window, "CHUNK_BYTES", chunk)
     text = json.dumps([GOOD] * 5)
     column = text.rindex(": ") + 1
     [found] = findings(write(tmp_path, "\n" + text[: column - 1] + text[column:]))
@@ -227,8 +225,8 @@ def test_broken_structure(tmp_path, text, message):
 
 
 def test_one_endless_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_files, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(sample_files, "MAX_SAMPLE_CHARS", 5000)
+    monkeypatch.setattr(window, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(window, "MAX_SAMPLE_CHARS", 5000)
     path = write(tmp_path, {"data": [GOOD] * 1000})
     [found] = findings(path)
     assert "near sample 1: this sample has more than 256 million characters" in found
@@ -243,7 +241,7 @@ def test_windows_of_any_size_read_the_same(tmp_path, monkeypatch, chunk):
         for _ in range(60)
     ]
     expected = [[turn["value"] for turn in sample["conversations"]] for sample in samples]
-    monkeypatch.setattr(sample_files, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(window, "CHUNK_BYTES", chunk)
     for ascii_only in (True, False):
         lines = [json.dumps(sample, ensure_ascii=ascii_only, indent=draw.choice([None, 1])) for sample in samples]
         for text in ("[" + " ,\n".join(lines) + "\n] ", "\n".join(lines)):
@@ -264,9 +262,9 @@ def test_the_file_may_not_change_between_checking_and_reading(tmp_path):
 
 def test_a_large_sample_is_tried_a_few_times_only(tmp_path, monkeypatch):
     """A sample of 2,000 windows: the window doubles, or parsing would take 2,000 tries of growing size."""
-    monkeypatch.setattr(sample_files, "CHUNK_BYTES", 1000)
-    reads, fill = [], sample_files._Window.fill
-    monkeypatch.setattr(sample_files._Window, "fill", lambda window: reads.append(window) or fill(window))
+    monkeypatch.setattr(window, "CHUNK_BYTES", 1000)
+    reads, fill = [], window.Window.fill
+    monkeypatch.setattr(window.Window, "fill", lambda window: reads.append(window) or fill(window))
     [(messages, _)] = read(write(tmp_path, [turns(("user", "long " * 400_000), ("assistant", "x"))]))
     assert len(messages[0]["content"]) == 2_000_000 and len(reads) < 60  # in two readings
 

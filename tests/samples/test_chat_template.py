@@ -10,6 +10,7 @@ from talks import TALK, talk, write
 from tokenizers import AddedToken
 
 from finetune.conversations.messages import Conversation, call
+from finetune.data_files.sample_files import SampleFile
 from finetune.errors import UserError
 from finetune.samples import chat_template, laying_out, sample_store
 from finetune.samples.chat_template import ChatTemplate
@@ -433,14 +434,14 @@ def test_an_answer_of_which_only_the_empty_thoughts_are_left(tmp_path, cache):
 def test_what_the_cache_depends_on(tmp_path, cache, monkeypatch):
     path, key = write(tmp_path, [talk("a", "b")]), sample_store.key_of
     first = make_tokenizer(QWEN2)
-    same = {key(path, first, {}), key(path, make_tokenizer(QWEN2), {})}
+    same = {key(SampleFile(path), first, {}), key(SampleFile(path), make_tokenizer(QWEN2), {})}
     first(["a", "longer"], padding=True, truncation=True, max_length=2, split_special_tokens=True)
-    same.add(key(path, first, {}))
+    same.add(key(SampleFile(path), first, {}))
     more = make_tokenizer(QWEN2)
     more.add_tokens([AddedToken("<|new|>", special=True)])
-    others = {key(path, make_tokenizer(QWEN3), {}), key(path, more, {})}
+    others = {key(SampleFile(path), make_tokenizer(QWEN3), {}), key(SampleFile(path), more, {})}
     assert len(same) == 1 and len(same | others) == 3
     read = []
     monkeypatch.setattr(sample_store, "_file_hash", lambda path: read.append(str(path)) or "hash")
-    key(path, first, {})
+    key(SampleFile(path), first, {})
     assert chat_template.__file__ in read

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from talks import SAMPLES, ByteTokenizer, laid_out, messages_of, talk, write
 
+from finetune.data_files.sample_files import SampleFile
 from finetune.errors import UserError
 from finetune.samples import laying_out, rendered_samples
 from finetune.samples.rendered_samples import load
@@ -89,12 +90,12 @@ def test_allow_special_and_tokenizers_files_are_part_of_the_key(tmp_path, tokeni
     names = ["mergeable_ranks", "special_tokens", "im_start_id", "im_end_id", "encode_ordinary"]
     ranks, special = dict(tokenizer.mergeable_ranks), dict(tokenizer.special_tokens)
     key = rendered_samples.key_of
-    same = {key(path, Copy(), {}), key(path, tokenizer, {}), key(path, Copy(mergeable_ranks=ranks), {})}
+    same = {key(SampleFile(path), Copy(), {}), key(SampleFile(path), tokenizer, {}), key(SampleFile(path), Copy(mergeable_ranks=ranks), {})}
     others = {
-        key(path, Copy(mergeable_ranks=ranks | {b"new token": 151851}), {}),
-        key(path, Copy(special_tokens=special | {"<|new|>": 151851}), {}),
-        key(path, Copy(im_end_id=151643), {}),
-        key(path, tokenizer, {"allow_special": True}),
+        key(SampleFile(path), Copy(mergeable_ranks=ranks | {b"new token": 151851}), {}),
+        key(SampleFile(path), Copy(special_tokens=special | {"<|new|>": 151851}), {}),
+        key(SampleFile(path), Copy(im_end_id=151643), {}),
+        key(SampleFile(path), tokenizer, {"allow_special": True}),
     }
     assert len(same) == 1 and len(same | others) == 5
 
