@@ -6,7 +6,7 @@
 set -eo pipefail
 script=$(readlink -f -- "$0")
 root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
-data=""
+data=()         # files of conversations
 extra=()        # the user's flags for finetune.py
 environment=()  # NAME=VALUE of what will run
 command=()      # its words
@@ -42,7 +42,7 @@ usage() {
 Usage: bash $0 [-m MODEL] [-d DATA] [-o OUTPUT] [any flag of finetune.py ...]
 
   -m, --model MODEL     a checkpoint folder, or a name on the Hugging Face hub (default: $model)
-  -d, --data DATA       the conversations to learn: .json, .jsonl or .parquet
+  -d, --data DATA ...   the conversations to learn: files or folders (data/README.md); DATA:0.3 takes a share of a file
   -o, --output OUTPUT   the folder for the result (default: $output)
   --dry_run             look before the run: what is odd about the data, what is learned, steps, memory, disk, time
   -h, --help            this text; the flags of finetune.py are listed by: bash $0 -- --help$([[ ! -v deepspeed ]] || usage_of_torchrun)
@@ -69,10 +69,13 @@ parse_options() {
         case $1 in
             -h|--help) usage; exit 0 ;;
             -m|--model|--model_name_or_path) need_value "$1" "${2:-}"; model=$2; shift 2 ;;
-            -d|--data|--data_path) need_value "$1" "${2:-}"; data=$2; shift 2 ;;
+            -d|--data|--data_path)
+                need_value "$1" "${2:-}"
+                shift
+                while (($#)) && [[ $1 != -* ]]; do data+=("$1"); shift; done ;;
             -o|--output|--output_dir) need_value "$1" "${2:-}"; output=$2; shift 2 ;;
             --model=*|--model_name_or_path=*) need_value "${1%%=*}" "${1#*=}"; model=${1#*=}; shift ;;
-            --data=*|--data_path=*) need_value "${1%%=*}" "${1#*=}"; data=${1#*=}; shift ;;
+            --data=*|--data_path=*) need_value "${1%%=*}" "${1#*=}"; data+=("${1#*=}"); shift ;;
             --output=*|--output_dir=*) need_value "${1%%=*}" "${1#*=}"; output=${1#*=}; shift ;;
             --deepspeed=*|--max_restarts=*) own_or_extra "${1%%=*}" "${1#*=}" "$1"; shift ;;
             --deepspeed|--max_restarts)
@@ -233,7 +236,7 @@ run_or_show() {
 # What finetune.py is given. It reports a missing --data_path itself, together with all its other findings.
 add_trainer() {
     command+=("$root/finetune.py" --model_name_or_path "$model")
-    if [[ -n $data ]]; then command+=(--data_path "$data"); fi
+    if ((${#data[@]})); then command+=(--data_path "${data[@]}"); fi
     command+=(--output_dir "$output" "${hyperparameters[@]}" "${extra[@]}")
 }
 

@@ -52,7 +52,7 @@ COMPARE = "-m finetune.compare model model"
 ERRORS = {
     f"{TRAIN} -m nowhere": "--model_name_or_path nowhere: no such folder",
     f"{TRAIN} -d nowhere.json": "--data_path nowhere.json: no such file",
-    f"{TRAIN} -d bad.json": 'bad.json: sample 1 turn 2: role "narrator" unknown',
+    f"{TRAIN} -d bad.json": 'bad.json: sample 1 turn 2, sample 2 turn 2, sample 3 turn 2 and 5 more: role "narrator" unknown',
     f"{TRAIN} --eval_strategy epoch --eval_data_path nowhere.json": "--eval_data_path nowhere.json: no such file",
     f"{TRAIN} --deepspeed nowhere.json": "--deepspeed nowhere.json: no such file",
     f"{TRAIN} -o taken": "--output_dir taken: holds a finished model",
@@ -66,14 +66,14 @@ ERRORS = {
     "-m finetune.ask taken hello": "taken: no weights",
     "-m finetune.ask model --questions_file good.json": "--questions_file good.json: not a list of strings",
     "-m finetune.compare model nowhere": "nowhere: no such folder",
-    f"{COMPARE} --data_path bad.json": 'bad.json: sample 1 turn 2: role "narrator" unknown',
+    f"{COMPARE} --data_path bad.json": 'bad.json: sample 1 turn 2, sample 2 turn 2, sample 3 turn 2 and 5 more: role "narrator" unknown',
     "-m finetune.export nowhere out --to qwen2": "nowhere: no such folder",
     "-m finetune.export model taken --to qwen2": "taken: exists and is not empty",
     "-m finetune.export model out --to qwen": "model: is in that layout already",
     "-m finetune.refresh nowhere": "nowhere: no such folder",
     f"{GPTQ} -m nowhere": "nowhere: no such folder",
     f"{GPTQ} --bits 5": "--bits 5: the format holds 2, 3, 4 or 8 bits",
-    f"{GPTQ} -d bad.json": 'bad.json: sample 1 turn 2: role "narrator" unknown',
+    f"{GPTQ} -d bad.json": 'bad.json: sample 1 turn 2, sample 2 turn 2, sample 3 turn 2 and 5 more: role "narrator" unknown',
 }
 
 

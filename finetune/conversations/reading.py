@@ -124,17 +124,22 @@ def finish(reader: SampleReader, layout: str, bad: int) -> list[str]:
     if found.number == 1 and layout == "lines" and reader.nameless is not None:
         what = f"top level is an object with keys {quoted(reader.nameless)}"
         raise UserError(f"{found.path}: {what}; expected a list of samples")
-    lines = found.lines()
+    lines, mixed = found.lines(), []
     if len(reader.forms) > 1:
         firsts = ", ".join(f"{form} (first: sample {number})" for form, number in reader.forms.items())
-        lines.insert(0, f"{found.path}: mixes forms: {firsts}; keep one form per file")
-    if not reader.drop or (lines and not reader.noted.prompts):
-        if lines:
-            raise UserError(*lines)
+        mixed = [f"mixes forms: {firsts}"]
+    if not reader.drop:
+        if mixed or lines:
+            raise UserError(*(f"{found.path}: {line}; keep one form per file" for line in mixed), *lines)
         return []
-    if not bad and not reader.broken:
-        return []
-    every = found.number + reader.broken
-    loud = "MORE THAN HALF: " if bad + reader.broken > MANY * every else ""
-    head = f"{loud}{bad + reader.broken:,} of {counted(every)} left out (--bad_samples drop)"
-    return [head, *(f"left out: {line.removeprefix(f'{found.path}: ')}" for line in lines)]
+    if reader.broken:
+        _, message, _ = reader.broken_lines[0]
+        lines.append(f"{found.path}: {reader.broken:,} line{'s' * (reader.broken > 1)} that cannot be read (first: {message})")
+    if not reader.noted.prompts:
+        raise UserError(*lines)
+    if not lines:
+        return mixed
+    left_out, every = bad + reader.broken, found.number + reader.broken
+    loud = "MORE THAN HALF: " if left_out > MANY * every else ""
+    head = f"{loud}{left_out:,} of {counted(every)} left out (--bad_samples drop)"
+    return [*mixed, head, *(f"left out: {line.removeprefix(f'{found.path}: ')}" for line in lines)]

@@ -254,10 +254,10 @@ class SampleReader:
 
     def _single(self, sample: dict, form: Form, beside: dict) -> list[Turn]:
         """history's pairs, then the question with what is put below it, then the answer."""
-        self.forms.setdefault(str(form), self.found.number)
         before, find, text = self.found.count, self.found.find, self.one.text
         if isinstance(sample[form.question], list) and isinstance(sample[form.answer], list):  # TRL's prompt and completion
             return self._chat([*sample[form.question], *sample[form.answer]], form.question)
+        self._has_form(str(form))
         turns = self._history(sample.get(HISTORY, []))
         question = [text(sample[key], key) for key in (form.question, *form.below)]
         answer = text(sample[form.answer], form.answer)

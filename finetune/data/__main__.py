@@ -33,17 +33,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def look(options, rest: list[str]) -> None:
     """Shows what there is to show, then ends with exit code 2 if something is wrong. rest: flags of finetune.py."""
-    from . import present
+    from . import files, present
 
     given = {name: getattr(options, name) for name in ("model_name_or_path", "model_max_length", "html", "gpu_memory")}
     flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     argv = ["--data_path", *options.files, "--dry_run", *flags, *rest]
-    findings = present.show_files(argv, with_model=options.model_name_or_path is not None)
     if options.write_fixed:
-        count = present.write_fixed(argv, options.write_fixed.expanduser())
+        count = files.write_mended(options.files, options.write_fixed.expanduser())
         note(f"{options.write_fixed}: {count:,} conversations")
-    if findings:
-        raise UserError(*findings)
+    shown, html = files.look_at_files(argv, with_model=options.model_name_or_path is not None)
+    present.show(shown, html)
+    if shown.findings:
+        raise UserError(*shown.findings)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
-from ..errors import UserError
+from ..conversations import reading
+from ..data_files.sources import sources_of
+from ..errors import UserError, each_line_once, note
 from ..flags import args as arguments
 from ..flags import first_look
 from ..steps import memory_plan, preparation
 from . import present, run_rows
+from .fixing import write_fixed
 from .look import Look, data_look
 
 
@@ -15,21 +18,43 @@ def look_at_files(argv: list[str], with_model: bool) -> tuple[Look, str | None]:
 
     Raises UserError for what is wrong with flags or model, and where the data leave nothing to look at.
     """
-    args = arguments.parse(argv) if with_model else first_look.read(argv) or arguments.parse(argv)
-    look_at = look_with_model if with_model else look_without_model
-    try:
-        return look_at(args), args.look.html
-    except UserError as error:
-        if args.data.bad_samples == "drop":
-            raise
-        findings = error.findings
-    args = arguments.parse([*argv, "--bad_samples", "drop"]) if with_model else first_look.read([*argv, "--bad_samples", "drop"])
-    try:
-        look = look_at(args)
-    except UserError:
-        raise UserError(*findings) from None
+    with each_line_once():
+        args = parsed(argv, with_model)
+        try:
+            return look_at(args, with_model), args.look.html
+        except UserError as error:
+            if args.data.bad_samples == "drop":
+                raise
+            findings = error.findings
+        args = parsed([*argv, "--bad_samples", "drop"], with_model)
+        try:
+            look = look_at(args, with_model)
+        except UserError:
+            raise UserError(*findings) from None
     look.findings.extend(findings)
     return look, args.look.html
+
+
+def look_at(args, with_model: bool) -> Look:
+    return look_with_model(args) if with_model else look_without_model(args)
+
+
+def parsed(argv: list[str], with_model: bool):
+    """The flags; without a model, without the seconds that torch's import takes."""
+    args = None if with_model else first_look.read(argv)
+    return args or arguments.parse(argv)
+
+
+def write_mended(words: list[str], out: Path) -> int:
+    """--write_fixed: what can be read of the files, in one form; the rest beside it, with the reasons. Returns how many."""
+    sources = sources_of(words, "FILE")
+    read = [reading.read(source.path, flag="FILE", bad_samples="drop") for source in sources]
+    for conversations in read:
+        for line in conversations.notes:
+            if "left out" in line:
+                note(f"{conversations.path}: {line}")
+    every = (conversation for conversations in read for conversation in conversations)
+    return write_fixed(every, [source.path for source in sources], out)
 
 
 def look_with_model(args) -> Look:

@@ -37,8 +37,8 @@ def text_of(look: Look, width: int = 80, colours: bool = False) -> str:
         parts += ["", title(heading(shown)), *sample(shown, width, paint)]
     if look.notes:
         parts += ["", title("Worth knowing"), *(bullet(note, width) for note in look.notes)]
-    if look.findings:
-        parts += ["", title("Wrong: a run would end here", "wrong"), *(bullet(finding, width) for finding in look.findings)]
+    if look.findings:  # they come last, as errors
+        parts += ["", title("A run would end here, for what is wrong; all above is of the samples that are good", "wrong")]
     return "\n".join(parts) + "\n"
 
 

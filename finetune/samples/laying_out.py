@@ -27,6 +27,8 @@ def lay_out(
         for batch in batches(conversations.entries()):
             job.write(batch, writer)
             progress.update(len(batch))
+        for line, message, text in conversations.broken_lines:
+            writer.leave_out({"sample": None, "line": line, "reasons": [message], "content": text})
     job.finish(writer)
 
 
@@ -115,8 +117,6 @@ class _LayingOut:
         conversations, renderer, path = self.conversations, self.renderer, self.conversations.path
         notes = list(conversations.notes)
         if conversations.dropping:
-            for line, message, text in conversations.broken_lines:
-                writer.leave_out({"sample": None, "line": line, "reasons": [message], "content": text})
             notes += [f"left out: {line}" for line in renderer.problems.lines()]
             if self.dropped and not writer.lengths:
                 raise UserError(*(f"{path}: {line}" for line in renderer.problems.lines()), f"{path}: no good sample is left")

@@ -148,8 +148,8 @@ def parts_of(conversation: Conversation, lengths_of, max_length: int) -> list[Co
     system, rounds = rounds_of(conversation)
     if len(rounds) < 2:
         return [conversation]
-    alone = [Conversation([*system, *round], conversation.tools) for round in rounds]
-    whole, *lengths = lengths_of([conversation, *alone])
+    measured = [conversation.messages, *([*system, *round] for round in rounds)]
+    whole, *lengths = lengths_of([Conversation(list(map(without_weight, each)), conversation.tools) for each in measured])
     shared = max(0, (sum(lengths) - whole) // (len(rounds) - 1))  # what each of them has of its own: system turn and tools
     parts, size = [[]], 0
     for round, length in zip(rounds, lengths):
@@ -161,6 +161,11 @@ def parts_of(conversation: Conversation, lengths_of, max_length: int) -> list[Co
         size += more
     found = [Conversation([*system, *part], conversation.tools) for part in parts]
     return [part for part in found if any(is_learned(message) for message in part.messages)]
+
+
+def without_weight(message: dict) -> dict:
+    """What is not learned at all would not be laid out, and have no length."""
+    return {key: value for key, value in message.items() if key != "weight"}
 
 
 def is_learned(message: dict) -> bool:

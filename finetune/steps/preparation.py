@@ -117,10 +117,10 @@ def load_data(args, tokenizer) -> list:
 
 def write_left_out(job: Job, out: Path) -> None:
     """OUTPUT/left_out.jsonl: what --bad_samples drop left out of the data. No file where that was nothing."""
-    text = b"".join(samples.left_out for samples in (job.samples, job.eval_samples) if samples is not None)
-    if text and ranks.rank() == 0:
+    every = [line for samples in (job.samples, job.eval_samples) if samples is not None for line in samples.left_out.splitlines(True)]
+    if every and ranks.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / LEFT_OUT).write_bytes(text)
+        (out / LEFT_OUT).write_bytes(b"".join(dict.fromkeys(every)))  # what is held out is of the same files
         note(f"{out / LEFT_OUT} has what was left out of the data, with the reasons")
 
 

@@ -92,7 +92,7 @@ def test_the_examples_of_the_readme_are_accepted(tmp_path):
     assert [conversations.notes for conversations in accepted] == [[]] * len(EXAMPLES)
     assert [[conversation.messages for conversation in conversations] for conversations in accepted] == EXAMPLES
     assert [len(next(iter(conversations)).tools) for conversations in accepted] == [0, 0, 0, 1, 1, 1, 1, 0, 0]
-    unknown, pairs = [text.strip() for text in examples if text.lstrip()[0] not in "[{"]
+    unknown, pairs = [text.strip() for text in examples if text.lstrip().startswith("talk.json")]
     [found] = findings(write(tmp_path, [turns(("user", "x"), ("narrator", "y"))]))
     assert found.split(": ", 1)[1].startswith(unknown.split(": ", 2)[2].removesuffix(" user, ..."))
     [found] = findings(write(tmp_path, [{"chosen": "x", "rejected": "y"}] * 300))

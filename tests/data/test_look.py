@@ -88,7 +88,7 @@ def test_lines_fit_and_hold_no_control_character(width):
     assert all(char.isprintable() for line in lines for char in line)
     text = "\n".join(lines)
     unwrapped = " ".join(text.split())
-    for part in ("data.json", "\\x1b[31m", "Sample 7: 900 tokens, 1 of them learned", "lines more", "Worth knowing", "Wrong: a run would end here"):
+    for part in ("data.json", "\\x1b[31m", "Sample 7: 900 tokens, 1 of them learned", "lines more", "Worth knowing", "A run would end here, for what is wrong"):
         assert part in unwrapped
     assert "  learned  ┃ yo\n           ┃\n           ┃ yes<|im_end|>" in text
 
