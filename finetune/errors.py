@@ -72,9 +72,14 @@ def say(line: str) -> None:
         held.append(line)
         return
     if on_first_rank() and (said is None or line not in said):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     if said is not None:
         said.add(line)
+
+
+def printable(line: str) -> str:
+    """Without characters that a terminal would obey: the last barrier for text of files, paths and other programs."""
+    return line if line.isprintable() else "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line)
 
 
 said: set[str] | None = None  # within each_line_once()
@@ -165,7 +170,7 @@ def explained(error: Exception) -> str | None:
 
 def tell(*findings: str) -> None:
     """Prints errors, a line each."""
-    lines = [" ".join(line.split()) for line in findings]
+    lines = [printable(" ".join(line.split())) for line in findings]
     for line in lines:
         print("error:", line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines

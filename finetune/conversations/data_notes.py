@@ -18,7 +18,6 @@ MAX_SYSTEMS = 1000  # different system texts remembered
 LONGEST_SYSTEM = 20_000  # characters of one that is written into training.json
 FEW = 10  # conversations that may well have one answer
 # what templates leave in: {{name}}, {% if %}, [INSERT NAME], [Your Name], <your name>
-PLACEHOLDER_MARKS = ("{{", "{%", "[I", "[Y", "[y", "<y", "<Y")
 PLACEHOLDER = re.compile(
     r"\{\{ ?[A-Za-z_]\w{0,30} ?\}\}|\{% ?(?:if|for|end|set)[^%\n]{0,60}%\}|\[INSERT[^\]\n]{0,40}\]|\[[Yy]our [^\]\n]{1,30}\](?!\()|<[Yy]our [^>\n]{1,30}>"
 )
@@ -56,7 +55,7 @@ class Noted:
     systems: dict[str | None, int] = field(default_factory=dict)  # system text -> conversations; None where there is none
     answers: array = field(default_factory=lambda: array("q"))  # of each conversation's last answer
     unread: dict[str, Seen] = field(default_factory=dict)
-    prompts: array = field(default_factory=lambda: array("q"))
+    prompts: bytearray = field(default_factory=bytearray)
     wholes: array = field(default_factory=lambda: array("q"))
 
     def unread_key(self, number: int, key: str) -> None:
@@ -70,25 +69,34 @@ class Noted:
         for _, role, content, more_of_turn in turns:
             if role == "user" and not content.strip():
                 self.blank.add(number)
-            if not (content.isascii() or unicodedata.is_normalized("NFC", content)):
-                self.composed.add(number)
-            if any(mark in content for mark in PLACEHOLDER_MARKS) and (found := PLACEHOLDER.search(content)):
-                self.placeholder = self.placeholder or found[0]
-                self.placeholders.add(number)
             texts += (role, content)
             more = more or more_of_turn
+        said = "\0".join(texts)
+        if not (said.isascii() or unicodedata.is_normalized("NFC", said)):
+            self.composed.add(number)
+        # a mark of a placeholder; written out, because a loop over them takes four times as long
+        if "{{" in said or "{%" in said or "[I" in said or "[Y" in said or "[y" in said or "<y" in said or "<Y" in said:
+            self._placeholder(number, said)
         system = turns[0].content if turns[0].role == "system" else None
         if system in self.systems or len(self.systems) < MAX_SYSTEMS:
             self.systems[system] = self.systems.get(system, 0) + 1
-        answer = texts.pop()
-        self.answers.append(hash(answer))
+        answer = texts[-1]
+        prompt = said[: len(said) - len(answer)]
         if tools or more:
-            texts.append(repr((tools, [turn.more for turn in turns[:-1]])))
+            prompt += repr((tools, [turn.more for turn in turns[:-1]]))
             answer += repr(turns[-1].more)
-        prompt = hashlib.blake2b("\0".join(texts).encode(errors="surrogatepass"), digest_size=8)
-        self.prompts.append(int.from_bytes(prompt.digest(), "little", signed=True))
-        prompt.update(answer.encode(errors="surrogatepass"))
-        self.wholes.append(int.from_bytes(prompt.digest(), "little", signed=True))
+        self.prompts += hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=8).digest()
+        self.wholes.append(hash((prompt, answer)))
+        self.answers.append(hash(answer))
+
+    def _placeholder(self, number: int, said: str) -> None:
+        if found := PLACEHOLDER.search(said):
+            self.placeholder = self.placeholder or found[0]
+            self.placeholders.add(number)
+
+    def hashes(self) -> np.ndarray:
+        """int64: of the prompt of each conversation so far."""
+        return np.frombuffer(bytes(self.prompts), "<i8").astype(np.int64)
 
     def system(self) -> str | None:
         """The system text that all conversations have; None where they have none, or several."""
@@ -128,7 +136,7 @@ class Noted:
             lines.append(f"{where} (first: {self.composed.first}); the tokenizer normalizes it")
         if self.unread:
             lines.append(f"keys that are not read: {_unread(self.unread)}")
-        return lines + _repeated(np.array(self.prompts), np.array(self.wholes))
+        return lines + _repeated(self.hashes(), np.array(self.wholes))
 
 
 def _systems(systems: dict[str | None, int]) -> str:

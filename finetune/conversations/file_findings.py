@@ -1,6 +1,7 @@
 """What is wrong with one file of samples: findings about places, refusals of the whole file, and the words for them."""
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from .keys import Refusal
 
 SHOWN = 20  # kinds of findings of one file that are printed
 SHOWN_PLACES = 3  # places that one kind names
+LONGEST_WORD = 100  # characters; what is longer is no misspelt key or role
 SHOWN_NAMES = 6  # keys that one refusal names
 MOST_KINDS = 1000  # that are told apart; a file in which each finding is another would fill the memory
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -111,8 +113,13 @@ class FileFindings:
 
     def meant(self, word: str, words: Iterable[str], likeness: float = 0.75) -> str:
         """The one of `words` that `word` may be a misspelling of; "" for none, and where no finding is printed any more."""
-        guess = difflib.get_close_matches(word, words, 1, likeness) if len(self.kinds) < SHOWN else []
-        return guess[0] if guess else ""
+        return _meant(word[:LONGEST_WORD], tuple(words), likeness) if len(self.kinds) < SHOWN else ""
+
+
+@functools.lru_cache(maxsize=1000)
+def _meant(word: str, words: tuple[str, ...], likeness: float) -> str:
+    guess = difflib.get_close_matches(word, words, 1, likeness)
+    return guess[0] if guess else ""
 
 
 def quoted(keys: Iterable[str]) -> str:

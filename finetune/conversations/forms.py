@@ -102,6 +102,8 @@ def holds_turns(value: object) -> bool:
 
 def fields_of(turn: dict, own: tuple[str, str] | None = None) -> tuple[str, str] | None:
     """The two keys of a turn: `own` where it has one of these; None for what is no turn."""
+    if own and own[0] in turn and own[1] in turn:
+        return own
     if own and (own[0] in turn or own[1] in turn):
         others = [speaker for speaker in SPEAKERS if speaker in turn and any(text in turn for text in TEXTS)]
         if own[0] in turn or not others:

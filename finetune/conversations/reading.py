@@ -17,9 +17,10 @@ from ..errors import UserError, on_first_rank
 from .data_notes import counted
 from .file_findings import quoted
 from .messages import Conversation
-from .sample_reader import SampleReader
+from .sample_reader import SampleReader, named
 
 BEGINNING_BYTES = 8 << 20  # a tenth to half a second of work
+MOST_BAD = 100_000  # samples; behind them a file is not read on: it says the same, seconds later
 MANY = 0.5  # the share of bad samples from which on dropping them is no small matter
 
 
@@ -56,7 +57,12 @@ class Conversations:
         return self.count
 
     def __iter__(self) -> Iterator[Conversation]:
-        return (entry.conversation for entry in self.entries() if entry.conversation is not None)
+        if self.dropping:
+            yield from (entry.conversation for entry in self.entries() if entry.conversation is not None)
+            return
+        reader = SampleReader(self.path)
+        for line, sample in self.file:
+            yield reader.again(line, sample)
 
     def entries(self) -> Iterator[Entry]:
         """All samples of the file, those that are left out as well."""
@@ -87,15 +93,16 @@ def read(path: str | os.PathLike, *, flag: str = "--data_path", bad_samples: str
     with tqdm(total=file.bytes, **bar) as progress:
         try:
             for line, sample in samples_of(file, reader):
-                bad += reader.read(line, sample) is None
+                bad += reader.turns_of(line, sample) is None
+                if bad == MOST_BAD and not reader.drop:
+                    raise UserError(f"{file.path}: was not read on behind sample {reader.found.number:,}: {bad:,} are bad so far")
                 if not reader.found.number % 256:
                     progress.update(file.position - progress.n)
         except UserError as error:  # broken JSON ends the reading; what was found before it counts too
             raise UserError(*reader.found.lines(), *error.findings) from None
     notes = finish(reader, file.layout, bad)
-    prompts = np.array(reader.noted.prompts, np.int64)
     noted = reader.noted
-    return Conversations(file, notes + noted.lines(), prompts, noted.system(), reader.drop, reader.broken_lines)
+    return Conversations(file, notes + noted.lines(), noted.hashes(), noted.system(), reader.drop, reader.broken_lines)
 
 
 def begins_well(path: str | os.PathLike, flag: str = "--data_path") -> bool:
@@ -107,7 +114,7 @@ def begins_well(path: str | os.PathLike, flag: str = "--data_path") -> bool:
         file = SampleFile(path, flag)
         reader = SampleReader(file.path)
         for line, sample in file:
-            reader.read(line, sample)
+            reader.turns_of(line, sample)
             if reader.found.count or file.position > BEGINNING_BYTES:
                 return not reader.found.count
         finish(reader, file.layout, 0)
@@ -126,7 +133,7 @@ def finish(reader: SampleReader, layout: str, bad: int) -> list[str]:
         raise UserError(f"{found.path}: {what}; expected a list of samples")
     lines, mixed = found.lines(), []
     if len(reader.forms) > 1:
-        firsts = ", ".join(f"{form} (first: sample {number})" for form, number in reader.forms.items())
+        firsts = ", ".join(f"{named(*form)} (first: sample {number})" for form, number in reader.forms.items())
         mixed = [f"mixes forms: {firsts}"]
     if not reader.drop:
         if mixed or lines:

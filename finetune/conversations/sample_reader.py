@@ -11,6 +11,7 @@ from .forms import (
     MESSAGES,
     NO_FORM,
     OWN,
+    TURNS,
     Form,
     fields_of,
     forms_of,
@@ -25,6 +26,8 @@ from .tool_spellings import Unreadable, tools_in_keys
 from .turns import Turn, TurnReader
 
 MOST_BROKEN = 1000  # lines that are no JSON whose text is kept
+MOST_PLANS = 1000
+PREFERRED = frozenset((*keys.PAIRS, *keys.MARKS))
 PLAIN_KEYS = {"id", "conversations", "messages"}
 EXPECTED = 'expected "conversations" (from/value), "messages" (role/content), "instruction"/"output" or another form of data/README.md'
 
@@ -38,12 +41,19 @@ class SampleReader:
     def __init__(self, path: str, drop: bool = False):
         self.found, self.noted, self.drop = FileFindings(path), Noted(), drop
         self.one = TurnReader(self.found, self.noted)  # reads one turn
-        self.forms: dict[str, int] = {}  # form -> first sample
+        self.forms: dict[tuple, int] = {}  # what named() names -> first sample
+        self.plans: dict[tuple, tuple[Form, tuple[str, ...]]] = {}  # keys of a sample -> its form, and the keys beside it
+        self.pairs: dict[tuple, tuple[Form, ...]] = {}  # keys of a pair -> its forms
         self.broken, self.broken_lines = 0, []  # lines that are no JSON, where those are left out: (line, message, text) of the first
         self.nameless: list[str] | None = None  # the keys of a first sample that has no form and no lookalike of one
 
     def read(self, line: int | None, sample: object) -> Conversation | None:
         """The next sample as a conversation; None where something is wrong with it: then found.reasons says what."""
+        found = self.turns_of(line, sample)
+        return found and Conversation([turn.message() for turn in found[0]], found[1])
+
+    def turns_of(self, line: int | None, sample: object) -> tuple[list[Turn], list[dict]] | None:
+        """The same as turns and tools; all that is checked and noted of a sample is checked and noted here."""
         turns, tools = self.sample(line, sample)
         if turns and not self.found.reasons:
             turns = order.settle(self.noted, self.found.number, turns, self.one.marked, self.drop)
@@ -51,7 +61,7 @@ class SampleReader:
         if self.found.reasons:
             return None
         self.noted.conversation(self.found.number, turns, tools)
-        return Conversation([turn.message() for turn in turns], tools)
+        return turns, tools
 
     def again(self, line: int | None, sample: object) -> Conversation:
         """The next sample of a file in which nothing is wrong."""
@@ -77,6 +87,10 @@ class SampleReader:
         if sample.keys() <= PLAIN_KEYS and (sample.get("conversations") is None) != (sample.get("messages") is None):
             form = MESSAGES if sample.get("conversations") is None else CONVERSATIONS
             return self._whole(sample, form, {})
+        names = tuple(sample)
+        if (plan := self.plans.get(names)) and None not in sample.values():
+            form, others = plan
+            return self._whole(sample, form, self._beside({key: sample[key] for key in others}, form) if others else {})
         found.once(sample)
         sample = {key: value for key, value in sample.items() if value is not None and key is not TWICE}
         forms = forms_of(sample)
@@ -89,7 +103,14 @@ class SampleReader:
         if form is None:
             self._no_form(sample, forms)
             return [], []
+        self._plan(names, sample, form, forms)
         return self._whole(sample, form, beside)
+
+    def _plan(self, names: tuple, sample: dict, form: Form, forms: list[Form]) -> None:
+        """Remembers the form of samples with these keys, where the keys alone decide: next time that is a look into a table."""
+        doubtful = any(key in TURNS and key not in OWN for key in names) or any(key in PREFERRED for key in names)
+        if len(forms) == 1 and tuple(sample) == names and not doubtful and len(self.plans) < MOST_PLANS:
+            self.plans[names] = form, tuple(key for key in names if key not in (*form.keys, HISTORY, "id"))
 
     def _whole(self, sample: dict, form: Form, beside: dict[str, dict]) -> tuple[list[Turn], list[dict]]:
         """The turns of a form, with what stands beside them."""
@@ -201,23 +222,24 @@ class SampleReader:
             self.found.find(f'"{container}" must be a list of turns, found {kind(messages)}')
             return []
         if not messages:
-            self._has_form(f'"{container}"', own)
+            self._has_form(container, own)
             self.found.find("empty conversation; remove it")
             return []
         first = messages[0]
         if isinstance(first, str) and len(messages) > 1:
-            self._has_form(f'"{container}" of texts in turn')
+            self._has_form(container, None, "of texts in turn")
             return self._texts_in_turn(messages)
         if isinstance(first, dict) and fields_of(first) is None and len(forms_of_pair(first)) == 1:
-            self._has_form(f'"{container}" of pairs')
+            self._has_form(container, None, "of pairs")
             return self._pairs(messages)
         speaker, text = (fields_of(first, own) if isinstance(first, dict) else None) or own or OWN["messages"]
-        self._has_form(f'"{container}"', (speaker, text))
+        self._has_form(container, (speaker, text))
         turns = [self.one.turn(f"turn {t}", message, speaker, text) for t, message in enumerate(messages, 1)]
         return [turn for turn in turns if turn]
 
-    def _has_form(self, name: str, pair: tuple[str, str] | None = None) -> None:
-        self.forms.setdefault(f"{name} with {'/'.join(pair)}" if pair else name, self.found.number)
+    def _has_form(self, *form) -> None:
+        if form not in self.forms:
+            self.forms[form] = self.found.number
 
     def _texts_in_turn(self, messages: list) -> list[Turn]:
         """Question, answer, question, ... as plain texts."""
@@ -232,15 +254,17 @@ class SampleReader:
         turns: list[Turn] = []
         for number, pair in enumerate(pairs, 1):
             place = f"pair {number}"
-            forms = forms_of_pair(pair) if isinstance(pair, dict) else ()
+            forms = self._forms_of_pair(pair) if isinstance(pair, dict) else ()
             if len(forms) != 1:
                 self.found.find("must be one question and one answer, as the first pair is", place)
                 continue
-            known = {*forms[0].keys, *keys.SYSTEM}
-            for key in pair:
-                if key not in known and key is not TWICE and pair[key] is not None:
-                    self.noted.unread_key(self.found.number, key)
-            said = {key: pair[key] for key in keys.SYSTEM if pair.get(key)}
+            said = {}
+            if len(pair) > len(forms[0].keys):
+                self.found.once(pair, place)
+                said = {key: pair[key] for key in keys.SYSTEM if pair.get(key)}
+                for key in pair:
+                    if key not in forms[0].keys and key not in keys.SYSTEM and key is not TWICE and pair[key] is not None:
+                        self.noted.unread_key(self.found.number, key)
             if said and turns:
                 self.found.find("a system text is only allowed in the first pair", place)
             asked = [self.one.text(pair[key], key, place) for key in (forms[0].question, *forms[0].below)]
@@ -250,6 +274,14 @@ class SampleReader:
             turns.append(Turn(f"{place} answer", "assistant", answer or ""))
         return turns
 
+    def _forms_of_pair(self, pair: dict) -> tuple[Form, ...]:
+        names = tuple(pair)
+        if names not in self.pairs:
+            if len(self.pairs) >= MOST_PLANS or None in pair.values():
+                return forms_of_pair(pair)
+            self.pairs[names] = forms_of_pair(pair)
+        return self.pairs[names]
+
     # ---- a question and its answer
 
     def _single(self, sample: dict, form: Form, beside: dict) -> list[Turn]:
@@ -257,7 +289,7 @@ class SampleReader:
         before, find, text = self.found.count, self.found.find, self.one.text
         if isinstance(sample[form.question], list) and isinstance(sample[form.answer], list):  # TRL's prompt and completion
             return self._chat([*sample[form.question], *sample[form.answer]], form.question)
-        self._has_form(str(form))
+        self._has_form(form.question, None, "", form.answer)
         turns = self._history(sample.get(HISTORY, []))
         question = [text(sample[key], key) for key in (form.question, *form.below)]
         answer = text(sample[form.answer], form.answer)
@@ -307,6 +339,13 @@ class SampleReader:
         if self.found.number == 1:
             self.nameless = names
         find(f'no "conversations" (keys: {quoted(names)}); {EXPECTED}')
+
+
+def named(key: str, pair: tuple[str, str] | None = None, what: str = "", answer: str = "") -> str:
+    """A form for people: "messages" with role/content, or "question"/"answer"."""
+    if answer:
+        return f'"{key}"/"{answer}"'
+    return f'"{key}" with {"/".join(pair)}' if pair else f'"{key}" {what}'.rstrip()
 
 
 def _said(sample: dict, form: Form) -> list[object]:

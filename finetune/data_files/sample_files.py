@@ -29,7 +29,8 @@ class SampleFile:
     """
 
     def __init__(self, path: str | os.PathLike, flag: str = "--data_path"):
-        self.path, self.position, self.separator, self._hash = str(path), 0, "", None
+        self.path, self.separator, self._hash = str(path), "", None
+        self._read, self._raw = 0, None  # bytes read, or the file at hand that knows
         self.files = self._files(flag)
         self.layout = self._layout(flag)
         self.stamps = [_stamp(file) for file in self.files]
@@ -108,14 +109,12 @@ class SampleFile:
         too many cells, which is then passed over; without it such a line is an error."""
         try:
             if self.layout == "arrow":
-                for self.position, row in arrow.rows_of(self.path, self.files):
+                for self._read, row in arrow.rows_of(self.path, self.files):
                     yield None, row
             else:
-                with self._opened() as (raw, stream):
-                    rows = self._rows(stream, broken_line) if self.layout == "table" else self._json(stream, broken_line)
-                    for row in rows:
-                        self.position = raw.tell()
-                        yield row
+                with self._opened() as (self._raw, stream):
+                    yield from self._rows(stream, broken_line) if self.layout == "table" else self._json(stream, broken_line)
+                    self._read, self._raw = self._raw.tell(), None
         except UserError:
             raise
         except packed.DAMAGED as error:
@@ -123,6 +122,11 @@ class SampleFile:
                 raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
             raise packed.damaged(self.path, error) from error
         self.check_unchanged()
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far, of those on disk."""
+        return self._read if self._raw is None or self._raw.closed else self._raw.tell()
 
     def _rows(self, stream, broken_line):
         return tables.rows_of(self.path, stream, self.separator, broken_line)
