@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,22 @@ def test_an_adapter_answers_on_its_base(folders, capsys, tmp_path):
     with pytest.raises(SystemExit):
         ask.main([str(base), "hello", "--base", "elsewhere"])
     assert f"error: --base elsewhere: {base} is a whole model, which has none - leave it out" in capsys.readouterr().err
+
+
+def test_the_system_message_of_the_data_is_asked_with(folders, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(folders[1], folder)
+    record = folder / "training.json"
+    record.write_text(json.dumps({"data": {"system": "You are a pirate."}}))
+    options = SimpleNamespace(folder=str(folder), base=None, system=None, max_new_tokens=4, sample=False, thinking="auto")
+    assert answerers.open_answerer(options).system == "You are a pirate."
+    said = capsys.readouterr().err
+    assert "note: asking with the system message of the training data: 'You are a pirate.' (--system for another)\n" in said
+    options.system = "Another."
+    assert answerers.open_answerer(options).system == "Another." and "asking with" not in capsys.readouterr().err
+    record.write_text(json.dumps({"data": {"system": None}}))
+    options.system = None
+    assert answerers.open_answerer(options).system is None
 
 
 def test_a_conversation_remembers(folders, capsys, monkeypatch):

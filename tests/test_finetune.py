@@ -1,6 +1,7 @@
 """The whole job through finetune.py: conversations in, folders that load out; and what a user reads when something is wrong."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -194,6 +195,53 @@ def test_resuming_through_the_script_is_bit_equal(run, tmp_path, method):
     name = "adapter_model.safetensors" if "--use_lora" in method else "model.safetensors"
     a, b = load_file(parts / name), load_file(tmp_path / "straight" / name)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- which samples
+
+
+def test_several_files_a_share_and_what_is_held_out(run, tmp_path):
+    more = write(tmp_path / "more.json", 40, offset=100)
+    flags = ("--use_lora", "--data_path", f"{more}:0.5", "--eval_split", "0.2", "--max_steps", "1")
+    code, printed = run(*flags)
+    assert code == 0, printed
+    data, evaluation = (int(re.search(rf"^  {name} .*: (\d+) samples", printed, re.MULTILINE)[1]) for name in ("data", "evaluation"))
+    assert 25 <= data + evaluation <= 37 and 3 <= evaluation <= 12 and f"data.json, {more}:0.5: " in printed
+    record = json.loads((tmp_path / "out" / "training.json").read_text())["data"]
+    assert record["paths"][1] == f"{more}:0.5" and (record["eval_split"], record["bad_samples"]) == (0.2, "error")
+    assert len(log(tmp_path / "out", "eval_loss")) == 1  # after the epoch that is cut short
+    assert not (tmp_path / "out" / "left_out.jsonl").exists()
+    _, again = run(*flags, out="again")
+    assert re.findall("evaluation .*", again) == re.findall("evaluation .*", printed)
+
+
+def test_bad_samples_are_left_out_and_told(run, tmp_path):
+    path = write(tmp_path / "data.json", 8)
+    samples = json.loads(path.read_text())
+    samples.insert(3, {"conversations": [{"from": "user", "value": "q"}, {"from": "narrator", "value": "a"}]})
+    path.write_text(json.dumps(samples))
+    code, printed = run("--use_lora", "--max_steps", "1", "--bad_samples", "drop", "--dry_run", data=path)
+    assert code == 0 and not (tmp_path / "out").exists(), printed
+    for _ in range(2):  # rendered, then from the cache
+        code, printed = run("--use_lora", "--max_steps", "1", "--bad_samples", "drop", "--overwrite_output_dir", data=path)
+        assert code == 0 and "1 of 9 samples left out (--bad_samples drop)" in printed, printed
+        [line] = (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()
+        left_out = json.loads(line)
+        assert (left_out["file"], left_out["sample"], left_out["content"]) == (str(path), 4, samples[3])
+        assert left_out["reasons"][0].startswith('turn 2: role "narrator" unknown')
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--eval_split", "1.5"], "--eval_split 1.5: out of range - give a value from 0 up to, not including, 1"),
+        (["--eval_split", "0.1", "--eval_data_path", "data.json"], "--eval_split and --eval_data_path: two ways to evaluation data - leave out one"),
+        (["--data_path", "data.json:7"], "--data_path data.json:7: 7 is no share of a file - give one above 0 and up to 1, as data.json:0.3"),
+    ],
+)
+def test_what_cannot_be_taken(run, flags, expected):
+    code, printed = run(*flags)
+    assert code == 2 and expected in printed
 
 
 # ---- what a user gave that cannot work: one line, place and remedy, exit code 2, nothing written

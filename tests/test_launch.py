@@ -157,6 +157,12 @@ def test_sh_goes_over_to_bash(dry, shell):
     assert dry("-m", "a b", "-d", "D", shell=shell) == dry("-m", "a b", "-d", "D")
 
 
+def test_several_files(dry):
+    words = dry("-d", "a.json", "b c.json:0.3", "--data=d", "-m", "M", "--data_path", "e", "--lora_r", "8")
+    given = flags(words)
+    assert given["--data_path"] == ["a.json", "b c.json:0.3", "d", "e"] and given["--model_name_or_path"] == ["M"] and given["--lora_r"] == ["8"]
+
+
 @pytest.mark.parametrize("option", ["-m", "-d", "-o", "--model", "--data_path", "--output_dir"])
 @pytest.mark.parametrize("rest", [(), ("",), ("-o", "out"), ("--bf16",)])
 def test_a_missing_value_is_said(start, option, rest):

@@ -180,12 +180,12 @@ def _repeated(prompts: np.ndarray, wholes: np.ndarray) -> list[str]:
 
 
 def _unread(unread: dict[str, Seen]) -> str:
-    shown = []
+    listed = []
     for key, seen in sorted(unread.items())[:SHOWN_UNREAD]:
         guess = [] if key in keys.ALL else difflib.get_close_matches(key.lower(), keys.ALL, 1, 0.75)
         meant = f'; did you mean "{guess[0]}"?' if guess else ""
-        shown.append(f'"{key}" ({counted(seen.samples)}, first: {seen.first}{meant})')
-    return ", ".join(shown) + (f" and {len(unread) - SHOWN_UNREAD} more" if len(unread) > SHOWN_UNREAD else "")
+        listed.append(f'"{shown(key)}" ({counted(seen.samples)}, first: {seen.first}{meant})')
+    return ", ".join(listed) + (f" and {len(unread) - SHOWN_UNREAD} more" if len(unread) > SHOWN_UNREAD else "")
 
 
 def counted(samples: int) -> str:

@@ -66,7 +66,10 @@ class FileFindings:
         self.number, self.line, self.reasons = self.number + 1, line, []
 
     def find(self, finding: str, place: str = "") -> None:
-        """Adds a finding about the current sample. Findings of the same text are one kind: what differs belongs into place."""
+        """Adds a finding about the current sample. Findings of the same text are one kind: what differs belongs into place.
+
+        Texts of the file stand in it as quoted() and shown() show them.
+        """
         self.count += 1
         self.reasons.append(f"{place}: {finding}" if place else finding)
         if finding not in self.kinds and len(self.kinds) >= MOST_KINDS:
@@ -101,7 +104,7 @@ class FileFindings:
     def once(self, value: dict, place: str = "") -> None:
         """Finds a key that stands twice in an object of the file."""
         if TWICE in value:
-            self.find(f'has "{value[TWICE]}" twice; one of them would be lost', place)
+            self.find(f'has {quoted([value[TWICE]])} twice; one of them would be lost', place)
 
     def missing(self, key: str, value: dict, place: str = "", but: Iterable[str] = ()) -> None:
         """Finds that `key` is not in value, and which misspelt key may be meant; those of `but` are not."""

@@ -55,7 +55,9 @@ class SampleReader:
     def turns_of(self, line: int | None, sample: object) -> tuple[list[Turn], list[dict]] | None:
         """The same as turns and tools; all that is checked and noted of a sample is checked and noted here."""
         turns, tools = self.sample(line, sample)
-        if turns and not self.found.reasons:
+        if not turns and not self.found.reasons:
+            self.found.find("empty conversation; remove it")  # of a system turn without a text, say
+        if not self.found.reasons:
             turns = order.settle(self.noted, self.found.number, turns, self.one.marked, self.drop)
             order.check(self.found, self.noted, turns)
         if self.found.reasons:

@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from ..data_files.window import DECODER, TWICE
+from .data_notes import shown
 from .file_findings import half_character, kind, quoted
 from .messages import call
 from .tool_text import split_calls
@@ -58,7 +59,7 @@ def _clean(value: object, what: str, keep_null: bool, depth: int = 0) -> object:
         return [_clean(item, what, keep_null, depth + 1) for item in value]
     if isinstance(value, dict):
         if TWICE in value:
-            raise Unreadable(f'{what} has "{value[TWICE]}" twice; one of them would be lost')
+            raise Unreadable(f'{what} has {quoted([value[TWICE]])} twice; one of them would be lost')
         _clean("".join(value), what, keep_null)
         kept = {key: item for key, item in value.items() if keep_null or item is not None}
         return {key: _clean(item, what, keep_null, depth + 1) for key, item in kept.items()}
@@ -89,7 +90,7 @@ def tools_in_keys(said: dict[str, object]) -> list[dict]:
         tools.append(tool := _tool(given, f'"{key}" entry {i}', in_text))
         name = tool["function"]["name"]
         if name in names:
-            raise Unreadable(f'"{key}" has the tool "{name}" twice; one name must mean one tool')
+            raise Unreadable(f'"{key}" has the tool {quoted([name])} twice; one name must mean one tool')
         names.add(name)
     return tools
 
@@ -105,7 +106,7 @@ def _tool(given: object, what: str, in_text: bool) -> dict:
     else:  # bare, or with its type beside its name
         tool = {"type": given.get("type", "function"), "function": {key: given[key] for key in given if key != "type"}}
     if tool["type"] != "function":
-        raise Unreadable(f"{what} is of type {json.dumps(tool['type'], default=str)}; only functions can be called")
+        raise Unreadable(f"{what} is of type {shown(json.dumps(tool['type'], default=str))}; only functions can be called")
     function = tool.get("function")
     if isinstance(function, dict) and isinstance(function.get("name_for_model"), str):  # Qwen's own form
         words = {"name": function["name_for_model"], "description": function.get("description_for_model", "")}
@@ -198,7 +199,7 @@ def _call(entry: object, what: str, in_text: bool) -> FoundCall:
         clean(entry, what, keep_null=True)
     function = entry.get("function") if entry.get("function") is not None else entry
     if entry.get("type") not in (None, "function"):
-        raise Unreadable(f"{what} is of type {json.dumps(entry['type'], default=str, skipkeys=True)}; only functions can be called")
+        raise Unreadable(f"{what} is of type {shown(json.dumps(entry['type'], default=str, skipkeys=True))}; only functions can be called")
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
         raise Unreadable(f'{what} has no "name" of a tool (keys: {quoted(key for key in entry if key is not TWICE)})')
@@ -207,8 +208,8 @@ def _call(entry: object, what: str, in_text: bool) -> FoundCall:
         clean(function, what, keep_null=True)
     given_as = next((key for key in ("arguments", "parameters") if function.get(key) is not None), None)
     if given_as is None and function.keys() - {"name", "arguments", "parameters", *AROUND_CALL}:
-        raise Unreadable(f'{what} of "{name}" has no "arguments" (keys: {quoted(function)})')
-    arguments = _arguments(function.get(given_as), f'"arguments" of "{name}"', in_text)
+        raise Unreadable(f'{what} of {quoted([name])} has no "arguments" (keys: {quoted(function)})')
+    arguments = _arguments(function.get(given_as), f'"arguments" of {quoted([name])}', in_text)
     read = {"name", given_as, *(AROUND_CALL if function is entry else ())}
     unread = {key for key in function if key not in read and function[key] is not None}
     if function is not entry:

@@ -125,16 +125,16 @@ def _results_of(found: FileFindings, answer: Turn, calls: list[dict], results: l
         if id is None or not any(ids):
             in_order.append(result)
         elif id not in ids:
-            found.find(f'a result without a call: the answer before it makes no call "{id}"', result.place)
+            found.find(f'a result without a call: the answer before it makes no call {quoted([id])}', result.place)
         elif ids.index(id) in by_call:
-            found.find(f'a second result of the call "{id}"; keep one of them', result.place)
+            found.find(f'a second result of the call {quoted([id])}; keep one of them', result.place)
         else:
             by_call[ids.index(id)] = result
     for at in range(len(calls)):
         if at not in by_call and in_order:
             by_call[at] = result = in_order.pop(0)
             if result.more.get("name", names[at]) != names[at]:
-                what = f'a result of "{result.more["name"]}", but the call that it answers is of "{names[at]}"'
+                what = f'a result of {quoted([result.more["name"]])}, but the call that it answers is of {quoted([names[at]])}'
                 found.find(f"{what}; put results into the order of the calls, or give both ids", result.place)
     for result in in_order:
         found.find(f"a result without a call: the answer before it makes {len(calls)}", result.place)
@@ -152,6 +152,6 @@ def check_names(found: FileFindings, turns: list[Turn], listed: set[str] | None)
         for call in (turn.more or {}).get("tool_calls", []):
             name = call["function"]["name"]
             if not listed:
-                return found.find(f'calls "{name}", but the sample has no "tools"; list them beside the turns', turn.place)
+                return found.find(f'calls {quoted([name])}, but the sample has no "tools"; list them beside the turns', turn.place)
             if name not in listed:
-                found.find(f'calls "{name}", which is not among its tools ({quoted(sorted(listed))})', turn.place)
+                found.find(f'calls {quoted([name])}, which is not among its tools ({quoted(sorted(listed))})', turn.place)

@@ -273,7 +273,7 @@ class TurnReader:
             elif what in keys.THOUGHT_PARTS and thoughts:
                 thought.append(self._thought_part(part, f'"{name}" part {i}', place))
             else:
-                shown = f'type "{what}"' if what else kind(part)
+                shown = f"type {quoted([what])}" if what else kind(part)
                 self.found.find(f'"{name}" part {i} is {shown}; {TEXT_ONLY}', place)
                 break
         return "".join(texts), "".join(thought)
