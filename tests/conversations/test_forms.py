@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from talks import GOOD, findings, turns, write
+from talks import GOOD, ByteTokenizer, findings, laid_out, turns, write
 
-from finetune.conversations import forms
+from finetune.conversations import forms, keys
 from finetune.conversations.reading import read
 from finetune.conversations.turns import ALLOWED, OTHER_NAMES, ROLES
+from finetune.samples.rendered_samples import load
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 Q2, A2 = {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}
@@ -61,6 +62,18 @@ def test_a_shape_and_its_turns(tmp_path, name):
     path = write(tmp_path, [sample])
     assert [conversation.messages for conversation in read(path)] == [messages]
     assert [conversation.messages for conversation in read(path, bad_samples="drop")] == [messages]
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "thoughts beside"])  # first-generation Qwen has no place for them
+def test_a_shape_and_its_labels(tmp_path, name):
+    sample, messages = SHAPES[name]
+    samples = load(write(tmp_path, [sample]), ByteTokenizer(), max_length=999, cache_dir=tmp_path / "cache")
+    ids, labels = laid_out(messages)
+    assert [values.tolist() for values in samples[0]] == [ids, labels]
+    weights = {message["weight"] for message in messages if message.get("weight")}
+    assert samples.weight_sums[0] == samples.supervised[0] * (weights.pop() if len(weights) == 1 and name != "a greeting with a weight" else 1) or (
+        name == "a greeting with a weight" and samples.weight_sums[0] > samples.supervised[0]
+    )
 
 
 @pytest.mark.parametrize("role", ["system", *ROLES])
@@ -158,6 +171,44 @@ def test_a_refusal_and_its_remedy(tmp_path, name):
     [found] = findings(write(tmp_path, [sample]))
     assert found.split(": ", 1)[1] == message, found
     assert len(read(write(tmp_path, [mend(sample)]))) == 1
+
+
+BESIDE = [key for key, refusal in keys.REFUSED_BESIDE.items() if "remove the key" in refusal.why]
+ON_TURN = [key for key, refusal in keys.REFUSED_ON_TURNS.items() if "remove the key" in refusal.why]
+
+
+@pytest.mark.parametrize("key, on_turn", [*((key, False) for key in BESIDE), *((key, True) for key in ON_TURN)])
+def test_a_key_that_is_to_be_removed(tmp_path, key, on_turn):
+    value = {"chat_template_kwargs": {"a": 1}, "eot": False, "end_turn": False}.get(key, True)
+    sample = {"messages": [Q, A | {key: value}]} if on_turn else {"messages": PAIR, key: value}
+    [found] = findings(write(tmp_path, [sample]))
+    assert found.startswith(f'1 sample with "{key}" ') and "remove the key" in found
+    assert len(read(write(tmp_path, [{"messages": PAIR}]))) == 1
+
+
+@pytest.mark.parametrize(
+    "sample, mended",
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"messages": [Q, A]}),
+        ({"chosen": PAIR, "rejected": [Q, A2]}, {"messages": PAIR}),
+        ({"messages": PAIR, "label": True}, {"messages": PAIR}),
+        ({"messages": [Q, A | {"mask": True}]}, {"messages": [Q, A | {"train": False}, Q2, A2]}),
+        ({"messages": [Q, A | {"train_detail": []}]}, {"messages": [Q, A | {"train": True}]}),
+        ({"messages": PAIR, "thinking": "t"}, {"messages": [Q, A | {"thinking": "t"}]}),
+        ({"messages": [Q, A | {"reasoning_details": [{"text": "t"}]}]}, {"messages": [Q, A | {"reasoning_content": "t"}]}),
+        ({"messages": PAIR, "loss": 0.31}, {"messages": PAIR}),
+        ({"messages": PAIR, "loss": 0.31}, {"messages": PAIR, "weight": 0.31}),
+        ({"messages": [Q, A | {"weight": "high"}]}, {"messages": [Q, A | {"weight": 1}]}),
+        ({"messages": [Q | {"train": True}, A]}, {"messages": PAIR}),
+        ({"messages": PAIR, "system": 7}, {"messages": PAIR, "system": "7"}),
+        ({"messages": [SYSTEM, *PAIR], "system": "t"}, {"messages": [SYSTEM, *PAIR]}),
+        ({"messages": [Q, A | {"content": None}]}, {"messages": PAIR}),
+        ({"messages": [Q, {"role": "assistant", "content": "<think>t"}]}, {"messages": [Q, {"role": "assistant", "content": "<think>t</think>a"}]}),
+    ],
+)
+def test_what_is_refused_and_what_its_line_asks_for(tmp_path, sample, mended):
+    assert len(findings(write(tmp_path, [sample]))) == 1
+    assert len(read(write(tmp_path, [mended]))) == 1
 
 
 def test_a_key_that_is_near_to_one_by_its_name_alone_is_not_suggested(tmp_path):
