@@ -279,7 +279,7 @@ def ours(cell: Cell, recompute: str, out: str, options):
     assert not args.findings, args.findings
     samples = Filled(cell.length, options.samples * steps, SIZES[cell.size][3])
     together = options.samples * cell.length
-    memory = memory_plan.resolve_auto(args, folder, cell.length, together, memory_plan.free_bytes(args.training))
+    memory = memory_plan.resolve_auto(args, folder, cell.length, together, memory_plan.free_bytes(args))
     limit = args.data.max_tokens_per_pass
     plan = Plan(samples.lengths, samples.supervised, samples_per_step=options.samples, max_tokens_per_pass=limit)
     tokenizer = loading.load_tokenizer(folder)
