@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["256x4", "512x8", "768x12"], metavar="HIDDENxLAYERS")
     parser.add_argument("--passes", nargs="+", type=int, default=[1024, 4096], metavar="TOKENS", help="--max_tokens_per_pass")
     parser.add_argument("--steps", type=int, default=4, metavar="N")
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="of a step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     parser.add_argument("--look", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -37,9 +38,10 @@ def main() -> None:
         data.write_text(json.dumps(conversations(64)), encoding="utf-8")
         print(f"{'size':>8} {'method':>6} {'limit':>6} {'memory, GB':>22} {'passes a step':>14} {'seconds':>16}")
         for size in options.sizes:
-            for method, flags in METHODS.items():
+            for method in METHODS:
                 for limit in options.passes:
-                    rows.append(measure(Path(folder), data, size, method, flags, limit, options.steps))
+                    flags = [*METHODS[method], "--max_steps", options.steps, "--per_device_train_batch_size", options.samples]
+                    rows.append(measure(Path(folder), data, size, method, flags, limit))
                     print(in_words(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -60,7 +62,7 @@ def conversations(count: int) -> list[dict]:
     return found
 
 
-def measure(folder: Path, data: Path, size: str, method: str, flags: list[str], limit: int, steps: int) -> dict:
+def measure(folder: Path, data: Path, size: str, method: str, flags: list, limit: int) -> dict:
     """One case: what --dry_run says, and what the run does."""
     model, out = folder / size, folder / "out"
     hidden, layers = map(int, size.split("x"))
@@ -68,7 +70,7 @@ def measure(folder: Path, data: Path, size: str, method: str, flags: list[str], 
         heads = max(2, hidden // 64)
         run("-m", "qwen_model.new_checkpoint", model, "--hidden_size", hidden, "--layers", layers, "--heads", heads)
     command = [
-        "-m", model, "-d", data, "-o", out, "--model_max_length", 1024, "--per_device_train_batch_size", 16, "--max_steps", steps,
+        "-m", model, "-d", data, "-o", out, "--model_max_length", 1024,
         "--max_tokens_per_pass", limit, "--gradient_checkpointing", False, "--save_strategy", "no", "--overwrite_output_dir", *flags,
     ]  # fmt: skip
     said = json.loads(run(__file__, "--look", *command).splitlines()[-1])

@@ -31,6 +31,8 @@ COLD = {
     "run_gptq": "test_quantizing_comparing_exporting",
     "compare": "test_quantizing_comparing_exporting",
     "export": "test_quantizing_comparing_exporting",
+    "data": "test_a_look_at_a_file",
+    "dry_run": "test_a_dry_run_says_what_the_run_takes",
     "cpu_step": "test_a_cpu_step_is_ten_times_as_fast_in_a_fifth_of_the_memory",
     "kv_cache": "test_the_kv_cache_benchmark_runs_on_a_cpu",
     "memory": "test_memory_counts_the_bundled_model",
@@ -103,3 +105,8 @@ def test_quantizing_comparing_exporting(tmp_path):
     launch(sys.executable, "-m", "finetune.export", tmp_path / "Int4", tmp_path / "exported", "--to", "qwen2")
     told = launch(sys.executable, "-m", "finetune.compare", model, tmp_path / "Int4", "--data_path", data)
     assert "perplexity" in told and (tmp_path / "exported" / "config.json").is_file()
+
+
+def test_a_look_at_a_file(tmp_path):
+    told = launch(sys.executable, "-m", "finetune.data", talks(tmp_path), FINETUNE_CACHE=str(tmp_path / "cache"))
+    assert "I am a small model." in " ".join(told.split()) and "samples    8" in told

@@ -18,7 +18,10 @@ def html_of(look: Look) -> str:
         "limit": look.limit,
         "notes": look.notes,
         "findings": look.findings,
-        "shown": [shown._asdict() | {"spans": list(shown.spans)} for shown in look.shown],
+        "shown": [
+            {"number": shown.number, "name": shown.name, "tokens": shown.tokens, "learned": shown.learned, "spans": list(shown.spans)}
+            for shown in look.shown
+        ],
     }
     text = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)

@@ -28,6 +28,21 @@ def test_a_cpu_step_is_ten_times_as_fast_in_a_fifth_of_the_memory(tmp_path):
     assert figures["memory_ratio"] <= 0.2
 
 
+@pytest.mark.slow
+def test_a_dry_run_says_what_the_run_takes(tmp_path):
+    """Full and LoRA at three sizes, on the CPU. The README's figures are of larger ones."""
+    figures = tmp_path / "figures.json"
+    program = [sys.executable, str(ROOT / "benchmarks" / "dry_run.py"), "--json", str(figures)]
+    sizes = ["--sizes", "64x2", "128x2", "256x2", "--passes", "4096", "--steps", "2", "--samples", "5"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*program, *sizes], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(figures.read_text()):
+        said, found = case["said"], case["found"]
+        assert (said["passes"], said["steps"]) == (found["passes"], found["steps"]), case
+        assert said["memory_gb"] == pytest.approx(found["memory_gb"], rel=0.1), case
+
+
 def test_memory_counts_the_bundled_model():
     """The arithmetic against the model itself, without weights; the README shows the program's own table."""
     import torch
