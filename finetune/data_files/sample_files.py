@@ -91,10 +91,10 @@ class SampleFile:
             return next((part for line in stream if (part := line.strip())), b"")
 
     def _has_lists_by_line(self) -> bool:
-        """Whether each line is a list by itself, of turns perhaps: the first two are whole."""
+        """Whether each line is a list by itself, of turns perhaps: the first two are whole. Lines beyond CHUNK_BYTES are no such lines."""
         with self._opened() as (_, stream):
-            lines = (line.strip()[:CHUNK_BYTES].decode("utf-8-sig", "replace") for line in _lines(stream) if line.strip())
-            return all(line.startswith("[") and _is_list(line) for line in (next(lines, ""), next(lines, "")))
+            lines = [line for part in _begin(stream, 2 * CHUNK_BYTES).split(b"\n") if (line := part.strip())][:2]
+        return len(lines) == 2 and all(line.endswith(b"]") and _is_list(line.decode("utf-8-sig", "replace")) for line in lines)
 
     def _opened(self):
         return _Opened(self.path)
@@ -192,13 +192,12 @@ class _Opened:
         self.raw.close()
 
 
-def _lines(stream) -> Iterator[bytes]:
-    """Lines of a stream, which may not know of lines itself (zstandard's)."""
-    rest = b""
-    while chunk := stream.read(CHUNK_BYTES):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    yield rest
+def _begin(stream, size: int) -> bytes:
+    """The first `size` bytes, or all. An unpacker may give fewer at a time than were asked for."""
+    begin = b""
+    while len(begin) < size and (chunk := stream.read(size - len(begin))):
+        begin += chunk
+    return begin
 
 
 def _end_of_list(text: Window, number: int) -> None:

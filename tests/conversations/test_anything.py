@@ -73,16 +73,17 @@ BAD = {
     "each another role": lambda i: {"messages": [{"role": f"role {i}", "content": "a question of some length and then some more"}]},
 }
 PROGRAM = """
-import resource, sys, time
+import sys, time
 sys.path.insert(0, sys.argv[1])
 from finetune.conversations.reading import read
 from finetune.errors import UserError
-begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from finetune.steps.peak_memory import resident_gb
+begin = time.process_time()
 try:
     read(sys.argv[2])
 except UserError as error:
     print(len(error.findings))
-print(time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(time.process_time() - begin, resident_gb() * 1e3)
 """
 
 

@@ -293,12 +293,13 @@ def test_a_packed_file_takes_the_memory_of_its_samples(tmp_path):
         for _ in range(100_000):  # 66 MB
             file.write(line)
     code = f"""
-import resource, sys
+import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from finetune.conversations.reading import read
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from finetune.steps.peak_memory import resident_gb
+before = resident_gb()
 assert len(read({str(path)!r})) == 100_000
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((resident_gb() - before) * 1e3)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 40  # MB
