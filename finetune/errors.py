@@ -82,6 +82,12 @@ def printable(line: str) -> str:
     return line if line.isprintable() else "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line)
 
 
+def short(value, most: int = 80) -> str:
+    """A value of a file, a flag or another program for a line that is printed: on one line, of at most `most` characters."""
+    text = " ".join(printable(str(value)).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 said: set[str] | None = None  # within each_line_once()
 
 

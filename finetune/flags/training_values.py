@@ -2,6 +2,8 @@
 
 from ..distributed import deepspeed_file, engines
 from ..errors import note
+from . import schedules
+from .values import of_training
 
 # Flags of transformers that the step plan, the packed rows or the loss of this toolkit leave without meaning.
 NO_EFFECT = (
@@ -18,6 +20,7 @@ REFUSED = {
     "label_smoothing_factor": "not available: the loss is plain cross-entropy - leave it out",
     "neftune_noise_alpha": "not available: its noise follows the length of a row, and rows are packed - leave it out",
     "use_liger_kernel": "not available: the loss is computed in pieces anyway - leave it out",
+    "liger_kernel_config": "not available: the loss is computed in pieces anyway - leave it out",
     "auto_find_batch_size": "it would change the samples of a step - lower --max_tokens_per_pass instead",
 }
 # the words of --gradient_checkpointing
@@ -28,6 +31,7 @@ def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
     """(the flags with their engine's settings read, findings). Notes what has no effect. usual: the default of each flag."""
     changed = {name for name, value in values.items() if value != usual.get(name, value)}
     findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
+    findings += [*of_training(values), *schedules.problems(values)]
     wish = values["gradient_checkpointing"]
     if str(wish).lower() not in RECOMPUTING:
         findings.append(f"--gradient_checkpointing {wish}: unknown - give auto, True or False")
