@@ -12,6 +12,7 @@ from pathlib import Path
 from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
+LONGEST = 1500  # characters of a line that is printed
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -72,7 +73,7 @@ def say(line: str) -> None:
         held.append(line)
         return
     if on_first_rank() and (said is None or line not in said):
-        print(printable(line), file=sys.stderr, flush=True)
+        print(barred(line), file=sys.stderr, flush=True)
     if said is not None:
         said.add(line)
 
@@ -80,6 +81,12 @@ def say(line: str) -> None:
 def printable(line: str) -> str:
     """Without characters that a terminal would obey: the last barrier for text of files, paths and other programs."""
     return line if line.isprintable() else "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line)
+
+
+def barred(line: str) -> str:
+    """A line that may be printed: of an endless one, which some value of a file or a flag has made, the beginning and the end."""
+    line = printable(line)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-295:]}"
 
 
 def short(value, most: int = 80) -> str:
@@ -176,7 +183,7 @@ def explained(error: Exception) -> str | None:
 
 def tell(*findings: str) -> None:
     """Prints errors, a line each."""
-    lines = [printable(" ".join(line.split())) for line in findings]
+    lines = [barred(" ".join(line.split())) for line in findings]
     for line in lines:
         print("error:", line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines

@@ -46,7 +46,8 @@ class Number(NamedTuple):
         return f"a value from {self.low} up to, not including, {self.high}" if not self.above else f"a value {start} and below {self.high}"
 
 
-AT_LEAST_1, SHARE, SEED = Number(1, COUNT), Number(0, 1), Number(0, 2**32)
+AT_LEAST_1 = Number(1, COUNT, wanted="a whole number of at least 1, and below 2147483648")
+SHARE, SEED = Number(0, 1), Number(0, 2**32)
 STEPS = Number(0, COUNT, above=True, whole=True, wanted="a number of steps, or below 1 a share of the run")
 NOT_NEGATIVE = Number(0)
 OF_DATA = {
