@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
-LONGEST = 1500  # characters of a line that is printed
+LONGEST = 3000  # characters of a line that is printed
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 

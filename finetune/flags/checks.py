@@ -245,7 +245,7 @@ def lora_layers(args, folder: Path) -> list[str]:
 
 
 FIRST = (ranges, look, data_files, best, base_model, method_checks.method, output_folder, resuming, disk_space)
-LATER = (values_of_config, services.reporting, services.pushing, trials.optimizer, trials.schedule)  # with torch
+LATER = (values_of_config, services.reporting, services.pushing, trials.optimizer, trials.schedule, trials.backends)  # with torch
 
 
 # ---- small things

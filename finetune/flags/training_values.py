@@ -23,6 +23,7 @@ REFUSED = {
     "liger_kernel_config": "not available: the loss is computed in pieces anyway - leave it out",
     "auto_find_batch_size": "it would change the samples of a step - lower --max_tokens_per_pass instead",
 }
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them turns it on
 # the words of --gradient_checkpointing
 RECOMPUTING = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
 
@@ -41,7 +42,9 @@ def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
     if idle := changed & set(NO_EFFECT):
         listed = ", ".join(f"--{name}" for name in sorted(idle))
         note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
-    if values["torch_compile"]:
+    if compiled := [f"--{name}" for name in COMPILING if values[name]]:
+        if values["fsdp"]:
+            findings.append(f"{compiled[0]} and --fsdp: what is compiled and shared out cannot be put together again - leave out one")
         note("--torch_compile: steps differ in length, and the first ones are compiled anew, for a minute each on few cores")
     return values, findings + more
 

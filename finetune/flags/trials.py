@@ -55,6 +55,21 @@ def schedule(args) -> Iterator[str]:
         yield f"{what} - {schedules.advice(name)}"
 
 
+def backends(args) -> Iterator[str]:
+    """--ddp_backend and --torch_compile_backend are there."""
+    training = args.training
+    import torch
+
+    if training.ddp_backend and not torch.distributed.is_backend_available(training.ddp_backend):
+        yield f"--ddp_backend {training.ddp_backend}: this torch is built without it - give gloo, or leave it out"
+    elif training.ddp_backend == "nccl" and training.use_cpu:
+        yield "--ddp_backend nccl: is for GPUs - give gloo, or leave it out"
+    if training.torch_compile_backend not in (None, "inductor"):
+        known = torch.compiler.list_backends(exclude_tags=())
+        if training.torch_compile_backend not in known:
+            yield f"--torch_compile_backend {short(training.torch_compile_backend)}: unknown - give {', '.join(known)}, or leave it out"
+
+
 def rate_after(made, toy, name: str):
     """The learning rate, and a step more of the schedule."""
     rate = toy.param_groups[0]["lr"]

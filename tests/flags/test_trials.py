@@ -138,3 +138,25 @@ def test_schedules_that_do_not_work(world, flags, line):
     name, settings, *more = [*flags, ""][: max(2, len(flags))]
     given = ["--lr_scheduler_kwargs", settings] if settings else []
     assert only(world, "--lr_scheduler_type", name, *given, *more).startswith(line)
+
+
+# ---- backends
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--ddp_backend gloo", None),
+    ("--ddp_backend hccl", "--ddp_backend hccl: this torch is built without it - give gloo, or leave it out"),
+    ("--torch_compile_backend eager", None),
+    ("--torch_compile_backend inductr", "--torch_compile_backend inductr: unknown - give "),
+    ("--torch_compile_mode default --fsdp True", "--torch_compile_mode and --fsdp: what is compiled and shared out cannot be put "),
+])  # fmt: skip
+def test_backends(world, flags, line):
+    if line is None:
+        assert found(world, *flags.split()) == []
+    else:
+        assert only(world, *flags.split()).startswith(line)
+
+
+def test_nccl_is_for_gpus(world, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: True)
+    assert only(world, "--use_cpu", "--ddp_backend", "nccl") == "--ddp_backend nccl: is for GPUs - give gloo, or leave it out"
