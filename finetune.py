@@ -20,7 +20,8 @@ def main() -> None:
         first_look.take(alone=meeting.is_alone())  # before the imports that take seconds
         args = arguments.parse()
     from finetune.distributed import engines, ranks
-    from finetune.steps import memory_plan, preparation, report
+    from finetune.errors import Stopped
+    from finetune.steps import best, memory_plan, preparation, report
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
@@ -37,9 +38,12 @@ def main() -> None:
     engines.connect(args.training)
     trainer = make_trainer(args, job)
     trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
+    if stopped := trainer.stopping.describe(out):
+        engines.disconnect()
+        raise Stopped(stopped)
     trainer.save_result()
     if ranks.rank() == 0:
-        report.print_next_steps(out, args.lora.use_lora)
+        report.print_next_steps(out, args.lora.use_lora, best.describe_delivered(trainer.state, args.training))
     engines.disconnect()
 
 

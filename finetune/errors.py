@@ -12,6 +12,7 @@ from pathlib import Path
 from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
+STOPPED = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -22,6 +23,10 @@ class UserError(ValueError):
     def __init__(self, *findings: str):
         super().__init__("\n".join(findings))
         self.findings = list(findings)
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, has saved, and can go on: no error. Its exit code is STOPPED."""
 
 
 class Findings:
@@ -128,6 +133,9 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
             print(file=sys.stderr)  # off the progress bar's line
         note(when_stopped)
         sys.exit(130)  # as a program that Ctrl-C ended
+    except Stopped as stopped:
+        note(str(stopped))
+        sys.exit(STOPPED)
     except UserError as error:
         findings = error.findings
         speak(findings[0], lambda: tell(*findings))
