@@ -63,6 +63,8 @@ def make_trainer(args, job):
     from finetune import quiet
     from finetune.model import loading
     from finetune.steps import activation_checkpointing, report
+    from finetune.steps.best import StopEarly
+    from finetune.steps.stopping import Stopping
     from finetune.steps.trainer import PlannedTrainer
 
     training = args.training
@@ -75,7 +77,8 @@ def make_trainer(args, job):
     kept = {
         name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record")
     }
-    trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **kept)
+    stop = {"stopping": Stopping.of(training), "callbacks": StopEarly.of(training)}
+    trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **stop, **kept)
     activation_checkpointing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
     report.replace_progress_callbacks(trainer)

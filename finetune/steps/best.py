@@ -12,6 +12,12 @@ class StopEarly(TrainerCallback):
     def __init__(self, metric: str, patience: int):
         self.metric, self.patience = metric, patience
 
+    @classmethod
+    def of(cls, training) -> list["StopEarly"]:
+        """As the flags say: one, or none."""
+        patience = training.early_stopping_patience
+        return [cls(metric_of(training), patience)] if patience else []
+
     def on_evaluate(self, args, state, control, **kwargs):
         since, best = since_best(state.log_history, self.metric)
         if since >= self.patience:

@@ -101,8 +101,8 @@ class WatchesNumbers:
         kept = f"the last good checkpoint is {every[-1]}" if every else "there is no checkpoint before it"
         begin = getattr(self, "_initial_global_step", 0)  # steps done before this start
         remedies = {
-            0: "look at these samples, or train with --bf16 instead of --fp16",
             begin: "go on from an earlier checkpoint, or lower --learning_rate",
+            0: "look at these samples, or train with --bf16 instead of --fp16",
         }
         remedy = remedy or remedies.get(step - 1, "lower --learning_rate or lengthen --warmup_ratio, and start again")
         return f"step {step}: {what}; nothing of it is saved, and {kept} - samples: {self.samples_of(step)} - {remedy}"

@@ -35,6 +35,11 @@ class Stopping(TrainerCallback):
         self.stop: dict | None = None  # {"step", "why"}, the same on all ranks
         self.stopped_at: int | None = None
 
+    @classmethod
+    def of(cls, training) -> "Stopping":
+        """As the flags say."""
+        return cls(training.seconds_to_stop(), f"--stop_after {training.stop_after}", is_late=training.device.type == "cuda")
+
     @contextlib.contextmanager
     def listening(self):
         """A context in which signals are such wishes."""

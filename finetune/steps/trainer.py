@@ -20,10 +20,11 @@ from ..distributed import engines
 from ..distributed.engines import size_of
 from ..model import optimizers
 from ..quantized import quantized_model
-from . import best, health, saving, stopping
+from . import health, saving
 from .batches import StepBatch, step_loader
 from .peak_memory import memory_gb
 from .plan import Plan
+from .stopping import Stopping
 
 
 class FollowEpoch(TrainerCallback):
@@ -46,7 +47,7 @@ class PlannedTrainer(health.WatchesNumbers, saving.SavesCheckpoints, Trainer):
 
     def __init__(
         self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None,
-        loraplus_lr_ratio=None, **kwargs
+        loraplus_lr_ratio=None, stopping: Stopping | None = None, **kwargs
     ):  # fmt: skip
         args.gradient_accumulation_steps = 1  # a step is one item; see above
         args.logging_nan_inf_filter = False  # a loss that is not a number must be seen
@@ -58,11 +59,8 @@ class PlannedTrainer(health.WatchesNumbers, saving.SavesCheckpoints, Trainer):
         self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
         self.throughput = Throughput()
         self.weights = None  # how many there are, and train; see floating_point_ops
-        seconds, on_gpu = args.seconds_to_stop(), args.device.type == "cuda"
-        self.stopping = stopping.Stopping(seconds, f"--stop_after {args.stop_after}", is_late=on_gpu)
+        self.stopping = stopping or Stopping()
         self.add_callback(self.stopping)
-        if args.early_stopping_patience:
-            self.add_callback(best.StopEarly(best.metric_of(args), args.early_stopping_patience))
 
     @overrides(Trainer)
     def create_accelerator_and_postprocess(self):
