@@ -20,7 +20,8 @@ def main() -> None:
         first_look.take(alone=meeting.is_alone())  # before the imports that take seconds
         args = arguments.parse()
     from finetune.distributed import engines, ranks
-    from finetune.steps import memory_plan, preparation, report
+    from finetune.errors import Stopped
+    from finetune.steps import best, memory_plan, preparation, report
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
@@ -37,9 +38,12 @@ def main() -> None:
     engines.connect(args.training)
     trainer = make_trainer(args, job)
     trainer.train(resume_from_checkpoint=job.resume_from and str(job.resume_from))
+    if stopped := trainer.stopping.describe(out):
+        engines.disconnect()
+        raise Stopped(stopped)
     trainer.save_result()
     if ranks.rank() == 0:
-        report.print_next_steps(out, args.lora.use_lora)
+        report.print_next_steps(out, args.lora.use_lora, best.describe_delivered(trainer.state, args.training))
     engines.disconnect()
 
 
@@ -59,6 +63,8 @@ def make_trainer(args, job):
     from finetune import quiet
     from finetune.model import loading
     from finetune.steps import activation_checkpointing, report
+    from finetune.steps.best import StopEarly
+    from finetune.steps.stopping import Stopping
     from finetune.steps.trainer import PlannedTrainer
 
     training = args.training
@@ -71,7 +77,8 @@ def make_trainer(args, job):
     kept = {
         name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record")
     }
-    trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **kept)
+    stop = {"stopping": Stopping.of(training), "callbacks": StopEarly.of(training)}
+    trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **stop, **kept)
     activation_checkpointing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
     report.replace_progress_callbacks(trainer)

@@ -17,3 +17,6 @@ class Filled:
 
     def token_weights(self, i) -> None:
         """1 each."""
+
+    def origin(self, i) -> tuple[str, int]:
+        return "random tokens", i + 1

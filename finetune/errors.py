@@ -1,8 +1,11 @@
 """What a user gave that cannot work: a line per finding, all findings of a run together, exit code 2, no traceback."""
 
+import argparse
 import contextlib
+import difflib
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -13,6 +16,7 @@ from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
 LONGEST = 3000  # characters of a line that is printed
+STOPPED = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -23,6 +27,10 @@ class UserError(ValueError):
     def __init__(self, *findings: str):
         super().__init__("\n".join(findings))
         self.findings = list(findings)
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, has saved, and can go on: no error. Its exit code is STOPPED."""
 
 
 class Findings:
@@ -141,6 +149,9 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
             print(file=sys.stderr)  # off the progress bar's line
         note(when_stopped)
         sys.exit(130)  # as a program that Ctrl-C ended
+    except Stopped as stopped:
+        note(str(stopped))
+        sys.exit(STOPPED)
     except UserError as error:
         findings = error.findings
         speak(findings[0], lambda: tell(*findings))
@@ -179,6 +190,21 @@ def explained(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return f"out of GPU memory ({error}) - lower --max_tokens_per_pass, or add --gradient_checkpointing True"
     return None
+
+
+class Options(argparse.ArgumentParser):
+    """A program's command line, of which a mistake is one line, as everything else that a user gave wrong."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        """Ends with exit code 2, and for an unknown option says which one may have been meant."""
+        unknown = re.search(r"unrecognized arguments: (-\S+)", message)
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        close = difflib.get_close_matches(unknown[1].partition("=")[0], known, 1) if unknown else []
+        tell(f"{short(message, 300)} - {f'did you mean {close[0]}?' if close else f'{self.prog} --help lists the options'}")
+        sys.exit(2)
 
 
 def tell(*findings: str) -> None:

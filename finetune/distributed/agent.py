@@ -4,7 +4,8 @@ It is torch's elastic agent with its c10d rendezvous, and differs from torchrun 
 
 - Ranks follow NODE_RANK, so that rank 0 is on machine 0; two machines with one NODE_RANK are told.
 - What ends one machine's run for good ends all of them, with one line that says what it was, and no traceback of the agent.
-- A user error (exit code 2) is not tried again.
+- A user error (exit code 2) is not tried again, nor what was asked to stop (75: it has saved, and can go on).
+- A signal is handed on to the workers, which stop behind a step, with a checkpoint; by a second Ctrl-C or SIGTERM they are ended.
 - A machine that comes back finds the others, also machine 0, which keeps the store that all of them meet in.
 - Workers cannot outlive their agent (dies_with_parent.py).
 
@@ -26,11 +27,13 @@ from pathlib import Path
 from torch.distributed import DistError, TCPStore
 
 from ..compat import on_torch
-from ..errors import UserError, note, tell, warn
+from ..errors import STOPPED, UserError, note, tell, warn
 from .network import Job, own_address, wait_for_master
 
 elastic = on_torch.elastic()
 USER_ERROR = 2  # the exit code of a worker whose user has to change something
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as in steps/stopping.py
+SAME_SECONDS = 1  # within which a second Ctrl-C is the first one, that came by another way
 STORE_SECONDS = 60  # for an answer of the store
 GRACE_SECONDS = 3  # in which what several processes find wrong at the same time is told by rank 0
 LEAVING_SECONDS = 10  # in which machine 0 lets the others read why the run has ended
@@ -160,6 +163,9 @@ class Agent(elastic.LocalElasticAgent):
         self.finished_at = None  # time.monotonic() of the end of this round's workers
         self.died: list[int] = []  # local ranks that had failed before torch stopped the others
         self.looked_at = 0.0
+        self.asked: signal.Signals | None = None  # to stop, by this signal
+        self.asked_at = 0.0
+        self.hears = False  # there are workers, which can be told of a signal
 
     @property
     def restarts(self) -> int:
@@ -167,14 +173,31 @@ class Agent(elastic.LocalElasticAgent):
 
     def _initialize_workers(self, group) -> None:
         self.finished_at = None
+        self.hears = False
         super()._initialize_workers(group)
+        for number in SIGNALS:  # torch's own handlers, set as the workers start, end the workers within 30 s
+            signal.signal(number, self.hand_on)
+        self.hears = True
+
+    def hand_on(self, number: int, frame) -> None:
+        """To the workers, which stop behind a step. Where there are none, or by a second Ctrl-C or SIGTERM, ends as torch does."""
+        again = number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() > self.asked_at + SAME_SECONDS
+        if not self.hears or self.asked and again:
+            raise elastic.SignalException(f"signal {number}", sigval=signal.Signals(number))
+        if self.asked is None:
+            self.asked, self.asked_at = signal.Signals(number), time.monotonic()
+            for handler in self._pcontext.subprocess_handlers.values():
+                handler.proc.send_signal(number)
 
     def _monitor_workers(self, group) -> elastic.RunResult:
         """As torch's, but for what the other machines are doing."""
         self.look_at_workers()
         result = super()._monitor_workers(group)
-        if result.is_failed() and self.to_blame(result)[1].exitcode == USER_ERROR:
+        code = self.to_blame(result)[1].exitcode if result.is_failed() else 0
+        if code in (USER_ERROR, STOPPED):
             self._remaining_restarts = 0
+        elif code and self.asked:  # not in training, so the workers had nothing to save
+            raise elastic.SignalException("asked to stop", sigval=self.asked)
         if result.is_failed() and self.restarts:
             warn(f"{describe_failure(*self.to_blame(result))}; starting again, restarts left: {self.restarts - 1}")
         elif not result.is_failed() and self.others_ended():
@@ -195,13 +218,13 @@ class Agent(elastic.LocalElasticAgent):
         self.died = [rank for rank, code in enumerate(codes) if code]
 
     def to_blame(self, result: elastic.RunResult):
-        """(rank, torch's ProcessFailure) of the cause: a user error, else a signal, else the first failure.
+        """(rank, torch's ProcessFailure) of the cause: a user error or a stop that was asked for, else a signal, else the first failure.
 
         When one worker is killed, the others fail as well, since they lose their peer.
         """
         ranks = [self._worker_group.workers[local].global_rank for local in self.died]
         failures = [pair for pair in result.failures.items() if not ranks or pair[0] in ranks]
-        return min(failures, key=lambda pair: (pair[1].exitcode != USER_ERROR, pair[1].exitcode > 0))
+        return min(failures, key=lambda pair: (pair[1].exitcode not in (USER_ERROR, STOPPED), pair[1].exitcode > 0))
 
     def others_ended(self) -> bool:
         """Asked for once a second."""
@@ -259,7 +282,7 @@ def tell_failure(agent: Agent, result: elastic.RunResult) -> int:
     if failure.exitcode > 0 and not (told and code == USER_ERROR):  # else it is certain that the cause is here
         agent.hear_others_out()
     agent.rendezvous.end(code, line)
-    if not told:
+    if not told and code != STOPPED:  # which rank 0 has said
         tell(line)
     return code
 

@@ -144,6 +144,20 @@ class Meeting:
             note(f"waiting for {whom}")
             self.poll_key(key, math.inf)
 
+    def first_wish(self, what: str, wish):
+        """What the first rank that had a wish has wished (anything JSON can write); None as long as none has. Nobody waits.
+
+        The same on all ranks, once it is there. wish: this rank's, or None. Alone, its own.
+        """
+        if count() == 1:
+            return wish
+        if self.store is None:
+            self.begin()
+        key = f"finetune/{what}"
+        if wish is not None:
+            return json.loads(self.store.compare_set(key, "", json.dumps(wish)))
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
     def poll_key(self, key: str, seconds: float) -> bool:
         """Polls for a key; False when it is not there after so many seconds. (torch's own wait prints when it gives up.)"""
         begin, pause = time.monotonic(), 0.01

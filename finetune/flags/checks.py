@@ -13,7 +13,7 @@ from ..data_files.sample_files import SampleFile
 from ..data_files.sources import sources_of
 from ..distributed import engines
 from ..errors import UserError, note, warn
-from ..folders import adapter_folder, config_files, model_folder
+from ..folders import adapter_folder, config_files, meant, model_folder
 from ..folders.checkpoint import resume_point
 from ..model import kinds, optimizers
 from . import method_checks, services, trials, values
@@ -86,13 +86,10 @@ def data_files(args) -> Iterator[str]:
 
 
 def best(args) -> Iterator[str]:
-    """--save_strategy best has evaluations, and a number of theirs to go by."""
+    """--save_strategy best has a number of the evaluations to go by. That there are any, with_best() has seen."""
     training = args.training
-    if method_checks.word(training.save_strategy) != "best":
-        return
-    if method_checks.word(training.eval_strategy) == "no":
-        yield "--save_strategy best: nothing is evaluated that could be best - give --eval_data_path or --eval_split, or another strategy"
-    elif training.metric_for_best_model is None:
+    evaluates = method_checks.word(training.eval_strategy) != "no"
+    if evaluates and method_checks.word(training.save_strategy) == "best" and training.metric_for_best_model is None:
         yield "--save_strategy best: of which number - add --metric_for_best_model loss, or give another strategy"
 
 
@@ -105,7 +102,8 @@ def base_model(args) -> Iterator[str]:
     folder = Path(name)
     if folder.is_dir():
         problems = model_folder.first_problems(folder, may_be_quantized=args.lora.q_lora)  # of --q_lora, method() speaks
-        yield from problems
+        named = "" if (folder / "config.json").is_file() else "--model_name_or_path "
+        yield from (named * line.startswith(f"{folder}: ") + line for line in problems)
         if problems:
             return
         kind = config_files.config_of(folder).get("model_type")
@@ -124,7 +122,7 @@ def base_model(args) -> Iterator[str]:
     elif folder.exists():
         yield f"--model_name_or_path {name}: is a file - give the folder of a checkpoint"
     elif not model_folder.is_hub_id(name):
-        yield f"--model_name_or_path {name}: no such folder - {GIVE_MODEL}"
+        yield f"--model_name_or_path {name}: no such folder - {GIVE_MODEL}{meant.folder(folder)}"
 
 
 def values_of_config(args) -> Iterator[str]:

@@ -216,7 +216,20 @@ class TrainingFlags:
     eval_steps: float | None = flag(
         None, "Steps from one evaluation to the next, or below 1 a share of the run; default: 0.1.", metavar="N"
     )
+    load_best_model_at_end: bool = flag(
+        False, "Deliver the checkpoint with the best evaluation instead of the last step. Checkpoints are then written where is evaluated."
+    )
+    metric_for_best_model: str | None = flag(
+        None, "What the best checkpoint has the least of: loss or perplexity; default: loss.", metavar="NAME"
+    )
+    early_stopping_patience: int | None = flag(
+        None, "Stop when so many evaluations in a row were no better than the best, and deliver that one.", metavar="N"
+    )
     per_device_eval_batch_size: int = flag(8, "Samples of an evaluation step, per device.", metavar="N")
+    stop_after: str | None = flag(
+        None, "Stop so long after the start, as 3h50m, 90m or 300s, with a checkpoint from which the same command goes on.",
+        metavar="TIME",
+    )
     seed: int = flag(42, "Orders the samples and starts adapters and dropout.", metavar="N")
     use_cpu: bool = flag(False, "Do not use a GPU. Without one the CPU is used anyway.")
     cache_dir: str | None = flag(None, "Where models from the Hugging Face Hub are kept.", metavar="FOLDER")

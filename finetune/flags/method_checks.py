@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..distributed import engines
 from ..errors import note, warn
-from ..folders import adapter_folder, checkpoint, config_files, model_folder
+from ..folders import adapter_folder, checkpoint, config_files, meant, model_folder
 from ..model import kinds, optimizers
 from ..quantized import quantized_model
 from . import methods
@@ -91,7 +91,7 @@ def adapter(args) -> Iterator[str]:
     """The adapter of --lora_weight_path: complete, with every tensor that it lists."""
     folder = Path(args.lora.lora_weight_path)
     if not (folder / "adapter_config.json").is_file():
-        yield f"--lora_weight_path {folder}: no adapter_config.json there - give the output folder of a LoRA run"
+        yield f"--lora_weight_path {folder}: no adapter_config.json there - give the output folder of a LoRA run{meant.folder(folder, meant.ADAPTER)}"
     elif pointers := model_folder.lfs_pointers(folder):
         yield from pointers
     elif not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):

@@ -92,6 +92,10 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
     def local_process_index(self) -> int:
         return ranks.local_rank()
 
+    def seconds_to_stop(self) -> int | None:
+        """--stop_after in seconds."""
+        return None if self.stop_after is None else training_values.seconds_of(self.stop_after)
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """--warmup_steps, or the share --warmup_ratio of all steps, rounded up."""
         if self.warmup_steps == 0 and self.warmup_ratio:

@@ -1,5 +1,7 @@
 """What can be told of transformers' flags from their values, before torch and transformers are imported."""
 
+import re
+
 from ..distributed import deepspeed_file, engines
 from ..errors import note
 from . import schedules
@@ -28,6 +30,49 @@ COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # 
 RECOMPUTING = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
 
 
+METRICS = ("loss", "perplexity")  # of an evaluation; of both, less is better
+UNITS = {"h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(text: str) -> int:
+    """ "3h50m" -> 13,800. ValueError for what is no time."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s?)?", text.strip().lower())
+    seconds = sum(int(number or 0) * size for number, size in zip(found.groups(), UNITS.values())) if found else 0
+    if not seconds:
+        raise ValueError(f"{text}: is no time - give for example 3h50m, 90m or 300s")
+    return seconds
+
+
+def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
+    """(the flags of the best checkpoint and of stopping, resolved, findings). usual: the default of each flag."""
+    values, findings = dict(values), []
+    metric, patience, strategy = (values[name] for name in ("metric_for_best_model", "early_stopping_patience", "eval_strategy"))
+    if metric is not None:
+        values["metric_for_best_model"] = metric = metric.removeprefix("eval_")
+        if metric not in METRICS:
+            findings.append(f"--metric_for_best_model {metric}: no evaluation has it - give {' or '.join(METRICS)}")
+    if values["greater_is_better"]:
+        findings.append("--greater_is_better True: of loss and perplexity less is better - leave it out")
+    values["greater_is_better"] = False
+    wanting = [name for name in ("early_stopping_patience", "load_best_model_at_end") if values[name]]
+    wanting += ["save_strategy best"] if str(values["save_strategy"]).lower().endswith("best") else []
+    strategy = str(getattr(strategy, "value", strategy))
+    if wanting and strategy == "no":
+        findings.append(f"--{wanting[0]}: nothing is evaluated - give --eval_data_path or --eval_split, and --eval_strategy steps or epoch")
+    elif wanting and values["save_strategy"] == usual["save_strategy"] and values["save_steps"] == usual["save_steps"]:
+        steps = values["eval_steps"] if strategy == "steps" else None
+        values["save_strategy"] = strategy
+        values["save_steps"] = (0.1 if steps is None else steps) if strategy == "steps" else values["save_steps"]
+    if patience:
+        values["load_best_model_at_end"] = True
+    if values["stop_after"] is not None:
+        try:
+            seconds_of(values["stop_after"])
+        except ValueError as error:
+            findings.append(f"--stop_after {error}")
+    return values, findings
+
+
 def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
     """(the flags with their engine's settings read, findings). Notes what has no effect. usual: the default of each flag."""
     changed = {name for name, value in values.items() if value != usual.get(name, value)}
@@ -38,6 +83,7 @@ def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
         findings.append(f"--gradient_checkpointing {wish}: unknown - give auto, True or False")
     if values["bf16"] and values["fp16"]:
         findings.append("--bf16 and --fp16: only one of them can be - leave out one; bf16 where the GPU has it")
+    values, of_best = with_best(values, usual)
     values, more = with_engine(values)
     if idle := changed & set(NO_EFFECT):
         listed = ", ".join(f"--{name}" for name in sorted(idle))
@@ -46,7 +92,7 @@ def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
         if values["fsdp"]:
             findings.append(f"{compiled[0]} and --fsdp: what is compiled and shared out cannot be put together again - leave out one")
         note("--torch_compile: steps differ in length, and the first ones are compiled anew, for a minute each on few cores")
-    return values, findings + more
+    return values, findings + of_best + more
 
 
 def with_engine(values: dict) -> tuple[dict, list[str]]:

@@ -85,6 +85,7 @@ OF_TRAINING = {
     "eval_accumulation_steps": AT_LEAST_1,
     "torch_empty_cache_steps": AT_LEAST_1,
     "save_total_limit": AT_LEAST_1,
+    "early_stopping_patience": Number(1, COUNT, wanted="a number of evaluations, 1 or more"),
     "seed": SEED,
     "data_seed": SEED,
     "dataloader_num_workers": Number(0, 1024),

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import UserError, note
-from . import adapter_folder, config_files, hub, model_folder, quant_settings
+from . import adapter_folder, config_files, hub, meant, model_folder, quant_settings
 
 RECORD = "training.json"
 
@@ -95,8 +95,10 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     except hub.NotFetched as error:
         why = f" ({error.why})" if model_folder.is_hub_id(name) else ""
     if folder is None or not (folder / "config.json").is_file():
-        what = f"{adapter}: its base {name} was not found{why}" if name is stored else f"--base {name}: no model was found there{why}"
-        raise UserError(f"{what} - give {adapter.name}'s base with --base" + (meant.folder(name) if name else ""))
+        what = f"{adapter}: its base {name} was not found{why} - give it with --base"
+        if name is not stored:
+            what = f"--base {name}: no model was found there{why} - give the folder of {adapter}'s base"
+        raise UserError(what + (meant.folder(name) if name else ""))
     check_base(adapter, folder)
     adapter_folder.check_adapter(adapter, folder)
     return folder

@@ -22,14 +22,13 @@ def folder(named: str | Path, wanted: tuple[str, ...] = MODEL) -> str:
         beside = [path for path in inside(parent) if is_wanted(path, wanted)]
         near = set(difflib.get_close_matches(named.name, [path.name for path in beside], 3, 0.6))
         found = [path for path in beside if path.name in near] or [path for path in below(parent, wanted) if path.name == named.name]
-    return f"; did you mean {' or '.join(map(str, found[:2]))}?" if found else ""
+    return f"; did you mean {' or '.join(map(shown, found[:2]))}?" if found else ""
 
 
-def file(named: str | Path) -> str:
-    """" Did you mean FILE?" for a file that is not there, by close names beside it."""
-    named = Path(named)
-    near = difflib.get_close_matches(named.name, [path.name for path in entries(named.parent) if os.path.isfile(path)], 1, 0.7)
-    return f" Did you mean {named.with_name(near[0])}?" if near else ""
+def shown(path: Path) -> str:
+    """A path as short as it can be written here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def below(parent: Path, wanted: tuple[str, ...]) -> list[Path]:

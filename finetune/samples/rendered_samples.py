@@ -63,6 +63,10 @@ class Samples:
         weights = self._weights[self._offsets[i % len(self)] :][: len(labels)]
         return None if (weights[labels >= 0] == 1).all() else weights
 
+    def origin(self, i: int) -> tuple[str, int]:
+        """Where sample i comes from: the file, and the number of its conversation there, from 1."""
+        return self.path, int(self.conversations[i])
+
     def describe(self) -> str:
         return described(self)
 

@@ -85,6 +85,10 @@ class Selection:
         samples, number = self._place(i)
         return samples.token_weights(number)
 
+    def origin(self, i: int) -> tuple[str, int]:
+        samples, number = self._place(i)
+        return samples.origin(number)
+
     def describe(self) -> str:
         return described(self)
 

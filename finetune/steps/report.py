@@ -167,7 +167,7 @@ class Report(TrainerCallback):
         if self.bar is None or not logs:
             return
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.write(json.dumps({"step": state.global_step, **logs}, allow_nan=False) + "\n")
         if "loss" in logs:
             self.figures.update(figures(logs))
             self.bar.set_postfix(self.figures, refresh=self.live)
@@ -176,6 +176,9 @@ class Report(TrainerCallback):
             self.bar.write(f"step {state.global_step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close_bar()
+
+    def close_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -241,14 +244,15 @@ def replace_progress_callbacks(trainer) -> None:
     trainer.add_callback(Report(trainer.args.output_dir))
 
 
-def print_next_steps(out: Path, is_adapter: bool) -> None:
-    """Prints where the result is, and which commands come next."""
+def print_next_steps(out: Path, is_adapter: bool, delivered: str) -> None:
+    """Prints where the result is, what it is of, and which commands come next."""
     try:
         draw(out)
         note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
     except Exception as error:  # the model is saved: a picture must not make a failure of it
         warn(f"the loss curve could not be drawn ({type(error).__name__}: {error}); its numbers are in {out / LOG}")
         note(f"done: {out}")
+    note(delivered)
     note(f"try it:    {command('finetune.ask', out)}")
     if is_adapter:
         note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}")

@@ -13,7 +13,6 @@ from qwen_model.compat import overrides
 from ..compat import on_transformers
 from ..distributed import engines
 from ..distributed.ranks import meeting
-from ..folders import checkpoint
 from ..folders.adapter_folder import adapter_model_card
 from ..folders.checkpoint import RECORD
 from ..folders.model_writer import saved_tensors
@@ -21,6 +20,7 @@ from ..folders.shards import read_tensors
 from ..folders.tensor_files import MAX_SHARD_SIZE
 from ..lora import pissa
 from ..model.loading import compute_dtype
+from .health import check_tensors
 
 
 class SavesCheckpoints:
@@ -59,6 +59,7 @@ class SavesCheckpoints:
         staging = Path(self.args.output_dir) / ".unfinished"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+        self.look_at_norm()
         meeting.wait("there is room for a checkpoint")
         with on_transformers.checkpoints_into(self, staging), self.throughput.paused():
             super()._save_checkpoint(model, trial)
@@ -70,7 +71,7 @@ class SavesCheckpoints:
                 self.state.save_to_json(written / "trainer_state.json")
             move_into_place(written, place)
             staging.rmdir()
-            checkpoint.keep_newest(place.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.untidy = True  # until a step behind it went well, the one before it stays
         meeting.wait("a checkpoint is in its place")
 
 
@@ -79,6 +80,7 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
 
     An adapter folder holds the chat settings too: after merging, or beside its base, the model knows how to stop.
     """
+    check_tensors((state_dict or trained_tensors(model)).items())
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # switched off in training; a saved model generates
     # peft would ask the hub whether the vocabulary has grown, to save the embedding; it never does here
@@ -92,6 +94,11 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
         if embeddings and (base := record.get("base", {}).get("name")):
             # in the place of peft's form, which nobody has filled in
             (folder / "README.md").write_text(adapter_model_card(base), encoding="utf-8")
+
+
+def trained_tensors(model) -> dict[str, torch.Tensor]:
+    """What training has changed, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:

@@ -20,10 +20,11 @@ from ..distributed import engines
 from ..distributed.engines import size_of
 from ..model import optimizers
 from ..quantized import quantized_model
-from . import saving
+from . import health, saving
 from .batches import StepBatch, step_loader
 from .peak_memory import memory_gb
 from .plan import Plan
+from .stopping import Stopping
 
 
 class FollowEpoch(TrainerCallback):
@@ -36,7 +37,7 @@ class FollowEpoch(TrainerCallback):
         self.sampler.epoch = state.global_step // len(self.sampler)
 
 
-class PlannedTrainer(saving.SavesCheckpoints, Trainer):
+class PlannedTrainer(health.WatchesNumbers, saving.SavesCheckpoints, Trainer):
     """Trains on packed rows. `plan` and `samples` (and `eval_*`) take the place of a data set and a collator.
 
     The loss of a step is the sum of its token losses over its supervised tokens, all passes and ranks together: a number
@@ -46,7 +47,7 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
 
     def __init__(
         self, model, args, *, samples, plan: Plan, eval_samples=None, eval_plan=None, tokenizer, record=None,
-        loraplus_lr_ratio=None, **kwargs
+        loraplus_lr_ratio=None, stopping: Stopping | None = None, **kwargs
     ):  # fmt: skip
         args.gradient_accumulation_steps = 1  # a step is one item; see above
         args.logging_nan_inf_filter = False  # a loss that is not a number must be seen
@@ -58,6 +59,8 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
         self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
         self.throughput = Throughput()
         self.weights = None  # how many there are, and train; see floating_point_ops
+        self.stopping = stopping or Stopping()
+        self.add_callback(self.stopping)
 
     @overrides(Trainer)
     def create_accelerator_and_postprocess(self):
@@ -72,6 +75,32 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    # ---- the run
+
+    def train(self, *args, **kwargs):
+        """Until the end, or until it is asked to stop: then stopping.stopped_at says where."""
+        try:
+            with self.stopping.listening():
+                return super().train(*args, **kwargs)
+        finally:  # the line of an error stands below the bar, not behind it
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "close_bar"):
+                    callback.close_bar()
+
+    @overrides(Trainer, "trial", "num_train_samples", "start_time")
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """Loads the best checkpoint only where the run is over; keeps the last one, which transformers would remove."""
+        self.look_at_norm()
+        self.tell_skipped()
+        usual = {name: getattr(self.args, name) for name in ("save_total_limit", "load_best_model_at_end")}
+        self.args.save_total_limit = None
+        self.args.load_best_model_at_end &= self.stopping.stopped_at is None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            vars(self.args).update(usual)
+            self.tidy_up()
 
     # ---- data
 
@@ -122,6 +151,7 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.throughput.add(step)
+        self.step_loss = total
         return total
 
     def loss_of(self, model, row: dict, denominator: float) -> torch.Tensor:
@@ -204,12 +234,7 @@ class PlannedTrainer(saving.SavesCheckpoints, Trainer):
         """Adds what the run really does (all ranks together): tokens a second, memory. Stops at a loss that is no number."""
         if "loss" in logs:
             logs.update(self.throughput.drain(), memory_gb=round(memory_gb(), 3))
-        super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"the loss became {logs['loss']} at step {self.state.global_step}: lower --learning_rate, lengthen --warmup_ratio, "
-                "or train with --bf16 instead of --fp16"
-            )
+        super().log(self.check_log(logs), start_time)
 
 
 class Throughput:

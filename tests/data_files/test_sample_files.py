@@ -77,7 +77,7 @@ def test_missing_file_and_folder(tmp_path):
     missing = tmp_path / "path_to_data"
     with pytest.raises(UserError) as caught:
         read(missing)
-    assert str(caught.value) == f"--data_path {missing}: no such file. Give your training JSON with -d."
+    assert str(caught.value) == f"--data_path {missing}: no such file. Give an existing one with --data_path."
     with pytest.raises(UserError) as caught:
         read(missing, flag="--eval_data_path")
     assert (

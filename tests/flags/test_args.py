@@ -387,7 +387,7 @@ def test_help_is_quick_and_ours_comes_first(tmp_path):
         "--warmup_ratio",
     ):
         assert f"  {name}" in result.stdout
-    assert len(result.stdout.splitlines()) < 140 and "--adam_epsilon" not in result.stdout
+    assert len(result.stdout.splitlines()) < 160 and "--adam_epsilon" not in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 

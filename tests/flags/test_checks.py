@@ -42,7 +42,7 @@ def test_data_path_missing(world):
 
 def test_data_path_leads_nowhere(world):
     line = only(world, "--data_path", "path_to_data")
-    assert line == "--data_path path_to_data: no such file. Give your training JSON with -d."
+    assert line == "--data_path path_to_data: no such file. Give an existing one with --data_path."
 
 
 def test_evaluation_data_without_evaluation(world):

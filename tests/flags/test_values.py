@@ -22,7 +22,7 @@ FREE = {
     "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "hub_token", "hub_model_id", "hub_revision",
     "metric_for_best_model", "optim_args", "optim_target_modules", "lora_bias", "init_lora_weights", "max_tokens_per_pass",
     "gradient_checkpointing", "fsdp", "fsdp_config", "deepspeed", "accelerator_config", "torch_compile_backend", "ddp_backend", "debug",
-    "include_num_input_tokens_seen",
+    "include_num_input_tokens_seen", "stop_after",
 }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_words_and_objects(world, flags, line):
 
 
 def test_best_without_evaluation_or_a_number(world):
-    assert only(world, "--save_strategy", "best").startswith("--save_strategy best: nothing is evaluated that could be best - give ")
+    assert only(world, "--save_strategy", "best").startswith("--save_strategy best: nothing is evaluated - give --eval_data_path")
     evaluated = ["--save_strategy", "best", "--eval_split", "0.5"]
     assert only(world, *evaluated).startswith("--save_strategy best: of which number - add --metric_for_best_model loss")
     assert found(world, *evaluated, "--metric_for_best_model", "loss") == []

@@ -73,7 +73,7 @@ def test_the_method_in_words(settings, ratio, said):
 
 def test_a_curve_that_cannot_be_drawn_is_no_failure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw", lambda folder: (_ for _ in ()).throw(ImportError("no matplotlib")))
-    report.print_next_steps(tmp_path, is_adapter=True)
+    report.print_next_steps(tmp_path, is_adapter=True, delivered="delivered: the last step, 3 of 3")
     told = capsys.readouterr().err
     assert "could not be drawn (ImportError: no matplotlib)" in told and "merge it:" in told
 
@@ -97,7 +97,7 @@ def test_log_and_curve(tmp_path):
     told.on_train_end(None, state, None)
     with (tmp_path / report.LOG).open("a") as file:
         file.write('{"step": 31, "lo')  # as a kill leaves it
-    report.print_next_steps(tmp_path, is_adapter=False)
+    report.print_next_steps(tmp_path, is_adapter=False, delivered="delivered: the last step, 3 of 3")
     lines = report.read_log(tmp_path)
     assert [line["step"] for line in lines] == [*range(1, 31), 30]
     assert lines[3]["loss"] == 1.25
