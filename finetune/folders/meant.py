@@ -21,14 +21,16 @@ def folder(named: str | Path, wanted: tuple[str, ...] = MODEL) -> str:
     else:
         beside = [path for path in inside(parent) if is_wanted(path, wanted)]
         near = set(difflib.get_close_matches(named.name, [path.name for path in beside], 3, 0.6))
-        found = [path for path in beside if path.name in near] or [path for path in below(parent, wanted) if path.name == named.name]
+        found = [path for path in beside if path.name in near] or [
+            path / named.name for path in inside(parent) if is_wanted(path / named.name, wanted)
+        ]
     return f"; did you mean {' or '.join(map(shown, found[:2]))}?" if found else ""
 
 
 def shown(path: Path) -> str:
     """A path as short as it can be written here."""
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) and here.name else str(path)
 
 
 def below(parent: Path, wanted: tuple[str, ...]) -> list[Path]:

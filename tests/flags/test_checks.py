@@ -92,7 +92,7 @@ def test_no_config(world):
     inside = world.model / "snapshots" / "abc"
     inside.mkdir(parents=True)
     write_config(inside)
-    assert only(world).endswith(f"did you mean {inside}?")
+    assert only(world).endswith(f"did you mean {inside.relative_to(Path.cwd())}?")
 
 
 def test_an_adapter_given_as_the_model(world, tmp_path):
