@@ -185,6 +185,18 @@ def test_data_to_evaluate_on_are_evaluated(run, tmp_path, flags, steps):
     assert [line["step"] for line in lines if "eval_loss" in line] == steps
 
 
+def test_no_secret_is_written(run, tmp_path, monkeypatch):
+    """Neither of the environment nor of --hub_token: in no file of the output folder, nor of the cache, nor in what is printed."""
+    secret = "MARKED-as-secret"
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secret)
+    code, printed = run("--use_lora", "--save_strategy", "steps", "--save_steps", "2", "--report_to", "tensorboard", "--hub_token", secret)
+    assert code == 0, printed
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"checkpoint-2", "runs", "cache"} & {part for path in files for part in path.parts} == {"checkpoint-2", "runs", "cache"}
+    assert secret not in printed and [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
 @pytest.mark.parametrize(
     "method", [[], ["--use_lora"], PISSA, ROWS, pytest.param(IN_BF16, marks=pytest.mark.slow)], ids=" ".join
 )
