@@ -13,6 +13,7 @@ from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
 STOPPED = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
+LONGEST = 3000  # characters of a line that is printed
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -77,7 +78,7 @@ def say(line: str) -> None:
         held.append(line)
         return
     if on_first_rank() and (said is None or line not in said):
-        print(printable(line), file=sys.stderr, flush=True)
+        print(barred(line), file=sys.stderr, flush=True)
     if said is not None:
         said.add(line)
 
@@ -85,6 +86,18 @@ def say(line: str) -> None:
 def printable(line: str) -> str:
     """Without characters that a terminal would obey: the last barrier for text of files, paths and other programs."""
     return line if line.isprintable() else "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line)
+
+
+def barred(line: str) -> str:
+    """A line that may be printed: of an endless one, which some value of a file or a flag has made, the beginning and the end."""
+    line = printable(line)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-295:]}"
+
+
+def short(value, most: int = 80) -> str:
+    """A value of a file, a flag or another program for a line that is printed: on one line, of at most `most` characters."""
+    text = " ".join(printable(str(value)).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 said: set[str] | None = None  # within each_line_once()
@@ -178,7 +191,7 @@ def explained(error: Exception) -> str | None:
 
 def tell(*findings: str) -> None:
     """Prints errors, a line each."""
-    lines = [printable(" ".join(line.split())) for line in findings]
+    lines = [barred(" ".join(line.split())) for line in findings]
     for line in lines:
         print("error:", line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines

@@ -174,6 +174,17 @@ ROWS = ["--use_lora", "--train_embeddings", "chat_rows", "--use_dora", "--lorapl
 IN_BF16 = ["--bf16", "--bf16_weights", "--optim", "adamw_torch_8bit"]
 
 
+@pytest.mark.parametrize("flags, steps", [([], [2, 4]), (["--eval_steps", "3"], [3, 4])])
+def test_data_to_evaluate_on_are_evaluated(run, tmp_path, flags, steps):
+    """--eval_data_path alone: after each of the two epochs, which a note says; by --eval_steps where that is given."""
+    code, printed = run("--use_lora", "--eval_data_path", write(tmp_path / "held_out.json", count=3, offset=100), *flags)
+    assert code == 0, printed
+    when = "by --eval_steps" if flags else "after each epoch"
+    assert printed.count(f"note: --eval_data_path is evaluated {when}; --eval_strategy says otherwise") == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == steps
+
+
 @pytest.mark.parametrize(
     "method", [[], ["--use_lora"], PISSA, ROWS, pytest.param(IN_BF16, marks=pytest.mark.slow)], ids=" ".join
 )

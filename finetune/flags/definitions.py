@@ -42,7 +42,11 @@ class DataArguments:
         action="extend",
     )
     eval_data_path: list[str] = flag(
-        [], "Conversations to evaluate on while training, in the same forms; see --eval_strategy.", metavar="FILE", action="extend"
+        [],
+        "Conversations to evaluate on while training, in the same forms: after each epoch, unless --eval_strategy or --eval_steps says "
+        "otherwise.",
+        metavar="FILE",
+        action="extend",
     )
     eval_split: float | None = flag(
         None,
@@ -208,7 +212,7 @@ class TrainingFlags:
     save_strategy: str = flag("steps", "When checkpoints are written: steps, epoch, best, no.", metavar="WHEN")
     save_steps: float = flag(500, "Steps from one checkpoint to the next.", metavar="N")
     save_total_limit: int | None = flag(None, "Checkpoints to keep; default: all.", metavar="N")
-    eval_strategy: str = flag("no", "When --eval_data_path is evaluated: steps, epoch, no.", metavar="WHEN")
+    eval_strategy: str = flag("no", "When --eval_data_path or --eval_split is evaluated: steps, epoch, no.", metavar="WHEN")
     eval_steps: float | None = flag(
         None, "Steps from one evaluation to the next, or below 1 a share of the run; default: 0.1.", metavar="N"
     )

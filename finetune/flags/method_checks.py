@@ -1,7 +1,6 @@
 """What can be wrong with the method asked for: full-parameter, LoRA and its kinds, over which weights, on which engine."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ def method(args) -> Iterator[str]:
     """Full-parameter or LoRA, and its settings."""
     lora = args.lora
     yield from half_weights(args)
-    yield from optimizer(args)
+    yield from optimizers.problems(args.training)
     yield from combination(args)
     if not lora.use_lora:
         usual = type(lora)()
@@ -62,15 +61,13 @@ def variants(lora) -> Iterator[str]:
     """--lora_bias, --init_lora_weights, --loraplus_lr_ratio."""
     if lora.lora_bias not in ("none", "all", "lora_only"):
         yield f"--lora_bias {lora.lora_bias}: unknown - give none, all or lora_only"
-    init, ratio = lora.init_lora_weights, lora.loraplus_lr_ratio
+    init = lora.init_lora_weights
     if not re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d*", init):
         ways = "default, gaussian, pissa, or pissa_niter_N with a number of iterations (pissa_niter_16)"
         yield f"--init_lora_weights {init}: unknown - give {ways}"
     elif init.startswith("pissa") and lora.lora_dropout and lora.lora_weight_path is None:
         what = f"--lora_dropout {lora.lora_dropout} with --init_lora_weights {init}"
         warn(f"{what}: what is dropped is part of the model itself, until training begins - give --lora_dropout 0")
-    if ratio is not None and not 1 <= ratio < math.inf:
-        yield f"--loraplus_lr_ratio {ratio}: out of range - give at least 1; 16 is usual"
     if lora.train_embeddings == "all" and lora.train_tokens:
         note("--train_tokens adds nothing to --train_embeddings all, with which all rows train")
 
@@ -88,13 +85,6 @@ def half_weights(args) -> Iterator[str]:
     if word(training.optim) not in optimizers.ROUNDING:
         wanted = " or ".join(f"--optim {name}" for name in optimizers.ROUNDING)
         yield f"--bf16_weights with --optim {word(training.optim)}: small updates would be lost - give {wanted}"
-
-
-def optimizer(args) -> Iterator[str]:
-    """What --optim needs and this machine lacks."""
-    asked = word(args.training.optim)
-    if lacking := optimizers.lacking(str(asked)):
-        yield f"--optim {asked}: {lacking}"
 
 
 def adapter(args) -> Iterator[str]:

@@ -95,7 +95,8 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
     except hub.NotFetched as error:
         why = f" ({error.why})" if model_folder.is_hub_id(name) else ""
     if folder is None or not (folder / "config.json").is_file():
-        raise UserError(f"{adapter}: its base {name} was not found{why} - give it with --base")
+        what = f"{adapter}: its base {name} was not found{why}" if name is stored else f"--base {name}: no model was found there{why}"
+        raise UserError(f"{what} - give {adapter.name}'s base with --base" + (meant.folder(name) if name else ""))
     check_base(adapter, folder)
     adapter_folder.check_adapter(adapter, folder)
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..compat import on_transformers
 from ..errors import UserError, warn
-from . import config_files, quant_settings, tensor_files
+from . import config_files, meant, quant_settings, tensor_files
 
 LFS = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -63,12 +63,10 @@ def no_config(folder: Path) -> str:
     """The line for a folder without config.json."""
     if (folder / "adapter_config.json").is_file():
         return (
-            f"--model_name_or_path {folder}: holds a LoRA adapter, not a model - give its base model, and to train the "
+            f"{folder}: holds a LoRA adapter, not a model - give its base model, and to train the "
             f"adapter on --use_lora --lora_weight_path {folder}; or merge it first: python -m finetune.merge"
         )
-    inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
-    meant = f"; did you mean {inside[0].parent}?" if inside else ""
-    return f"--model_name_or_path {folder}: no config.json there - give the folder of a whole checkpoint{meant}"
+    return f"{folder}: no config.json there - give the folder of a whole checkpoint{meant.folder(folder)}"
 
 
 # ---- config.json

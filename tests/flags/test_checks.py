@@ -47,15 +47,17 @@ def test_data_path_leads_nowhere(world):
 
 def test_evaluation_data_without_evaluation(world):
     other = shutil.copy(world.data, "eval.json")
-    line = only(world, "--eval_data_path", other)
-    assert line == "--eval_data_path is set but evaluation is off - set --evaluation_strategy steps or epoch"
+    for flags in (["--eval_data_path", other], ["--eval_split", "0.5"]):
+        line = only(world, *flags, "--eval_strategy", "no")
+        what = f"{flags[0]} is set but evaluation is off (--eval_strategy no)"
+        assert line == f"{what} - give --eval_strategy steps or epoch, or leave out both"
     assert found(world, "--eval_data_path", other, "--evaluation_strategy", "epoch") == []
     assert found(world, "--eval_data_path", other, "--eval_on_start") == []
 
 
 def test_evaluation_without_data(world):
     line = only(world, "--evaluation_strategy", "steps")
-    assert line.startswith("--evaluation_strategy steps needs conversations to evaluate on - give --eval_data_path")
+    assert line.startswith("--eval_strategy steps needs conversations to evaluate on - give --eval_data_path")
 
 
 def test_evaluating_on_the_training_data_is_warned_of(world, capsys):
