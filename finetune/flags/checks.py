@@ -15,7 +15,7 @@ from ..distributed import engines
 from ..errors import UserError, note, warn
 from ..folders import adapter_folder, config_files, model_folder
 from ..folders.checkpoint import resume_point
-from ..model import kinds, optimizers
+from ..model import kinds, optimizers, whole_base
 from . import method_checks, services, trials, values
 
 GB = 1e9
@@ -117,10 +117,14 @@ def base_model(args) -> Iterator[str]:
 
 
 def values_of_config(args) -> Iterator[str]:
-    """The values in config.json, if the folder is whole."""
+    """The values in config.json, and whether the tensors are those of its model; if the folder is whole."""
     folder = Path(args.model.model_name_or_path or "")
     if args.model.model_name_or_path and (folder / "config.json").is_file():
-        yield from model_folder.value_problems(folder)
+        findings = model_folder.value_problems(folder)
+        trained = config_files.config_of(folder).get("model_type") in model_folder.TRAINED_TYPES
+        if not findings and trained and not model_folder.first_problems(folder, may_be_quantized=True):
+            findings = whole_base.problems(folder)
+        yield from findings
 
 
 # ---- the output folder

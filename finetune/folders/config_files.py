@@ -3,18 +3,26 @@
 import json
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; UserError for anything else."""
+    """A JSON object; UserError for anything else, nested beyond Python's limit or not UTF-8 too."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UserError(f"{path}: cannot be read (nested too deeply) - download it again") from error
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}) - download it again") from error
+        raise UserError(f"{path}: cannot be read ({shortened(error)}) - download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, found a {type(value).__name__} - download it again")
     return value
+
+
+def shortened(value, longest: int = 100) -> str:
+    """What a file says, or an error of another package, for a message: one line, short, nothing that a terminal obeys."""
+    text = printable(" ".join(str(value).split()))
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def write_json(path: Path, content: dict) -> None:
