@@ -15,8 +15,8 @@ from pathlib import Path
 from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
-LONGEST = 3000  # characters of a line that is printed
 STOPPED = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
+LONGEST = 3000  # characters of a line that is printed
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -97,7 +97,7 @@ def barred(line: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-295:]}"
 
 
-def short(value, most: int = 80) -> str:
+def shortened(value, most: int = 100) -> str:
     """A value of a file, a flag or another program for a line that is printed: on one line, of at most `most` characters."""
     text = " ".join(printable(str(value)).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."

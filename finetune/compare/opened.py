@@ -21,9 +21,9 @@ class Opened:
     @functools.cached_property
     def tokenizer(self):
         """Opened when it is asked for, after all folders have been looked at: it takes the seconds of importing transformers."""
-        from ..model import loading
+        from ..model import loading, whole_base
 
-        if self.adapter is None and (problems := model_folder.value_problems(self.folder)):
+        if problems := model_folder.value_problems(self.folder) or whole_base.problems(self.folder):
             raise UserError(*problems)
         return loading.load_tokenizer(self.folder)
 

@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from ..errors import note, short
+from ..errors import note, shortened
 from . import synonyms
 from .definitions import Args, DataArguments, LookArguments, LoraArguments, ModelArguments, TrainingFlags
 from .parser import Parser
@@ -135,9 +135,9 @@ def unknown(rest: list[str], parser: Parser) -> list[str]:
     """A finding for each unknown flag of `rest`; one finding for words that belong to no flag."""
     flags = [word.partition("=")[0] for word in rest if re.match(r"-+[^\W\d]", word)]
     if rest and not flags:
-        return [f"{short(' '.join(rest))}: belongs to no flag - put a flag before it, or quotes around a value with blanks"]
+        return [f"{shortened(' '.join(rest))}: belongs to no flag - put a flag before it, or quotes around a value with blanks"]
     known = sorted(parser.spellings() | {f"--{name}" for name, old in OLD_FLAGS.items() if old.new})
-    return [f"{short(word)}: unknown flag - {synonyms.of_flag(word) or closest(word, known)}" for word in flags]
+    return [f"{shortened(word)}: unknown flag - {synonyms.of_flag(word) or closest(word, known)}" for word in flags]
 
 
 def closest(word: str, known: list[str]) -> str:

@@ -15,7 +15,7 @@ from ..distributed import engines
 from ..errors import UserError, note, warn
 from ..folders import adapter_folder, config_files, meant, model_folder
 from ..folders.checkpoint import resume_point
-from ..model import kinds, optimizers
+from ..model import kinds, optimizers, whole_base
 from . import method_checks, services, trials, values
 
 GB = 1e9
@@ -85,14 +85,6 @@ def data_files(args) -> Iterator[str]:
         warn("--eval_data_path is the training data: the evaluation will look better than the model is")
 
 
-def best(args) -> Iterator[str]:
-    """--save_strategy best has a number of the evaluations to go by. That there are any, with_best() has seen."""
-    training = args.training
-    evaluates = method_checks.word(training.eval_strategy) != "no"
-    if evaluates and method_checks.word(training.save_strategy) == "best" and training.metric_for_best_model is None:
-        yield "--save_strategy best: of which number - add --metric_for_best_model loss, or give another strategy"
-
-
 def base_model(args) -> Iterator[str]:
     """A folder with a complete checkpoint, or a name that may be a Hub id."""
     name = args.model.model_name_or_path
@@ -126,10 +118,14 @@ def base_model(args) -> Iterator[str]:
 
 
 def values_of_config(args) -> Iterator[str]:
-    """The values in config.json, if the folder is whole."""
+    """The values in config.json, and whether the tensors are those of its model; if the folder is whole."""
     folder = Path(args.model.model_name_or_path or "")
     if args.model.model_name_or_path and (folder / "config.json").is_file():
-        yield from model_folder.value_problems(folder)
+        findings = model_folder.value_problems(folder)
+        trained = config_files.config_of(folder).get("model_type") in model_folder.TRAINED_TYPES
+        if not findings and trained and not model_folder.first_problems(folder, may_be_quantized=True):
+            findings = whole_base.problems(folder)
+        yield from findings
 
 
 # ---- the output folder
@@ -242,7 +238,7 @@ def lora_layers(args, folder: Path) -> list[str]:
     return asked if asked != ["auto"] else model_folder.block_layers(config_files.config_of(folder).get("model_type"))
 
 
-FIRST = (ranges, look, data_files, best, base_model, method_checks.method, output_folder, resuming, disk_space)
+FIRST = (ranges, look, data_files, base_model, method_checks.method, output_folder, resuming, disk_space)
 LATER = (values_of_config, services.reporting, services.pushing, trials.optimizer, trials.schedule, trials.backends)  # with torch
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..distributed import engines
 from ..errors import note, warn
-from ..folders import adapter_folder, checkpoint, config_files, meant, model_folder
+from ..folders import adapter_files, adapter_folder, checkpoint, config_files, meant, model_folder, settings_files
 from ..model import kinds, optimizers
 from ..quantized import quantized_model
 from . import methods
@@ -16,6 +16,9 @@ from . import methods
 def method(args) -> Iterator[str]:
     """Full-parameter or LoRA, and its settings."""
     lora = args.lora
+    if lora.lora_weight_path and (damaged := settings_files.problems(Path(lora.lora_weight_path))):
+        yield from damaged
+        return
     yield from half_weights(args)
     yield from optimizers.problems(args.training)
     yield from combination(args)
@@ -98,6 +101,7 @@ def adapter(args) -> Iterator[str]:
         what = f"--lora_weight_path {folder}: no adapter_model.safetensors there"
         yield f"{what} - give the whole output folder of a LoRA run"
     else:
+        adapter_files.check(folder, "--lora_weight_path")
         config = config_files.read_json(folder / "adapter_config.json")
         base = Path(args.model.model_name_or_path or "")
         there = (base / "config.json").is_file()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ..errors import short
+from ..errors import shortened
 from . import values
 
 RATES = ("num_cycles", "min_lr", "min_lr_rate")
@@ -50,7 +50,7 @@ def problems(training: dict) -> Iterator[str]:
         return  # said elsewhere
     settings, evaluates = values.json_object(training["lr_scheduler_kwargs"]), training["eval_strategy"]
     if unknown := [key for key in settings if key not in KEYS[name]]:
-        yield f"--lr_scheduler_kwargs: {short(name)} takes no {short(', '.join(unknown))} - {advice(name)}"
+        yield f"--lr_scheduler_kwargs: {shortened(name)} takes no {shortened(', '.join(unknown))} - {advice(name)}"
     needed = NEEDED.get(name, ())
     if needed and not any(settings.get(key) is not None for key in needed):
         yield f"--lr_scheduler_type {name}: needs {' or '.join(needed)} - add --lr_scheduler_kwargs '{EXAMPLES[name]}'"
@@ -66,4 +66,4 @@ def advice(name: str) -> str:
 
 def with_kwargs(training) -> str:
     """The settings behind a schedule's name, as they were given."""
-    return f" --lr_scheduler_kwargs {short(training.lr_scheduler_kwargs)}" if training.lr_scheduler_kwargs else ""
+    return f" --lr_scheduler_kwargs {shortened(training.lr_scheduler_kwargs)}" if training.lr_scheduler_kwargs else ""

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import on_first_rank, short
+from ..errors import on_first_rank, shortened
 
 # --report_to: the package to install
 REPORTERS = {
@@ -31,7 +31,7 @@ def reporting(args) -> Iterator[str]:
         if name not in there:
             package = REPORTERS.get(name)
             remedy = f"pip install {package}" if package else f"known are {', '.join(REPORTERS)}"
-            yield f"--report_to {short(name)}: unknown or not installed - {remedy}; here are {', '.join([*there, *ALONE])}"
+            yield f"--report_to {shortened(name)}: unknown or not installed - {remedy}; here are {', '.join([*there, *ALONE])}"
     if "wandb" in asked and "wandb" in there and not knows_wandb():
         yield "--report_to wandb: no key to log in with - wandb login, or WANDB_API_KEY; WANDB_MODE=offline logs without a connection"
 
@@ -59,5 +59,5 @@ def pushing(args) -> Iterator[str]:
     try:
         huggingface_hub.whoami(token=token)
     except Exception as error:
-        why = short(f"{type(error).__name__}: {error}", 200).replace(token, "...")
+        why = shortened(f"{type(error).__name__}: {error}", 200).replace(token, "...")
         yield f"--push_to_hub: the hub cannot be reached, or does not know the token ({why}) - mend that, or leave this flag out"

@@ -13,7 +13,7 @@ import transformers
 from qwen_model.compat import require
 
 from ..distributed import engines, ranks
-from ..errors import note, short
+from ..errors import note, shortened
 from . import training_values
 from .definitions import TrainingFlags
 
@@ -119,7 +119,7 @@ def build(values: dict):
         try:
             return TrainingArguments(**values), []
         except (ValueError, TypeError, KeyError, OverflowError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
-            findings = [f"{short(error, 400)} - change or leave out the flag"]
+            findings = [f"{shortened(error, 400)} - change or leave out the flag"]
     return SimpleNamespace(**values), findings
 
 

@@ -63,6 +63,8 @@ def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
         steps = values["eval_steps"] if strategy == "steps" else None
         values["save_strategy"] = strategy
         values["save_steps"] = (0.1 if steps is None else steps) if strategy == "steps" else values["save_steps"]
+    if wanting and metric is None:
+        values["metric_for_best_model"] = METRICS[0]
     if patience:
         values["load_best_model_at_end"] = True
     if values["stop_after"] is not None:

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Iterator
 
-from ..errors import short
+from ..errors import shortened
 from ..model import optimizers
 from . import method_checks, schedules, values
 
@@ -51,7 +51,7 @@ def schedule(args) -> Iterator[str]:
         return
     if not all(isinstance(rate, (int, float)) and 0 <= rate < math.inf for rate in rates):
         wrong = next(rate for rate in rates if not (isinstance(rate, (int, float)) and 0 <= rate < math.inf))
-        what = f"--lr_scheduler_type {name}{schedules.with_kwargs(training)}: makes a learning rate of {short(wrong)}"
+        what = f"--lr_scheduler_type {name}{schedules.with_kwargs(training)}: makes a learning rate of {shortened(wrong)}"
         yield f"{what} - {schedules.advice(name)}"
 
 
@@ -67,7 +67,7 @@ def backends(args) -> Iterator[str]:
     if training.torch_compile_backend not in (None, "inductor"):
         known = torch.compiler.list_backends(exclude_tags=())
         if training.torch_compile_backend not in known:
-            yield f"--torch_compile_backend {short(training.torch_compile_backend)}: unknown - give {', '.join(known)}, or leave it out"
+            yield f"--torch_compile_backend {shortened(training.torch_compile_backend)}: unknown - give {', '.join(known)}, or leave it out"
 
 
 def rate_after(made, toy, name: str):
@@ -95,9 +95,9 @@ def made_for(training) -> tuple:
 
 def with_args(training) -> str:
     """The settings behind an optimizer's name, as they were given."""
-    return f" --optim_args {short(training.optim_args)}" if training.optim_args else ""
+    return f" --optim_args {shortened(training.optim_args)}" if training.optim_args else ""
 
 
 def why(error: Exception) -> str:
     """An error of another package in a few words."""
-    return short(f"{type(error).__name__}: {error}", 160)
+    return shortened(f"{type(error).__name__}: {error}", 160)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..errors import short
+from ..errors import shortened
 from . import synonyms
 
 INF = math.inf
@@ -85,7 +85,7 @@ OF_TRAINING = {
     "eval_accumulation_steps": AT_LEAST_1,
     "torch_empty_cache_steps": AT_LEAST_1,
     "save_total_limit": AT_LEAST_1,
-    "early_stopping_patience": Number(1, COUNT, wanted="a number of evaluations, 1 or more"),
+    "early_stopping_patience": Number(1, COUNT, wanted="how many evaluations in a row may be no better, as 3"),
     "seed": SEED,
     "data_seed": SEED,
     "dataloader_num_workers": Number(0, 1024),
@@ -135,7 +135,7 @@ def problems(values: dict, numbers: dict[str, Number]) -> Iterator[str]:
         value = values.get(name)
         if value is None or value == "auto" or rule.allows(value):
             continue
-        yield f"--{name} {short(value)}: out of range - give {rule.words()}"
+        yield f"--{name} {shortened(value)}: out of range - give {rule.words()}"
 
 
 def of_training(values: dict) -> Iterator[str]:
@@ -147,7 +147,7 @@ def of_training(values: dict) -> Iterator[str]:
         word = values.get(name)
         word = getattr(word, "value", word)
         if word is not None and word not in known:
-            yield f"--{name} {short(word)}: unknown - {advice(name, str(word))}"
+            yield f"--{name} {shortened(word)}: unknown - {advice(name, str(word))}"
     for name, keys in OBJECTS.items():
         yield from object_problems(name, values.get(name), keys)
     if not str(values["output_dir"]).strip():
@@ -169,14 +169,14 @@ def object_problems(name: str, given, keys: tuple[str, ...] | None) -> Iterator[
     try:
         content = json.loads(given) if isinstance(given, str) else given
     except (ValueError, RecursionError) as error:
-        yield f"--{name} {short(given)}: is not JSON ({error}) - give an object, as '{{\"name\": value}}'"
+        yield f"--{name} {shortened(given)}: is not JSON ({error}) - give an object, as '{{\"name\": value}}'"
         return
     if content is None:
         return
     if not isinstance(content, dict):
-        yield f"--{name} {short(given)}: is no JSON object - give one, as '{{\"name\": value}}'"
+        yield f"--{name} {shortened(given)}: is no JSON object - give one, as '{{\"name\": value}}'"
     elif keys and (unknown := [key for key in content if key not in keys]):
-        yield f"--{name}: {short(', '.join(unknown))} is nothing that it reads - give of {', '.join(keys)}"
+        yield f"--{name}: {shortened(', '.join(unknown))} is nothing that it reads - give of {', '.join(keys)}"
 
 
 def json_object(given) -> dict:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import UserError, note
-from . import adapter_folder, config_files, hub, meant, model_folder, quant_settings
+from . import adapter_files, adapter_folder, config_files, hub, meant, model_folder, quant_settings, settings_files
 
 RECORD = "training.json"
 
@@ -15,24 +15,68 @@ RECORD = "training.json"
 # ---- which base an adapter belongs to
 
 
-def fingerprint(folder: Path) -> dict:
-    """Identifies a base model: its sizes, and a hash of the first values of every tensor.
+SPOTS, RUN = 16, 8  # places in each tensor that a fingerprint looks at, and values at each
 
-    Sharding and file format do not matter, nor does a type that holds the same values.
+
+def fingerprint(folder: Path) -> dict:
+    """Identifies a base model: its sizes, a hash of the first values of every tensor, and one of values spread over them.
+
+    Sharding and file format do not matter, nor does a type that holds the same values. What differs between a model and
+    its fine-tuned sister differs nearly everywhere; a few values changed by hand may lie between the places looked at.
     """
     config = config_files.read_json(folder / "config.json")
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    found = {key: config.get(key) for key in keys} | {"sha256": hash_of_tensors(folder)}
+    found = {key: config.get(key) for key in keys} | {"sha256": hash_of_tensors(folder), "spread": hash_of_spread(folder)}
     quantization = quant_settings.as_record(quant_settings.of_folder(folder))
     return found | ({"quantization": quantization} if quantization else {})
 
 
 def hash_of_tensors(folder: Path) -> str:
     """SHA-256 of the names, shapes and first values of all tensors."""
+    return hash_of_lines(beginnings(folder))
+
+
+def hash_of_spread(folder: Path) -> str:
+    """SHA-256 of names, shapes and values all over the tensors: SPOTS places in each, evenly spread, RUN values at each."""
+    from .shards import Shards  # which imports torch
+
+    with Shards(folder) as shards:
+        return hash_of_lines(spread(name, shards) for name in shards)
+
+
+def hash_of_lines(lines) -> str:
     digest = hashlib.sha256()
-    for line in sorted(beginnings(folder)):
+    for line in sorted(lines):
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+def spread(name: str, shards) -> str:
+    """A line with a tensor's shape and values at places that its shape decides, the last one its end. Reads these values alone."""
+    shape = shards.shape(name)
+    if not shape or 0 in shape:
+        return f"{name} {shape}\n"
+    part, rows, width = shards.slice(name), shape[0], shape[-1]
+    places, found = [(spot * (rows * width - 1)) // (SPOTS - 1) for spot in range(SPOTS)], []
+    for place in places:
+        row, column = divmod(place, width)
+        begin = min(column, max(0, width - RUN))
+        values = part[place : place + 1] if len(shape) == 1 else part[row : row + 1, ..., begin : begin + RUN]
+        found += values.flatten()[:RUN].double().tolist()
+    return f"{name} {shape} {found}\n"
+
+
+def is_same_base(one: dict, other: dict) -> bool:
+    """Whether two fingerprints are of the same base. An older one has no "spread": then the first values decide."""
+    if "spread" in one and "spread" in other:
+        return one == other
+    return {**one, "spread": None} == {**other, "spread": None}
+
+
+def short_print(print_: dict, beside: dict) -> str:
+    """A fingerprint in short, with what both have in common: to be compared with `beside`, and shown."""
+    both = "spread" in print_ and "spread" in beside
+    return print_["sha256"][:12] + (f"-{print_['spread'][:8]}" if both else "")
 
 
 def hash_of_adapter(folder: Path) -> str:
@@ -61,13 +105,16 @@ def describe_fingerprint(print_: dict) -> str:
     sizes = (
         f"hidden size {print_['hidden_size']}, {print_['num_hidden_layers']} layers, vocabulary {print_['vocab_size']}"
     )
-    return f"{print_['model_type']}, {sizes}, fingerprint {print_['sha256'][:12]}"
+    return f"{print_['model_type']}, {sizes}, fingerprint {print_['sha256'][:12]}" + (f"-{print_['spread'][:8]}" if "spread" in print_ else "")
 
 
 def read_record(folder: Path) -> dict:
-    """training.json, or {} for a folder that this toolkit did not write."""
+    """training.json, or {} for a folder that this toolkit did not write; without the hashes of the folder's own files."""
     path = folder / RECORD
-    return config_files.read_json(path) if path.is_file() else {}
+    record = config_files.read_json(path) if path.is_file() else {}
+    if wrong := settings_files.value_problems(path, record, settings_files.OF_RECORD):
+        raise UserError(*wrong)
+    return {key: value for key, value in record.items() if key != "files" and not (key in settings_files.OF_RECORD and value is None)}
 
 
 def check_base(adapter: Path, base: Path, remedy: str = "give that one with --base") -> None:
@@ -75,10 +122,12 @@ def check_base(adapter: Path, base: Path, remedy: str = "give that one with --ba
     made_for = read_record(adapter).get("base", {}).get("fingerprint")
     if made_for is None:
         return  # an adapter of other hands says nothing; shapes are checked when it is loaded
+    if not isinstance(made_for, dict) or not {"sha256", "model_type", "hidden_size", "num_hidden_layers", "vocab_size"} <= made_for.keys():
+        raise UserError(f"{adapter / RECORD}: the fingerprint of the base in it is damaged - copy the adapter's folder again")
     found = fingerprint(base)
     if quant_settings.may_take(made_for, found, base):
         note(f"{adapter}: was trained over a quantized base, and {base} fits it in sizes: taken for its 16-bit sibling")
-    elif found != made_for:
+    elif not is_same_base(found, made_for):
         raise UserError(
             f"{adapter}: the adapter was made for another base ({describe_fingerprint(made_for)}); "
             f"{base} is {describe_fingerprint(found)} - {remedy}"
@@ -87,6 +136,7 @@ def check_base(adapter: Path, base: Path, remedy: str = "give that one with --ba
 
 def find_base(adapter: Path, name: str | None = None) -> Path:
     """The folder of an adapter's base: `name`, or the one that the adapter names. Refuses another base than it was made for."""
+    adapter_files.check(adapter)
     stored = config_files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     name = name or stored
     folder, why = None, ""
@@ -101,6 +151,8 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
         raise UserError(what + (meant.folder(name) if name else ""))
     check_base(adapter, folder)
     adapter_folder.check_adapter(adapter, folder)
+    if problems := model_folder.first_problems(folder, may_be_quantized=True):
+        raise UserError(*problems)
     return folder
 
 
@@ -136,7 +188,7 @@ def check_same_run(path: Path, now: dict) -> dict:
     """The record of a checkpoint ({} without one). Refuses that of another base, other data, other steps or another optimizer."""
     before = read_record(path)
     kept = {
-        "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
+        "base model": lambda record: short_print(record["base"]["fingerprint"], before["base"]["fingerprint"]),
         "data as rendered": lambda record: record["data"]["fingerprint"][:12],
         "--multi_turn": lambda record: record["data"].get("multi_turn", now["data"].get("multi_turn")),
         "--empty_thoughts": lambda record: record["data"].get("empty_thoughts", now["data"].get("empty_thoughts")),

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import Options, UserError, note, run
-from ..folders import checkpoint, meant, model_folder, quant_settings, tensor_files
+from ..folders import adapter_files, checkpoint, meant, model_folder, quant_settings
 from ..folders.new_folder import check_free, new_folder
 from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
 from ..gptq.settings import FEW, MANY, SAMPLES, SEED
@@ -92,6 +92,7 @@ def merge(
     conversations = requantize.read_calibration_data(requantized) if requantized else None
     from ..quantized.plain_weights import PlainWeights  # with torch, whose import takes seconds: after the checks
 
+    check_values(base_folder)
     found = over or quant_settings.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
     if base is not None and not found and (seen := quantized_model.of_adapter(adapter)):
@@ -177,8 +178,16 @@ def check_folders(adapter: Path, out: Path) -> None:
             f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run, a full model needs no merge"
             + meant.folder(adapter, meant.ADAPTER)
         )
-    tensor_files.weight_files(adapter)
+    adapter_files.check(adapter)
     check_free(out, "the merged model")
+
+
+def check_values(base: Path) -> None:
+    """UserError for a base whose config.json and tensors do not fit together."""
+    from ..model import whole_base
+
+    if problems := model_folder.value_problems(base) or whole_base.problems(base):
+        raise UserError(*problems)
 
 
 # ---- the proof

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from ..errors import short
+from ..errors import shortened
 
 # of transformers' --optim: torchao's AdamW, with a state of 8 or 4 bits, that can round stochastically
 ROUNDING = ("adamw_torch_8bit", "adamw_torch_4bit")
@@ -70,11 +70,11 @@ def args_problems(name: str, given: str | None) -> Iterator[str]:
     for part in filter(None, [given and part for part in parts]):
         key, equals, value = part.partition("=")
         if not equals or not value or "=" in value:
-            yield f"--optim_args {short(part)}: is no setting - write name=value, several with commas between; {takes}"
+            yield f"--optim_args {shortened(part)}: is no setting - write name=value, several with commas between; {takes}"
         elif key not in known:
-            yield f"--optim_args {short(part)}: {name} does not read it - {takes}"
+            yield f"--optim_args {shortened(part)}: {name} does not read it - {takes}"
     if given is not None and "" in parts and (len(parts) > 1 or given.strip()):
-        yield f"--optim_args {short(given)}: a comma too many - write name=value, several with commas between"
+        yield f"--optim_args {shortened(given)}: a comma too many - write name=value, several with commas between"
 
 
 def of_name(table: dict, name: str):

@@ -163,8 +163,8 @@ def plan_of(args, samples, max_tokens_per_pass: int) -> Plan:
 
 def consistency_record(args, job) -> dict:
     """What all ranks must have alike, for ranks.agree(): what decides which collective operations they meet in."""
-    base, point, training = job.record["base"]["fingerprint"]["sha256"], job.resume_from, args.training
-    same = {"base model": base[:12], "data as rendered": in_short(job.samples)}
+    base, point, training = job.record["base"]["fingerprint"], job.resume_from, args.training
+    same = {"base model": checkpoint.short_print(base, base), "data as rendered": in_short(job.samples)}
     if job.eval_samples is not None:
         same["evaluation data as rendered"] = in_short(job.eval_samples)
     if args.lora.lora_weight_path:

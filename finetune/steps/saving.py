@@ -13,6 +13,7 @@ from qwen_model.compat import overrides
 from ..compat import on_transformers
 from ..distributed import engines
 from ..distributed.ranks import meeting
+from ..folders import adapter_files
 from ..folders.adapter_folder import adapter_model_card
 from ..folders.checkpoint import RECORD
 from ..folders.model_writer import saved_tensors
@@ -90,7 +91,7 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if record:
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_record(record, folder)
         if embeddings and (base := record.get("base", {}).get("name")):
             # in the place of peft's form, which nobody has filled in
             (folder / "README.md").write_text(adapter_model_card(base), encoding="utf-8")
@@ -99,6 +100,12 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
 def trained_tensors(model) -> dict[str, torch.Tensor]:
     """What training has changed, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_record(record: dict, folder: Path) -> None:
+    """training.json: last of all, because it holds the hashes of an adapter's files."""
+    content = json.dumps(adapter_files.with_hashes(record, folder), indent=2, ensure_ascii=False)
+    (folder / RECORD).write_text(content + "\n", encoding="utf-8")
 
 
 def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:
@@ -110,6 +117,8 @@ def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     shutil.rmtree(staging, ignore_errors=True)
     save_model(model, tokenizer, staging, state_dict=state_dict, record=record)
     pissa.make_plain(model, staging)
+    if record:
+        write_record(record, staging)  # once more: with PiSSA the result is another file
     verify(staging, model, state_dict)
     remove_result(folder)
     for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):

@@ -126,10 +126,3 @@ def test_an_output_folder_without_a_name(world):
 def test_words_and_objects(world, flags, line):
     told = only(world, *flags.split(" ", 1))
     assert told.startswith(line) and len(told) < 400
-
-
-def test_best_without_evaluation_or_a_number(world):
-    assert only(world, "--save_strategy", "best").startswith("--save_strategy best: nothing is evaluated - give --eval_data_path")
-    evaluated = ["--save_strategy", "best", "--eval_split", "0.5"]
-    assert only(world, *evaluated).startswith("--save_strategy best: of which number - add --metric_for_best_model loss")
-    assert found(world, *evaluated, "--metric_for_best_model", "loss") == []
