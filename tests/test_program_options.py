@@ -65,7 +65,7 @@ def test_one_line(told, line, start, end):
 
 
 def test_endless_values_are_cut():
-    assert errors.shortened("a\x1b[31m\n  b") == "a\\x1b[31m b" and errors.shortened("x" * 100) == "x" * 77 + "..."
+    assert errors.shortened("a\x1b[31m\n  b") == "a\\x1b[31m b" and errors.shortened("x" * 101) == "x" * 97 + "..."
     line = errors.barred("begins " + "x" * 10_000 + "\x07 - the remedy")
     assert len(line) <= errors.LONGEST and line.startswith("begins x") and line.endswith("x\\x07 - the remedy")
     assert errors.barred("short") == "short"
