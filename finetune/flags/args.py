@@ -107,6 +107,8 @@ def parse_as(training_kind, argv: list[str]) -> Args:
     parser = Parser(kinds)
     namespace, rest = parser.parse_known_args(argv)
     findings += unknown(rest, parser)
+    usual = {name: parser.get_default(name) for name in vars(namespace)}
+    given = {name: value for name, value in vars(namespace).items() if value != usual[name]}
     *values, training = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
     model, data, lora, look = own
@@ -114,7 +116,7 @@ def parse_as(training_kind, argv: list[str]) -> Args:
     findings += data.parse_pass_size()
     if data.eval_split and training["eval_strategy"] == "no":
         training["eval_strategy"] = "epoch"
-    return Args(model, data, lora, training, look, findings)
+    return Args(model, data, lora, training, look, findings, given, usual)
 
 
 def unknown(rest: list[str], parser: Parser) -> list[str]:

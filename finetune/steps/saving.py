@@ -90,7 +90,7 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if record:
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         if embeddings and (base := record.get("base", {}).get("name")):
             # in the place of peft's form, which nobody has filled in
             (folder / "README.md").write_text(adapter_model_card(base), encoding="utf-8")
