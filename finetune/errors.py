@@ -203,7 +203,7 @@ class Options(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (-\S+)", message)
         known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         close = difflib.get_close_matches(unknown[1].partition("=")[0], known, 1) if unknown else []
-        tell(f"{short(message, 300)} - {f'did you mean {close[0]}?' if close else f'{self.prog} --help lists the options'}")
+        tell(f"{shortened(message, 300)} - {f'did you mean {close[0]}?' if close else f'{self.prog} --help lists the options'}")
         sys.exit(2)
 
 

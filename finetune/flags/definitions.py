@@ -253,6 +253,7 @@ class Args:
     """What a user asked for. findings: what could not even be parsed; check_flags() lists them with its own.
 
     training: training_args.TrainingArguments; where there are findings, possibly a plain object with its attributes.
+    given: {flag: value} of the flags that differ from their defaults, before anything is resolved; usual: the defaults.
     """
 
     model: ModelArguments
@@ -261,6 +262,8 @@ class Args:
     training: Any
     look: LookArguments = field(default_factory=LookArguments)
     findings: list[str] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
+    usual: dict[str, Any] = field(default_factory=dict)
 
 
 # flags that name places or devices of one machine

@@ -184,46 +184,6 @@ def is_complete(path: Path) -> bool:
     return optimizer and all((path / name).is_file() for name in ("trainer_state.json", "scheduler.pt"))
 
 
-def check_same_run(path: Path, now: dict) -> dict:
-    """The record of a checkpoint ({} without one). Refuses that of another base, other data, other steps or another optimizer."""
-    before = read_record(path)
-    kept = {
-        "base model": lambda record: short_print(record["base"]["fingerprint"], before["base"]["fingerprint"]),
-        "data as rendered": lambda record: record["data"]["fingerprint"][:12],
-        "--multi_turn": lambda record: record["data"].get("multi_turn", now["data"].get("multi_turn")),
-        "--empty_thoughts": lambda record: record["data"].get("empty_thoughts", now["data"].get("empty_thoughts")),
-        "samples per step": lambda record: record["samples_per_step"],
-        "seed": lambda record: record["seed"],
-        "engine": engine_of,
-        "precision": lambda record: record.get("precision"),
-        # a record without these is older than they are
-        "--bf16_weights": lambda record: record.get("bf16_weights", now.get("bf16_weights")),
-        "--optim": lambda record: record.get("optim", now.get("optim")),
-        "quantization": lambda record: record.get("method", {}).get("quantization"),
-        "what trains": what_trains,
-    }
-    changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
-    if changed:
-        raise UserError(
-            f"{path}: is of another run ({'; '.join(changed)}) - give the flags and files that it was started with, or another "
-            "--output_dir"
-        )
-    return before
-
-
-def engine_of(record: dict) -> str:
-    """What a checkpoint's optimizer state is laid out for: one file serves any number of processes, shards only as many."""
-    engine = record.get("engine", "one process")
-    return "one process or DDP" if engine in ("one process", "DDP") else f"{engine} on {record['ranks']} ranks"
-
-
-def what_trains(record: dict) -> str:
-    """The settings that decide which tensors a checkpoint holds beside those of plain LoRA, and for which base."""
-    names = ("train_embeddings", "train_tokens", "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio")
-    method = record.get("method", {})
-    return ", ".join(f"{name} {method[name]}" for name in names if method.get(name)) or "as usual"
-
-
 def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
     """Removes the oldest checkpoints above `limit`; never the best or the newest."""
     if not limit or limit < 1:

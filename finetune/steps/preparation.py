@@ -13,7 +13,7 @@ from ..lora import adapters
 from ..model import kinds, loading
 from ..samples import rendered_samples, selection
 from ..samples.rendered_samples import Samples
-from . import memory_plan, run_record
+from . import going_on, memory_plan, run_record
 from .memory_model import Estimate
 from .plan import Plan
 
@@ -28,8 +28,13 @@ class Job(NamedTuple):
     plan: Plan
     eval_plan: Plan | None
     record: dict
-    resume_from: Path | None
+    way: going_on.Way
     memory: Estimate
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint that the run goes on from."""
+        return self.way.point
 
 
 def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), free: float = math.inf) -> Job:
@@ -50,19 +55,11 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     memory = memory_plan.with_passes_of(args, folder, memory, plan.largest_passes())
-    record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
+    record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan, eval_samples)
     if launches:
         record["launches"] = list(launches)
-    resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
-    record["first_steps"] = list(plan.front)
-    if resume_from is not None:
-        stored = checkpoint.check_same_run(resume_from, record)
-        plan.front = tuple(stored.get("first_steps", ()))  # which are the largest depends on the layout, which may change
-        record["first_steps"] = list(plan.front)
-        note(f"continuing from {resume_from}")
-    elif restarted:
-        note("started again after a failure, from the beginning: there is no complete checkpoint yet")
-    return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from, memory)
+    way = going_on.find_way(args, out, record, plan, restarted)
+    return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, way, memory)
 
 
 def check_and_download(args) -> Path:

@@ -104,7 +104,7 @@ def trained_tensors(model) -> dict[str, torch.Tensor]:
 
 def write_record(record: dict, folder: Path) -> None:
     """training.json: last of all, because it holds the hashes of an adapter's files."""
-    content = json.dumps(adapter_files.with_hashes(record, folder), indent=2, ensure_ascii=False)
+    content = json.dumps(adapter_files.with_hashes(record, folder), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / RECORD).write_text(content + "\n", encoding="utf-8")
 
 
