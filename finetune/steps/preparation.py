@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..distributed import engines, ranks
+from ..distributed.ranks import meeting
 from ..errors import Findings, UserError, each_line_once, note, warn
 from ..flags import checks, definitions
-from ..folders import checkpoint, hub
+from ..folders import checkpoint, durable, hub, run_lock
 from ..lora import adapters
 from ..model import kinds, loading
 from ..samples import rendered_samples, selection
@@ -56,6 +57,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
     record["first_steps"] = list(plan.front)
     if resume_from is not None:
+        checkpoint.check_trusted(resume_from, training.engine, training.trust_checkpoint)
         stored = checkpoint.check_same_run(resume_from, record)
         plan.front = tuple(stored.get("first_steps", ()))  # which are the largest depends on the layout, which may change
         record["first_steps"] = list(plan.front)
@@ -63,6 +65,26 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     elif restarted:
         note("started again after a failure, from the beginning: there is no complete checkpoint yet")
     return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from, memory)
+
+
+def begin(args, out: Path, launches: list[str]) -> None:
+    """Takes the output folder for this run, and reads its newest checkpoints until one is whole. All ranks call it.
+
+    The first rank of each machine reads; prepare() then knows at once, on all of them.
+    """
+    if args.look.dry_run or args.findings or not args.training.output_dir:
+        return
+    with meeting.as_one("the output folder"):
+        if ranks.rank() == 0:
+            run_lock.hold(out, launches)
+    found = {}
+    for path in reversed(checkpoint.numbered(out)) if ranks.local_rank() == 0 else ():
+        found[path.name] = durable.faults(path)
+        if not found[path.name]:
+            break
+    first = meeting.exchange("checkpoints as they are", found)[ranks.rank() - ranks.local_rank()]
+    for name in first:
+        durable.learn(out / name, first[name])
 
 
 def check_and_download(args) -> Path:
