@@ -180,6 +180,10 @@ class TrainingFlags:
         nargs="?",
         const="auto",
     )
+    trust_checkpoint: bool = flag(
+        False,
+        "Go on from a checkpoint of DeepSpeed or FSDP that no run of yours has written. Reading it can run any code that is in it.",
+    )
     bf16: bool = flag(False, "Compute in bfloat16 (GPUs from Ampere on, and CPUs). Trained weights stay in float32.")
     fp16: bool = flag(False, "Compute in float16, with loss scaling. Trained weights stay in float32.")
     bf16_weights: bool = flag(

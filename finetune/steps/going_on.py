@@ -46,6 +46,7 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
         if restarted:
             note("started again after a failure, from the beginning: there is no complete checkpoint yet")
         return Way(total=total)
+    checkpoint.check_trusted(point, args.training.engine, args.training.trust_checkpoint)
     before = check_same_run(point, record, args)
     if before:  # without a record, the likeliest front is that of the same layout
         plan.front = tuple(before.get("first_steps", ()))  # which are the largest depends on the layout, which may change
