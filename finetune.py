@@ -21,17 +21,20 @@ def main() -> None:
         args = arguments.parse()
     from finetune.distributed import engines, ranks
     from finetune.errors import Stopped
-    from finetune.steps import best, memory_plan, preparation, report
+    from finetune.steps import best, going_on, memory_plan, preparation, report, run_record
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
     free = min(meeting.exchange("free memory", memory_plan.free_bytes(args)))
+    preparation.begin(args, out, launches)
     with meeting.as_one("checks and data"):
         job = preparation.prepare(args, out, meeting.restarted, launches, free)
     ranks.agree(preparation.consistency_record(args, job), preparation.REMEDIES)
     preparation.check_storage(args, out)
     if args.look.dry_run:
         return show_look(args, job, free)
+    if meeting.exchange("what is left to do", job.way.kind)[0] == going_on.NOTHING:
+        return
     preparation.make_room(args, job, out)
     preparation.write_left_out(job, out)
 
@@ -41,6 +44,7 @@ def main() -> None:
     if stopped := trainer.stopping.describe(out):
         engines.disconnect()
         raise Stopped(stopped)
+    run_record.complete(job.record, trainer.state, args.training)
     trainer.save_result()
     if ranks.rank() == 0:
         report.print_next_steps(out, args.lora.use_lora, best.describe_delivered(trainer.state, args.training))
@@ -62,7 +66,7 @@ def make_trainer(args, job):
 
     from finetune import quiet
     from finetune.model import loading
-    from finetune.steps import activation_checkpointing, report
+    from finetune.steps import activation_checkpointing, report, run_record
     from finetune.steps.best import StopEarly
     from finetune.steps.stopping import Stopping
     from finetune.steps.trainer import PlannedTrainer
@@ -75,9 +79,10 @@ def make_trainer(args, job):
     )
     report.show(report.summary(args, job, loaded))
     kept = {
-        name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record")
+        name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record", "way")
     }
-    stop = {"stopping": Stopping.of(training), "callbacks": StopEarly.of(training)}
+    callbacks = [*StopEarly.of(training), run_record.Clock(job.record, job.way.before)]
+    stop = {"stopping": Stopping.of(training), "callbacks": callbacks}
     trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **stop, **kept)
     activation_checkpointing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
@@ -87,8 +92,10 @@ def make_trainer(args, job):
 
 if __name__ == "__main__":
     from finetune.errors import run
+    from finetune.folders import run_lock
     from finetune.quiet import quiet
 
     quiet()
     stopped = "stopped; --resume_from_checkpoint auto goes on from the newest checkpoint, if --save_steps has written one"
-    run(main, when_stopped=stopped, speak=meeting.speak)
+    with run_lock.until_the_end():
+        run(main, when_stopped=stopped, speak=meeting.speak)

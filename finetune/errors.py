@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import json
 import os
 import re
@@ -31,6 +32,10 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """A run that was asked to stop, has saved, and can go on: no error. Its exit code is STOPPED."""
+
+
+class DiskFull(OSError):
+    """A disk that was full while something was saved: one line, exit code 1."""
 
 
 class Findings:
@@ -183,8 +188,10 @@ def wrong_python() -> str | None:
 
 def explained(error: Exception) -> str | None:
     """A line for what can go wrong in training without being a fault of the program; None for anything else."""
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, (FloatingPointError, DiskFull)):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'a file'}: could not be written, the disk or its quota is full - make room, and start again"
     if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in str(error) for word in PEER_GONE):
         return f"the connection to another process is lost ({' '.join(str(error).split())[:120]}) - see what ended that one"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here

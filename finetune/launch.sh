@@ -8,6 +8,7 @@ script=$(readlink -f -- "$0")
 root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 data=()         # files of conversations
 extra=()        # the user's flags for finetune.py
+started=$(printf '%q ' bash "$0" "$@")  # this script, as it was started
 environment=()  # NAME=VALUE of what will run
 command=()      # its words
 needed=(torch transformers accelerate peft tiktoken)  # packages
@@ -229,6 +230,7 @@ run_or_show() {
         return
     fi
     check_python
+    export FINETUNE_COMMAND=$started  # for training.json
     ((${#environment[@]} == 0)) || export "${environment[@]}"
     exec "${command[@]}"
 }

@@ -5,6 +5,7 @@ JSON is read through a sliding window (window.py), tables by rows (tables.py, ar
 
 import codecs
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -169,7 +170,7 @@ class SampleFile:
     def content_hash(self) -> str:
         """A hash of all bytes, by which the same content is known under any name."""
         if self._hash is None:
-            digests = [_file_hash(file) for file in self.files]
+            digests = [_file_hash(file, *_stamp(file)) for file in self.files]
             self._hash = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         return self._hash
 
@@ -238,7 +239,9 @@ def _stamp(path: str) -> tuple[int, int]:
         return 0, 0
 
 
-def _file_hash(path: str) -> str:
+@functools.lru_cache(maxsize=1024)
+def _file_hash(path: str, size: int, changed_ns: int) -> str:
+    """SHA-256 of a file, read once for each of its stamps."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import qwen_model
 
 from ..errors import UserError, note
-from ..folders import adapter_files, adapter_folder, checkpoint, config_files, quant_settings
+from ..folders import adapter_files, adapter_folder, checkpoint, config_files, output_folder, quant_settings
 from ..folders.new_folder import check_free, hide_config_until_done, new_folder
 from ..folders.shards import Shards
 from ..lora import pissa
@@ -114,7 +114,7 @@ def write(staging: Path, folder: Path, base: Path, converted: ConvertedAdapter, 
     hide_config_until_done(staging, CONFIG)
     save_file(converted.stored(), staging / WEIGHTS, metadata={"format": "pt"})
     record = config_files.read_json(staging / checkpoint.RECORD)
-    config_files.write_json(staging / checkpoint.RECORD, adapter_files.with_hashes(record, staging))
+    output_folder.write_record(staging, record)
 
 
 def write_tokenizer(staging: Path, base: Path, to: str) -> None:

@@ -109,13 +109,15 @@ def parse_as(training_kind, argv: list[str]) -> Args:
     parser = Parser(kinds)
     namespace, rest = parser.parse_known_args(argv)
     findings += unknown(rest, parser)
+    usual = {name: parser.get_default(name) for name in vars(namespace)}
+    given = {name: value for name, value in vars(namespace).items() if value != usual[name]}
     *values, training = [{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init} for kind in kinds]
     own = [kind(**chosen) for kind, chosen in zip(kinds, values)]
     model, data, lora, look = own
     lora.use_lora |= lora.q_lora  # Q-LoRA is LoRA over quantized weights
     findings += data.parse_pass_size()
     training["eval_strategy"] = evaluation(data, training, argv)
-    return Args(model, data, lora, training, look, findings)
+    return Args(model, data, lora, training, look, findings, given, usual)
 
 
 def evaluation(data: DataArguments, training: dict, argv: list[str]) -> str:

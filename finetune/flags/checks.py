@@ -16,7 +16,7 @@ from ..errors import UserError, note, warn
 from ..folders import adapter_folder, config_files, meant, model_folder
 from ..folders.checkpoint import resume_point
 from ..model import kinds, optimizers, whole_base
-from . import method_checks, services, trials, values
+from . import going_on, method_checks, services, trials, values
 
 GB = 1e9
 GIVE_MODEL = "give a checkpoint's folder with -m, or its Hugging Face id (Qwen/Qwen-7B)"
@@ -146,7 +146,7 @@ def output_folder(args) -> Iterator[str]:
     if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
         yield f"--output_dir {out}: {root} cannot be written to - give another folder"
         return
-    checkpoints, resumes = checkpoints_in(out), wants_resume(training)
+    checkpoints, resumes = checkpoints_in(out), wants_resume(going_on.wish_of(args, out))
     if training.overwrite_output_dir or (resumes and checkpoints):
         return
     if checkpoints:
@@ -158,8 +158,8 @@ def output_folder(args) -> Iterator[str]:
 
 def resuming(args) -> Iterator[str]:
     """The checkpoint exists and was made with this run's method."""
-    wish, lora = args.training.resume_from_checkpoint, args.lora
-    if not wants_resume(args.training):
+    wish, lora = going_on.wish_of(args, out_of(args)), args.lora
+    if not wants_resume(wish):
         return
     point = resume_point(out_of(args), wish)
     if point is None:
@@ -249,8 +249,9 @@ def out_of(args) -> Path:
     return Path(args.training.output_dir).expanduser()
 
 
-def wants_resume(training) -> bool:
-    return str(training.resume_from_checkpoint or "").lower() not in ("", "false", "none")
+def wants_resume(wish: str | None) -> bool:
+    """Whether a value of --resume_from_checkpoint asks for one."""
+    return str(wish or "").lower() not in ("", "false", "none")
 
 
 def checkpoints_in(out: Path) -> list[Path]:

@@ -180,6 +180,10 @@ class TrainingFlags:
         nargs="?",
         const="auto",
     )
+    trust_checkpoint: bool = flag(
+        False,
+        "Go on from a checkpoint of DeepSpeed or FSDP that no run of yours has written. Reading it can run any code that is in it.",
+    )
     bf16: bool = flag(False, "Compute in bfloat16 (GPUs from Ampere on, and CPUs). Trained weights stay in float32.")
     fp16: bool = flag(False, "Compute in float16, with loss scaling. Trained weights stay in float32.")
     bf16_weights: bool = flag(
@@ -253,6 +257,7 @@ class Args:
     """What a user asked for. findings: what could not even be parsed; check_flags() lists them with its own.
 
     training: training_args.TrainingArguments; where there are findings, possibly a plain object with its attributes.
+    given: {flag: value} of the flags that differ from their defaults, before anything is resolved; usual: the defaults.
     """
 
     model: ModelArguments
@@ -261,6 +266,8 @@ class Args:
     training: Any
     look: LookArguments = field(default_factory=LookArguments)
     findings: list[str] = field(default_factory=list)
+    given: dict[str, Any] = field(default_factory=dict)
+    usual: dict[str, Any] = field(default_factory=dict)
 
 
 # flags that name places or devices of one machine

@@ -1,13 +1,14 @@
 """An adapter's files, before anything opens them: readable, of a kind that is known here, and as they were when they were written."""
 
+import fnmatch
 import re
 from pathlib import Path
 
 from ..errors import UserError
 from ..hashing import sha256_of_file
 from . import config_files, headers, settings_files, tensor_files
+from .output_folder import RECORD
 
-RECORD = "training.json"
 # what an adapter is when it is opened: weights, settings, chat settings. Its tokenizer is the base's; cards and code change nothing
 PARTS = ("adapter_config.json", "generation_config.json", "*.safetensors", "*.bin")
 
@@ -45,20 +46,12 @@ def check_pattern(folder: Path, config: dict) -> None:
 
 
 def changed_files(folder: Path, named: str) -> list[str]:
-    """A line for files that are other than the folder's record says, or gone; [] without a record of them."""
+    """A line for weights or settings that are other than the folder's record says, or gone; [] without a record of them."""
     path = folder / RECORD
     written = (config_files.read_json(path).get("files") or {}) if path.is_file() else {}
-    files = {name: folder / Path(name).name for name in written}
+    files = {name: folder / name for name in written if any(fnmatch.fnmatchcase(name, part) for part in PARTS)}
     if gone := [name for name, file in files.items() if not file.is_file()]:
         return [f"{named}: {gone[0]} is missing, which {RECORD} lists - copy the whole folder again"]
     changed = [name for name, file in files.items() if sha256_of_file(file) != written[name]]
     remedy = f'copy it again, or take it out of "files" in {RECORD} if you have changed it yourself'
     return [f"{named}: {', '.join(changed)} is not as it was written (another SHA-256 than in {RECORD}) - {remedy}"] if changed else []
-
-
-def with_hashes(record: dict, folder: Path) -> dict:
-    """The record of an adapter's folder with the SHA-256 of each of its files of weights and settings, as "files"."""
-    if not (folder / "adapter_config.json").is_file():
-        return record
-    files = sorted({path for part in PARTS for path in folder.glob(part)})
-    return record | {"files": {path.name: sha256_of_file(path) for path in files}}

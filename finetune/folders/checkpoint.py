@@ -1,16 +1,27 @@
 """What a run leaves on disk: its record, the fingerprint of an adapter's base, and its checkpoints."""
 
+import functools
 import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 
-from ..errors import UserError, note
-from . import adapter_files, adapter_folder, config_files, hub, meant, model_folder, quant_settings, settings_files
-
-RECORD = "training.json"
-
+from ..distributed import engines
+from ..errors import UserError, note, warn
+from . import (
+    adapter_files,
+    adapter_folder,
+    config_files,
+    durable,
+    hub,
+    meant,
+    model_folder,
+    output_folder,
+    quant_settings,
+    settings_files,
+)  # fmt: skip
+from .output_folder import RECORD
 
 # ---- which base an adapter belongs to
 
@@ -160,13 +171,8 @@ def find_base(adapter: Path, name: str | None = None) -> Path:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [
-        path
-        for path in output_dir.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name) and is_complete(path)
-    ]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    """The complete checkpoints of a run, oldest first. What is in their files, faults() of durable.py tells."""
+    return [path for path in numbered(output_dir) if is_complete(path)]
 
 
 def of_launch(output_dir: Path, launches: list[str]) -> bool:
@@ -180,78 +186,96 @@ def is_complete(path: Path) -> bool:
 
     The optimizer's state lies in one file, or as shards in a folder that DeepSpeed (file `latest`) or FSDP (optimizer_0) made.
     """
+    if durable.has_manifest(path) and durable.verify(path, hashes=False):
+        return False
     optimizer = any((path / name).exists() for name in ("optimizer.pt", "latest", "optimizer_0", "optimizer.bin"))
     return optimizer and all((path / name).is_file() for name in ("trainer_state.json", "scheduler.pt"))
 
 
-def check_same_run(path: Path, now: dict) -> dict:
-    """The record of a checkpoint ({} without one). Refuses that of another base, other data, other steps or another optimizer."""
-    before = read_record(path)
-    kept = {
-        "base model": lambda record: short_print(record["base"]["fingerprint"], before["base"]["fingerprint"]),
-        "data as rendered": lambda record: record["data"]["fingerprint"][:12],
-        "--multi_turn": lambda record: record["data"].get("multi_turn", now["data"].get("multi_turn")),
-        "--empty_thoughts": lambda record: record["data"].get("empty_thoughts", now["data"].get("empty_thoughts")),
-        "samples per step": lambda record: record["samples_per_step"],
-        "seed": lambda record: record["seed"],
-        "engine": engine_of,
-        "precision": lambda record: record.get("precision"),
-        # a record without these is older than they are
-        "--bf16_weights": lambda record: record.get("bf16_weights", now.get("bf16_weights")),
-        "--optim": lambda record: record.get("optim", now.get("optim")),
-        "quantization": lambda record: record.get("method", {}).get("quantization"),
-        "what trains": what_trains,
-    }
-    changed = [f"{name}: {of(before)}, now {of(now)}" for name, of in kept.items() if before and of(before) != of(now)]
-    if changed:
-        raise UserError(
-            f"{path}: is of another run ({'; '.join(changed)}) - give the flags and files that it was started with, or another "
-            "--output_dir"
-        )
-    return before
-
-
-def engine_of(record: dict) -> str:
-    """What a checkpoint's optimizer state is laid out for: one file serves any number of processes, shards only as many."""
-    engine = record.get("engine", "one process")
-    return "one process or DDP" if engine in ("one process", "DDP") else f"{engine} on {record['ranks']} ranks"
-
-
-def what_trains(record: dict) -> str:
-    """The settings that decide which tensors a checkpoint holds beside those of plain LoRA, and for which base."""
-    names = ("train_embeddings", "train_tokens", "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio")
-    method = record.get("method", {})
-    return ", ".join(f"{name} {method[name]}" for name in names if method.get(name)) or "as usual"
-
-
 def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) -> None:
-    """Removes the oldest checkpoints above `limit`; never the best or the newest."""
+    """Removes the oldest checkpoints above `limit`; never the best or the newest, and none before the newest is read and found whole."""
     if not limit or limit < 1:
         return
     every = checkpoints(output_dir)
     removable = [path for path in every[:-1] if best is None or path.resolve() != Path(best).resolve()]
-    for path in removable[: max(0, len(every) - limit)]:
+    removable = removable[: max(0, len(every) - limit)]
+    if removable and (wrong := durable.faults(every[-1])):
+        warn(f"{every[-1]}: {in_short(wrong)}; the checkpoints before it are kept, and the disk should be looked at")
+        return
+    for path in removable:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_all(output_dir: Path) -> None:
     """Removes an earlier run's checkpoints (--overwrite_output_dir): beside this run's they would count as the newest."""
-    for path in [*checkpoints(output_dir), output_dir / ".unfinished"]:
-        if path.is_dir():
-            note(f"removing {path}, of an earlier run")
-            shutil.rmtree(path)
+    written = [path for path in numbered(output_dir) if output_folder.is_checkpoint(path)]
+    for path in [*written, *output_folder.leftovers(output_dir)]:
+        note(f"removing {path}, of an earlier run")
+        shutil.rmtree(path)
 
 
 def resume_point(output_dir: Path, wish: str | None) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means: None, the newest complete one ("auto", "True"), or a path."""
+    """The checkpoint that --resume_from_checkpoint means: None, the newest whole one ("auto", "True"), or a path.
+
+    Damaged ones are named, and the one before them is taken. UserError where a path, or all there are, cannot be gone on from.
+    """
     if wish is None or str(wish).lower() in ("", "false", "none"):
         return None
     if str(wish).lower() in ("auto", "true"):
-        every = checkpoints(output_dir)
-        return every[-1] if every else None
+        return newest_whole(output_dir)
     path = Path(wish)
+    if wrong := durable.faults(path):
+        raise UserError(f"--resume_from_checkpoint {wish}: {in_short(wrong)} - give another of checkpoint-N, or auto for the newest whole one")
     if not is_complete(path):
         raise UserError(
             f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto"
         )
+    tell_of_older(path)
     return path
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint of which every file is as it was written; None where there is no checkpoint."""
+    passed_over = []
+    for path in reversed(numbered(output_dir)):
+        if wrong := durable.faults(path):
+            passed_over.append(f"{path.name}: {in_short(wrong)}")
+        elif is_complete(path):
+            for line in passed_over:
+                warn_once(f"{output_dir / line}; going on from {path.name}, the newest that is whole")
+            tell_of_older(path)
+            return path
+    if passed_over:
+        remedy = "give another --output_dir, or --overwrite_output_dir to begin anew"
+        raise UserError(f"{output_dir}: no checkpoint is whole ({'; '.join(passed_over)}) - {remedy}")
+    return None
+
+
+warn_once, note_once = functools.cache(warn), functools.cache(note)  # where to go on from is asked several times
+
+
+def tell_of_older(path: Path) -> None:
+    if not durable.has_manifest(path):
+        note_once(f"{path}: is of an older version, without a manifest, so whether its files are as they were written is not known")
+
+
+def in_short(wrong: list[str]) -> str:
+    """What is wrong with a checkpoint, in one line."""
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def numbered(output_dir: Path) -> list[Path]:
+    """Folders called checkpoint-N, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def check_trusted(path: Path, engine: str, trusted: bool) -> None:
+    """DeepSpeed and FSDP read their shards by unpickling, which can run any code: refused unless a run of this user wrote them.
+
+    One process and DDP read weights alone (torch's weights_only). trusted: --trust_checkpoint.
+    """
+    if trusted or engine in (engines.ONE, engines.DDP) or durable.is_ours(path):
+        return
+    what = f"{path}: {engine} reads it by unpickling, which can run any code, and it has no manifest signed with this user's key"
+    raise UserError(f"{what} - if you know who wrote it, add --trust_checkpoint; else do not use it")

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..distributed import engines, ranks
+from ..distributed.ranks import meeting
 from ..errors import Findings, UserError, each_line_once, note, warn
 from ..flags import checks, definitions
-from ..folders import checkpoint, hub
+from ..folders import checkpoint, durable, hub, run_lock
 from ..lora import adapters
 from ..model import kinds, loading
 from ..samples import rendered_samples, selection
 from ..samples.rendered_samples import Samples
-from . import memory_plan, run_record
+from . import going_on, memory_plan, run_record
 from .memory_model import Estimate
 from .plan import Plan
 
@@ -28,8 +29,13 @@ class Job(NamedTuple):
     plan: Plan
     eval_plan: Plan | None
     record: dict
-    resume_from: Path | None
+    way: going_on.Way
     memory: Estimate
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint that the run goes on from."""
+        return self.way.point
 
 
 def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), free: float = math.inf) -> Job:
@@ -50,19 +56,31 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     memory = memory_plan.with_passes_of(args, folder, memory, plan.largest_passes())
-    record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan.samples_per_step)
+    record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan, eval_samples)
     if launches:
         record["launches"] = list(launches)
-    resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
-    record["first_steps"] = list(plan.front)
-    if resume_from is not None:
-        stored = checkpoint.check_same_run(resume_from, record)
-        plan.front = tuple(stored.get("first_steps", ()))  # which are the largest depends on the layout, which may change
-        record["first_steps"] = list(plan.front)
-        note(f"continuing from {resume_from}")
-    elif restarted:
-        note("started again after a failure, from the beginning: there is no complete checkpoint yet")
-    return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, resume_from, memory)
+    way = going_on.find_way(args, out, record, plan, restarted)
+    return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, way, memory)
+
+
+def begin(args, out: Path, launches: list[str]) -> None:
+    """Takes the output folder for this run, and reads its newest checkpoints until one is whole. All ranks call it.
+
+    The first rank of each machine reads; prepare() then knows at once, on all of them.
+    """
+    if args.look.dry_run or args.findings or not args.training.output_dir:
+        return
+    with meeting.as_one("the output folder"):
+        if ranks.rank() == 0:
+            run_lock.hold(out, launches)
+    found = {}
+    for path in reversed(checkpoint.numbered(out)) if ranks.local_rank() == 0 else ():
+        found[path.name] = durable.faults(path)
+        if not found[path.name]:
+            break
+    first = meeting.exchange("checkpoints as they are", found)[ranks.rank() - ranks.local_rank()]
+    for name in first:
+        durable.learn(out / name, first[name])
 
 
 def check_and_download(args) -> Path:

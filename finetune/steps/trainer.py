@@ -20,7 +20,7 @@ from ..distributed import engines
 from ..distributed.engines import size_of
 from ..model import optimizers
 from ..quantized import quantized_model
-from . import health, saving
+from . import changed_flags, health, saving
 from .batches import StepBatch, step_loader
 from .peak_memory import memory_gb
 from .plan import Plan
@@ -37,7 +37,7 @@ class FollowEpoch(TrainerCallback):
         self.sampler.epoch = state.global_step // len(self.sampler)
 
 
-class PlannedTrainer(health.WatchesNumbers, saving.SavesCheckpoints, Trainer):
+class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCheckpoints, Trainer):
     """Trains on packed rows. `plan` and `samples` (and `eval_*`) take the place of a data set and a collator.
 
     The loss of a step is the sum of its token losses over its supervised tokens, all passes and ranks together: a number

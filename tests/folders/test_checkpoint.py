@@ -1,6 +1,5 @@
 """What a run has left on disk: which base it is of, and which checkpoints a run may go on from."""
 
-import json
 import shutil
 
 import pytest
@@ -11,58 +10,6 @@ from transformers import AutoModelForCausalLM
 import qwen_model
 from finetune.errors import UserError
 from finetune.folders import checkpoint, tensor_files
-
-
-def test_going_on_from_another_run_is_refused(tmp_path):
-    record = {
-        "base": {"fingerprint": {"sha256": "a" * 64}},
-        "data": {"fingerprint": "b" * 64},
-        "samples_per_step": 16,
-        "seed": 1,
-    }
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
-    checkpoint.check_same_run(tmp_path, record)
-    changed = record | {"data": {"fingerprint": "c" * 64}, "samples_per_step": 8}
-    with pytest.raises(
-        UserError, match="data as rendered: bbbbbbbbbbbb, now cccccccccccc; samples per step: 16, now 8"
-    ):
-        checkpoint.check_same_run(tmp_path, changed)
-
-
-def test_going_on_with_other_tensors_is_refused(tmp_path):
-    record = {
-        "base": {"fingerprint": {"sha256": "a" * 64}},
-        "data": {"fingerprint": "b" * 64},
-        "samples_per_step": 16,
-        "seed": 1,
-        "method": {"use_lora": True, "train_embeddings": "chat_rows", "train_tokens": [], "use_dora": False},
-    }
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
-    checkpoint.check_same_run(tmp_path, record)
-    changed = record | {"method": record["method"] | {"train_embeddings": "all", "use_dora": True}}
-    with pytest.raises(
-        UserError, match="what trains: train_embeddings chat_rows, now train_embeddings all, use_dora True"
-    ):
-        checkpoint.check_same_run(tmp_path, changed)
-
-
-def test_going_on_with_another_optimizer_or_precision_is_refused(tmp_path):
-    record = {
-        "base": {"fingerprint": {"sha256": "a" * 64}},
-        "data": {"fingerprint": "b" * 64},
-        "samples_per_step": 16,
-        "seed": 1,
-        "precision": "bfloat16",
-    }
-    now = record | {"optim": "adamw_torch_fused", "bf16_weights": False}
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
-    checkpoint.check_same_run(tmp_path, now)  # of before there was a record of these
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(now))
-    checkpoint.check_same_run(tmp_path, now)
-    changed = now | {"precision": "float32", "optim": "adamw_torch_8bit", "bf16_weights": True}
-    line = "precision: bfloat16, now float32; --bf16_weights: False, now True; --optim: adamw_torch_fused, now adamw_to"
-    with pytest.raises(UserError, match=line):
-        checkpoint.check_same_run(tmp_path, changed)
 
 
 def test_checkpoints_of_this_launch(tmp_path):

@@ -38,8 +38,10 @@ def write_talks(path, count=4):
     return path
 
 
-def leave_checkpoint(out, step: int, record: dict, launches: list[str]):
-    folder = write_checkpoint(out / f"checkpoint-{step}")
+def leave_checkpoint(out, step: int, record: dict, launches: list[str], adapter: dict | None = None, **state):
+    """As behind so many of three steps. state: more of transformers' state."""
+    folder = write_checkpoint(out / f"checkpoint-{step}", adapter)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 3, **state}))
     (folder / checkpoint.RECORD).write_text(json.dumps(record | {"launches": launches}))
     return folder
 
@@ -75,9 +77,9 @@ def test_a_machine_0_that_comes_back_counts_no_restart(asked, tmp_path):
     assert job.resume_from == own and own.exists()
 
 
-def test_a_run_of_the_same_command_is_another_one(asked, tmp_path):
+def test_a_run_of_another_command_is_another_one(asked, tmp_path):
     out = tmp_path / "out"
-    record = preparation.prepare(asked(), out).record
+    record = preparation.prepare(asked("--learning_rate", "1e-4"), out).record
     assert "launches" not in record
     leave_checkpoint(out, 9, record, ["old"])
     with pytest.raises(UserError, match="has checkpoint-9 - continue with"):

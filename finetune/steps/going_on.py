@@ -1,0 +1,201 @@
+"""A look at the output folder before a run: start, go on from a checkpoint, only write the result, or nothing at all.
+
+Raises UserError where a checkpoint is of another run. Which flags may have changed: flags/going_on.py.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UserError, note, warn
+from ..flags import checks
+from ..flags import going_on as flags
+from ..folders import checkpoint, config_files, tensor_files
+from . import best
+
+START, GO_ON, RESULT, NOTHING = "start", "go on", "only write the result", "nothing to do"
+
+
+class Way(NamedTuple):
+    """What a run has to do.
+
+    point: the checkpoint to go on from; before: its training.json ({} without one). done: the steps behind it; total: of the run,
+    which were planned_before when it was written. changes: flags that were others then, and hold from now on.
+    """
+
+    kind: str = START
+    point: Path | None = None
+    before: dict = {}
+    done: int = 0
+    total: int = 0
+    planned_before: int | None = None
+    changes: tuple[flags.Change, ...] = ()
+
+    @property
+    def is_trained(self) -> bool:
+        """No step is left."""
+        return self.kind in (RESULT, NOTHING)
+
+
+def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
+    """What is to be done, and says so. Completes `record`, and gives `plan` the front that the run began with."""
+    wish = flags.wish_of(args, out)
+    point, total = checkpoint.resume_point(out, wish), plan.total_steps(args.training.num_train_epochs, args.training.max_steps)
+    tell_incomplete(out, wish, point)
+    record["first_steps"] = list(plan.front)
+    if point is None:
+        if restarted:
+            note("started again after a failure, from the beginning: there is no complete checkpoint yet")
+        return Way(total=total)
+    checkpoint.check_trusted(point, args.training.engine, args.training.trust_checkpoint)
+    before = check_same_run(point, record, args)
+    if before:  # without a record, the likeliest front is that of the same layout
+        plan.front = tuple(before.get("first_steps", ()))  # which are the largest depends on the layout, which may change
+        record["first_steps"] = list(plan.front)
+    state = config_files.read_json(point / "trainer_state.json")
+    way = Way(GO_ON, point, before, state.get("global_step", 0), total, state.get("max_steps"), changed(before, args))
+    over = way.done == total or best.stopped_early(state.get("log_history", []), args.training)
+    if way.done > total:
+        raise UserError(
+            f"{point}: has done {way.done} steps, and this run would have {total} - give more with --num_train_epochs or --max_steps, or "
+            "another --output_dir"
+        )
+    if is_written(out, record, args, total) and (over or str(wish).lower() in ("auto", "true")):
+        way = way._replace(kind=NOTHING)
+    elif over:
+        way = way._replace(kind=RESULT)
+    record["changes"] = [*before.get("changes", []), *({"after_step": way.done, **change._asdict()} for change in way.changes)]
+    tell(way, out, asked=args.training.resume_from_checkpoint is not None)
+    tell_lacking(way, args.training.world_size)
+    return way
+
+
+def changed(before: dict, args) -> tuple[flags.Change, ...]:
+    """The flags that hold from now on. UserError where the curve of the learning rate follows the loss: its state is of the old flags."""
+    found = flags.changes(before, args, flags.APPLIED)
+    curves = {args.training.lr_scheduler_type, before.get("flags", {}).get("lr_scheduler_type")}
+    stateful = [str(getattr(curve, "value", curve)) for curve in curves if getattr(curve, "value", curve) in flags.STATEFUL]
+    if stateful and (of_schedule := [change for change in found if change.flag in flags.SCHEDULE]):
+        raise UserError(
+            f"--lr_scheduler_type {stateful[0]}: follows the loss, so a run with it cannot go on with another schedule "
+            f"({'; '.join(map(str, of_schedule))}) - give the flags that it was started with, or another --output_dir"
+        )
+    return tuple(found)
+
+
+def is_written(out: Path, record: dict, args, total: int) -> bool:
+    """Whether `out` holds the whole result of this run, with these flags. Its config is moved there last."""
+    config = "adapter_config.json" if args.lora.use_lora else "config.json"
+    kept = checkpoint.read_record(out)
+    if not (out / config).is_file() or kept.get("result", {}).get("of_steps") != total:
+        return False
+    try:
+        tensor_files.weight_files(out)
+    except UserError:
+        return False
+    return not (differences(kept, record, args) or flags.changes(kept, args, flags.APPLIED))
+
+
+def tell(way: Way, out: Path, asked: bool) -> None:
+    """What is done, in one line. asked: for going on, by a flag."""
+    if way.kind == NOTHING:
+        note(f"nothing to do: {out} holds the result of this run, of all its {way.total} steps; --overwrite_output_dir begins anew")
+    elif way.kind == RESULT:
+        note(f"nothing left to train: {way.point} is the end of this run ({way.done} steps), and its result is written from it")
+    else:
+        why = "" if asked else f" (its run had this command; --overwrite_output_dir begins anew): step {way.done} of {way.total} is done"
+        note(f"continuing from {way.point}{why}")
+
+
+# ---- what is missing
+
+
+def tell_incomplete(out: Path, wish: str | None, point: Path | None) -> None:
+    """Says which checkpoints are passed over, and what the one that is taken lacks."""
+    newest = str(wish).lower() in ("auto", "true")
+    whole = checkpoint.checkpoints(out) if newest else []
+    behind = number(point) if newest and point else -1
+    passed = [path.name for path in checks.checkpoints_in(out) if path not in whole and number(path) > behind] if newest else []
+    if passed:
+        then = f"going on from {point}" if point else "starting from the beginning"
+        what = "not whole, as a save that was interrupted, or --save_only_model, leaves it"
+        warn(f"{out}: {', '.join(passed)}: {what}: {then}")
+
+
+def number(point: Path) -> int:
+    """N of checkpoint-N."""
+    last = point.name.rpartition("-")[2]
+    return int(last) if last.isdigit() else -1
+
+
+def tell_lacking(way: Way, ranks: int) -> None:
+    """What a checkpoint that is gone on from does not say, so that the run may become another one."""
+    if way.kind != GO_ON:
+        return
+    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    lacking = [name for name in names if not (way.point / name).is_file()]
+    if lacking:
+        warn(f"{way.point}: has no {lacking[0]}: dropout goes on with other random numbers than without the interruption")
+    if not way.before:
+        warn(f"{way.point}: has no {checkpoint.RECORD}: whether it is of this base, these data and these flags cannot be told")
+
+
+# ---- of this run?
+
+
+def engine_of(record: dict) -> str:
+    """What a checkpoint's optimizer state is laid out for: one file serves any number of processes, shards only as many."""
+    engine = record.get("engine", "one process")
+    return "one process or DDP" if engine in ("one process", "DDP") else f"{engine} on {record['ranks']} ranks"
+
+
+def what_trains(record: dict) -> str:
+    """The settings that decide which tensors a checkpoint holds beside those of plain LoRA, and for which base."""
+    names = ("train_embeddings", "train_tokens", "use_dora", "use_rslora", "init_lora_weights", "loraplus_lr_ratio")
+    method = record.get("method", {})
+    return ", ".join(f"{name} {method[name]}" for name in names if method.get(name)) or "as usual"
+
+
+# what must be as it was, read from a record: what flags lead to, not their words. None: the record is older than that
+KEPT = {
+    "base model": lambda record: record["base"]["fingerprint"],
+    "adapter of --lora_weight_path": lambda record: record.get("base", {}).get("adapter"),
+    "data as rendered": lambda record: record["data"]["fingerprint"][:12],
+    "--multi_turn": lambda record: record["data"].get("multi_turn"),
+    "--empty_thoughts": lambda record: record["data"].get("empty_thoughts"),
+    "samples per step": lambda record: record["samples_per_step"],
+    "seed": lambda record: record["seed"],
+    "engine": engine_of,
+    "precision": lambda record: record.get("precision", "unknown"),
+    "--bf16_weights": lambda record: record.get("bf16_weights"),
+    "--optim": lambda record: record.get("optim"),
+    "quantization": lambda record: record.get("method", {}).get("quantization") or "none",
+    "what trains": what_trains,
+}
+# the flags that decide what the data are: named where these differ
+OF_DATA = ("eval_split", "bad_samples", "supervise", "long_samples", "allow_special", "model_max_length", "data_path")
+
+
+def differences(before: dict, now: dict, args=None) -> list[str]:
+    """What makes a run of one record another run than that of `now`: "name: value, now value" each. args: this run's flags, if known."""
+    found = []
+    for name, of in KEPT.items():
+        one, other = of(before), of(now)
+        if name == "base model":
+            one, other = checkpoint.short_print(one, other), checkpoint.short_print(other, one)
+        if one != other and one is not None:
+            why = name == "data as rendered" and args and [
+                str(change) for change in flags.changes(before, args, flags.COMPARED) if change.flag in OF_DATA
+            ]  # fmt: skip
+            found.append(f"{name}: {one}, now {other}" + (f" ({', '.join(why)})" if why else ""))
+    return found + ([str(change) for change in flags.changes(before, args, flags.RUN)] if args else [])
+
+
+def check_same_run(path: Path, now: dict, args=None) -> dict:
+    """The record of a checkpoint ({} without one). Refuses that of another base, other data, or flags that make another run."""
+    before = checkpoint.read_record(path)
+    if before and (found := differences(before, now, args)):
+        raise UserError(
+            f"{path}: is of another run ({'; '.join(found)}) - give the flags and files that it was started with, or another "
+            "--output_dir, or --overwrite_output_dir"
+        )
+    return before

@@ -1,0 +1,232 @@
+"""What is found in the output folder before a run: whose it is, what is left to do, and what is missing there."""
+
+import json
+
+import pytest
+from test_preparation import asked, base, leave_checkpoint, write_talks  # noqa: F401
+
+from finetune.errors import UserError
+from finetune.folders import checkpoint
+from finetune.steps import going_on, preparation
+
+# ---- of this run?
+
+
+def test_going_on_from_another_run_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+    }
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    going_on.check_same_run(tmp_path, record)
+    changed = record | {"data": {"fingerprint": "c" * 64}, "samples_per_step": 8}
+    with pytest.raises(
+        UserError, match="data as rendered: bbbbbbbbbbbb, now cccccccccccc; samples per step: 16, now 8"
+    ):
+        going_on.check_same_run(tmp_path, changed)
+
+
+def test_going_on_with_other_tensors_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+        "method": {"use_lora": True, "train_embeddings": "chat_rows", "train_tokens": [], "use_dora": False},
+    }
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    going_on.check_same_run(tmp_path, record)
+    changed = record | {"method": record["method"] | {"train_embeddings": "all", "use_dora": True}}
+    with pytest.raises(
+        UserError, match="what trains: train_embeddings chat_rows, now train_embeddings all, use_dora True"
+    ):
+        going_on.check_same_run(tmp_path, changed)
+
+
+def test_going_on_with_another_optimizer_or_precision_is_refused(tmp_path):
+    record = {
+        "base": {"fingerprint": {"sha256": "a" * 64}},
+        "data": {"fingerprint": "b" * 64},
+        "samples_per_step": 16,
+        "seed": 1,
+        "precision": "bfloat16",
+    }
+    now = record | {"optim": "adamw_torch_fused", "bf16_weights": False}
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
+    going_on.check_same_run(tmp_path, now)  # of before there was a record of these
+    (tmp_path / checkpoint.RECORD).write_text(json.dumps(now))
+    going_on.check_same_run(tmp_path, now)
+    changed = now | {"precision": "float32", "optim": "adamw_torch_8bit", "bf16_weights": True}
+    line = "precision: bfloat16, now float32; --bf16_weights: False, now True; --optim: adamw_torch_fused, now adamw_to"
+    with pytest.raises(UserError, match=line):
+        going_on.check_same_run(tmp_path, changed)
+
+
+def test_flags_that_make_another_run_are_refused(asked, tmp_path):  # noqa: F811
+    """With the flags, their values then and now, and the way out."""
+    out, lora = tmp_path / "out", ["--use_lora", "--resume_from_checkpoint", "auto"]
+    record = preparation.prepare(asked("--use_lora"), out).record
+    leave_checkpoint(out, 1, record, [], {"r": 64})
+    preparation.prepare(asked(*lora), out)
+    with pytest.raises(UserError) as error:
+        preparation.prepare(asked(*lora, "--lora_dropout", "0.2", "--data_seed", "7", "--seed", "1"), out)
+    line = str(error.value)
+    assert "--lora_dropout: 0.05, now 0.2" in line and "--data_seed: 42, now 7" in line and "seed: 42, now 1" in line
+    assert "give the flags and files that it was started with, or another --output_dir" in line
+
+
+def test_other_data_name_the_flags_that_made_them(asked, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
+    with pytest.raises(UserError, match=r"data as rendered: \w+, now \w+ \(--supervise: assistant, now chatml\)"):
+        preparation.prepare(asked("--supervise", "chatml", "--resume_from_checkpoint", "auto"), out)
+
+
+def test_an_adapter_gone_on_from_must_be_the_same():
+    before = {"base": {"fingerprint": {"sha256": "a"}, "adapter": "123"}, "data": {"fingerprint": "b"}, "samples_per_step": 1, "seed": 1}
+    now = before | {"base": before["base"] | {"adapter": "none"}}
+    assert going_on.differences(before, now) == ["adapter of --lora_weight_path: 123, now none"]
+
+
+def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):  # noqa: F811
+    out, auto = tmp_path / "out", ["--resume_from_checkpoint", "auto"]
+    record = preparation.prepare(asked(), out).record
+    leave_checkpoint(out, 1, record, [])
+    job = preparation.prepare(asked(*auto, "--learning_rate", "1e-5"), out)
+    assert job.way.kind == going_on.GO_ON and [change.flag for change in job.way.changes] == ["learning_rate"]
+    first = {"after_step": 1, "flag": "learning_rate", "before": "5e-05", "now": "1e-05"}
+    assert job.record["changes"] == [first] and job.record["flags"]["learning_rate"] == 1e-5
+    leave_checkpoint(out, 2, job.record, [])
+    job = preparation.prepare(asked(*auto, "--learning_rate", "1e-5", "--weight_decay", "0.1"), out)
+    assert job.record["changes"] == [first, {"after_step": 2, "flag": "weight_decay", "before": "0.0", "now": "0.1"}]
+
+
+def test_a_curve_that_follows_the_loss_cannot_change(asked, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
+    flags = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--resume_from_checkpoint", "auto"]
+    flags += ["--eval_split", "0.3"]  # which it follows
+    with pytest.raises(UserError, match="reduce_lr_on_plateau: follows the loss|data as rendered"):
+        preparation.prepare(asked(*flags), out)
+
+
+# ---- the same command, typed again
+
+
+def test_the_same_command_goes_on_by_itself(asked, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    own = leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
+    job = preparation.prepare(asked("--logging_dir", "elsewhere"), out)  # which does not matter
+    assert job.resume_from == own and job.way.kind == going_on.GO_ON
+    assert f"continuing from {own} (its run had this command; --overwrite_output_dir begins anew)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--learning_rate", "1"], ["--data_seed", "3"], ["--resume_from_checkpoint", "False"]], ids=" ".join)
+def test_another_command_does_not(asked, tmp_path, flags):  # noqa: F811
+    out = tmp_path / "out"
+    leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
+    with pytest.raises(UserError, match="has checkpoint-1 - continue with --resume_from_checkpoint auto"):
+        preparation.prepare(asked(*flags), out)
+
+
+def test_the_same_command_over_other_data_is_refused(asked, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
+    args = asked()
+    write_talks(tmp_path / "data.json", count=3)
+    with pytest.raises(UserError, match="checkpoint-1: is of another run .data as rendered.* or --overwrite_output_dir"):
+        preparation.prepare(args, out)
+
+
+def test_overwriting_begins_anew(asked, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
+    assert preparation.prepare(asked("--overwrite_output_dir"), out).way == going_on.Way(total=3)
+
+
+# ---- what is left to do: four samples in one step an epoch, three epochs
+
+
+def test_fewer_steps_than_are_done_are_refused(asked, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    leave_checkpoint(out, 2, preparation.prepare(asked(), out).record, [])
+    with pytest.raises(UserError, match="checkpoint-2: has done 2 steps, and this run would have 1 - give more with --num_train_epochs"):
+        preparation.prepare(asked("--num_train_epochs", "1", "--resume_from_checkpoint", "auto"), out)
+
+
+def test_a_run_at_its_end_has_its_result_to_write(asked, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    last = leave_checkpoint(out, 3, preparation.prepare(asked(), out).record, [])
+    job = preparation.prepare(asked(), out)
+    assert job.way.kind == going_on.RESULT and job.way.is_trained
+    assert f"nothing left to train: {last} is the end of this run (3 steps)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking, kind", [
+    (None, going_on.NOTHING), ("config.json", going_on.RESULT), ("model.safetensors", going_on.RESULT), ("training.json", going_on.RESULT),
+])  # fmt: skip
+def test_a_finished_run_has_nothing_to_do(asked, tmp_path, lacking, kind, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    record = preparation.prepare(asked(), out).record
+    leave_checkpoint(out, 3, record, [])
+    (out / "config.json").write_text("{}")
+    (out / "model.safetensors").write_text("weights")
+    (out / checkpoint.RECORD).write_text(json.dumps(record | {"result": {"step": 3, "of_steps": 3}}))
+    if lacking:
+        (out / lacking).unlink()
+    assert preparation.prepare(asked(), out).way.kind == kind
+    assert ("nothing to do: " in capsys.readouterr().err) == (lacking is None)
+
+
+def test_a_result_of_fewer_steps_is_gone_on_from(asked, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    record = preparation.prepare(asked(), out).record
+    leave_checkpoint(out, 3, record, [])
+    (out / "config.json").write_text("{}")
+    (out / "model.safetensors").write_text("weights")
+    (out / checkpoint.RECORD).write_text(json.dumps(record | {"result": {"step": 3, "of_steps": 3}}))
+    way = preparation.prepare(asked("--num_train_epochs", "5", "--resume_from_checkpoint", "auto"), out).way
+    assert (way.kind, way.done, way.total, way.planned_before) == (going_on.GO_ON, 3, 5, 3)
+
+
+def test_a_run_that_stopped_early_is_at_its_end(asked, tmp_path):  # noqa: F811
+    out, held_out = tmp_path / "out", write_talks(tmp_path / "held_out.json", count=3)
+    flags = ["--eval_data_path", held_out, "--eval_strategy", "epoch", "--early_stopping_patience", "1"]
+    log = [{"step": 1, "eval_loss": 1.0}, {"step": 2, "eval_loss": 2.0}]
+    leave_checkpoint(out, 2, preparation.prepare(asked(*flags), out).record, [], log_history=log)
+    assert preparation.prepare(asked(*flags), out).way.kind == going_on.RESULT
+
+
+# ---- what is missing
+
+
+def test_incomplete_checkpoints_are_named(asked, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    record = preparation.prepare(asked(), out).record
+    (leave_checkpoint(out, 2, record, []) / "optimizer.pt").unlink()
+    auto = ["--resume_from_checkpoint", "auto"]
+    assert preparation.prepare(asked(*auto), out).way.kind == going_on.START
+    assert "checkpoint-2: not whole, " in (said := capsys.readouterr().err) and "starting from the beginning" in said
+    whole = leave_checkpoint(out, 1, record, [])
+    assert preparation.prepare(asked(*auto), out).resume_from == whole
+    assert f"going on from {whole}" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_lacks_is_told(asked, tmp_path, capsys):  # noqa: F811
+    out, auto = tmp_path / "out", ["--resume_from_checkpoint", "auto"]
+    point = leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
+    preparation.prepare(asked(*auto), out)
+    assert "has no rng_state.pth: dropout goes on with other random numbers" in capsys.readouterr().err
+    (point / "rng_state.pth").write_text("")
+    preparation.prepare(asked(*auto), out)
+    assert "has no" not in capsys.readouterr().err
+    (point / checkpoint.RECORD).unlink()
+    job = preparation.prepare(asked(*auto), out)
+    assert "has no training.json: whether it is of this base" in capsys.readouterr().err
+    assert job.plan.front == tuple(job.record["first_steps"]) != ()
+
+
+def test_a_folder_without_a_number_has_no_place_in_the_order(tmp_path):
+    assert [going_on.number(tmp_path / name) for name in ("checkpoint-12", "kept", "checkpoint-x")] == [12, -1, -1]
