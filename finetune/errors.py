@@ -17,6 +17,7 @@ from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
 STOPPED = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # a line's end and a tab are text
 LONGEST = 3000  # characters of a line that is printed
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
@@ -94,6 +95,11 @@ def say(line: str) -> None:
 def printable(line: str) -> str:
     """Without characters that a terminal would obey: the last barrier for text of files, paths and other programs."""
     return line if line.isprintable() else "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line)
+
+
+def visible(text: str) -> str:
+    """What a model has written, with all its characters but those that a terminal would obey: they are shown as \\x1b."""
+    return OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def barred(line: str) -> str:

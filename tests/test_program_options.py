@@ -65,6 +65,12 @@ def test_one_line(told, line, start, end):
     assert found.startswith(start) and found.endswith(end), found
 
 
+def test_what_a_model_writes_does_not_move_the_cursor():
+    text = "你好\u3000caf\u00e9 👩\u200d🔬\tcode:\n\tx"
+    assert errors.visible(text) == text
+    assert errors.visible("\x1b[2Jgone\r\x9b\u202e") == "\\x1b[2Jgone\\r\\x9b\\u202e"
+
+
 def test_endless_values_are_cut():
     assert errors.shortened("a\x1b[31m\n  b") == "a\\x1b[31m b" and errors.shortened("x" * 101) == "x" * 97 + "..."
     line = errors.barred("begins " + "x" * 10_000 + "\x07 - the remedy")

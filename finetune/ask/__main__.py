@@ -7,7 +7,7 @@ Without questions it is a conversation in the terminal: answers appear as they a
 import json
 from pathlib import Path
 
-from ..errors import Options, UserError, run
+from ..errors import Options, UserError, run, visible
 from ..model import packages
 from ..quiet import quiet
 from .answerers import open_answerer
@@ -60,7 +60,7 @@ def ask(options) -> None:
             answer = told(answerer.reply([{"role": "user", "content": question}], tools))
         else:
             answer = answerer.answer(question)
-        print(f"Q: {question}\nA: {answer}\n", flush=True)
+        print(f"Q: {question}\nA: {visible(answer)}\n", flush=True)
     if not questions:
         converse_with_tools(answerer, tools) if tools else converse(answerer)
 
@@ -83,7 +83,7 @@ def converse(answerer) -> None:
         shown = ""
         print("model: ", end="", flush=True)
         for text in answerer.stream(question, history):
-            print(text[len(shown) :], end="", flush=True)
+            print(visible(text[len(shown) :]), end="", flush=True)
             shown = text
         print(flush=True)
         history.append((question, shown))

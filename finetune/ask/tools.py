@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, visible
 
 REMEDY = 'give a JSON list of tools: {"name": ..., "description": ..., "parameters": ...}, or that as "function" of each'
 
@@ -62,7 +62,7 @@ def converse_with_tools(answerer, tools: list[dict]) -> None:
         waiting = True
         while waiting:
             message = answerer.reply(messages, tools)
-            print(f"model: {told(message)}", flush=True)
+            print(f"model: {visible(told(message))}", flush=True)
             messages.append(message)
             waiting = message.get("tool_calls", [])
             for call in waiting:

@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from ..errors import Options, UserError, note, run
+from ..errors import Options, UserError, note, run, visible
 from ..model import packages
 from ..quiet import quiet
 from . import opened, side_by_side
@@ -75,7 +75,7 @@ def compare(options) -> None:
     results = agreement.measure(loaders, samples, answers)
     print(table(options.models, results, own=not options.data_path))
     questions = [question_in(models[0].tokenizer, prompt) for prompt in prompts]
-    print(side_by_side.answers(questions, [result.answers for result in results], LABELS))
+    print(visible(side_by_side.answers(questions, [result.answers for result in results], LABELS)))
     if options.json:
         write_json(options, results, questions, dtype)
         note(f"all figures: {options.json}")

@@ -272,7 +272,7 @@ class Args:
 
 # flags that name places or devices of one machine
 LOCAL_FLAGS = {"model_name_or_path", "data_path", "eval_data_path", "lora_weight_path", "output_dir", "logging_dir",
-               "cache_dir", "deepspeed", "resume_from_checkpoint", "run_name", "local_rank"}  # fmt: skip
+               "cache_dir", "deepspeed", "resume_from_checkpoint", "run_name", "local_rank", "hub_token"}  # fmt: skip
 
 
 def shared_flags(args: Args) -> dict[str, str]:

@@ -195,7 +195,7 @@ def has_outdated_code(folder: Path) -> bool:
 
 def block_layers(model_type: str | None) -> list[str]:
     """The names of the linear layers in a block of this kind of model; [] for a kind that is not trained here."""
-    return list(BLOCK_LAYERS.get(model_type, ()))
+    return list(BLOCK_LAYERS.get(str(model_type), ()))
 
 
 def adaptable_layers(folder: Path) -> list[str]:

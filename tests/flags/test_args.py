@@ -13,7 +13,7 @@ import torch
 from command_lines import found, make_world, only
 
 from finetune.flags import args as arguments
-from finetune.flags import training_args
+from finetune.flags import definitions, training_args
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -401,3 +401,7 @@ def test_help_all_shows_every_flag_once(capsys):
     for field in dataclasses.fields(training_args.TrainingArguments):
         if field.init:
             assert shown.count(f"--{field.name}") == 1, field.name
+
+
+def test_a_token_is_not_compared_between_machines():
+    assert "secret" not in definitions.shared_flags(arguments.parse(["--hub_token", "secret"])).values()
