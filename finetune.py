@@ -26,6 +26,7 @@ def main() -> None:
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
     free = min(meeting.exchange("free memory", memory_plan.free_bytes(args)))
+    preparation.begin(args, out, launches)
     with meeting.as_one("checks and data"):
         job = preparation.prepare(args, out, meeting.restarted, launches, free)
     ranks.agree(preparation.consistency_record(args, job), preparation.REMEDIES)
@@ -91,8 +92,10 @@ def make_trainer(args, job):
 
 if __name__ == "__main__":
     from finetune.errors import run
+    from finetune.folders import run_lock
     from finetune.quiet import quiet
 
     quiet()
     stopped = "stopped; --resume_from_checkpoint auto goes on from the newest checkpoint, if --save_steps has written one"
-    run(main, when_stopped=stopped, speak=meeting.speak)
+    with run_lock.until_the_end():
+        run(main, when_stopped=stopped, speak=meeting.speak)

@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.errors import Findings, note, run
+from finetune.errors import Findings, Options, note, run
 from finetune.folders import hub
 from finetune.folders.new_folder import new_folder
 from finetune.folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
@@ -68,7 +68,7 @@ def settings_of(options):
 
 def parse(argv: list[str] | None):
     """The flags; the published ones have their names and defaults."""
-    parser = argparse.ArgumentParser(prog="python run_gptq.py", description=__doc__.split(":\n\n")[0] + ".")
+    parser = Options(prog="python run_gptq.py", description=__doc__.split(":\n\n")[0] + ".")
     add = parser.add_argument
     add("-m", "--model_name_or_path", required=True, metavar="MODEL", help="a 16-bit model: folder, or id on the hub")
     add("-d", "--data_path", required=True, metavar="DATA", help="conversations to calibrate on (data/README.md)")

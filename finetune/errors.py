@@ -1,8 +1,12 @@
 """What a user gave that cannot work: a line per finding, all findings of a run together, exit code 2, no traceback."""
 
+import argparse
 import contextlib
+import difflib
+import errno
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -13,6 +17,7 @@ from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
 STOPPED = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
+LONGEST = 3000  # characters of a line that is printed
 # what a rank says that misses another one
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
@@ -27,6 +32,10 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """A run that was asked to stop, has saved, and can go on: no error. Its exit code is STOPPED."""
+
+
+class DiskFull(OSError):
+    """A disk that was full while something was saved: one line, exit code 1."""
 
 
 class Findings:
@@ -77,7 +86,7 @@ def say(line: str) -> None:
         held.append(line)
         return
     if on_first_rank() and (said is None or line not in said):
-        print(printable(line), file=sys.stderr, flush=True)
+        print(barred(line), file=sys.stderr, flush=True)
     if said is not None:
         said.add(line)
 
@@ -85,6 +94,18 @@ def say(line: str) -> None:
 def printable(line: str) -> str:
     """Without characters that a terminal would obey: the last barrier for text of files, paths and other programs."""
     return line if line.isprintable() else "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line)
+
+
+def barred(line: str) -> str:
+    """A line that may be printed: of an endless one, which some value of a file or a flag has made, the beginning and the end."""
+    line = printable(line)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} ... {line[-295:]}"
+
+
+def shortened(value, most: int = 100) -> str:
+    """A value of a file, a flag or another program for a line that is printed: on one line, of at most `most` characters."""
+    text = " ".join(printable(str(value)).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 said: set[str] | None = None  # within each_line_once()
@@ -167,8 +188,10 @@ def wrong_python() -> str | None:
 
 def explained(error: Exception) -> str | None:
     """A line for what can go wrong in training without being a fault of the program; None for anything else."""
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, (FloatingPointError, DiskFull)):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'a file'}: could not be written, the disk or its quota is full - make room, and start again"
     if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in str(error) for word in PEER_GONE):
         return f"the connection to another process is lost ({' '.join(str(error).split())[:120]}) - see what ended that one"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -176,9 +199,24 @@ def explained(error: Exception) -> str | None:
     return None
 
 
+class Options(argparse.ArgumentParser):
+    """A program's command line, of which a mistake is one line, as everything else that a user gave wrong."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        """Ends with exit code 2, and for an unknown option says which one may have been meant."""
+        unknown = re.search(r"unrecognized arguments: (-\S+)", message)
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        close = difflib.get_close_matches(unknown[1].partition("=")[0], known, 1) if unknown else []
+        tell(f"{shortened(message, 300)} - {f'did you mean {close[0]}?' if close else f'{self.prog} --help lists the options'}")
+        sys.exit(2)
+
+
 def tell(*findings: str) -> None:
     """Prints errors, a line each."""
-    lines = [printable(" ".join(line.split())) for line in findings]
+    lines = [barred(" ".join(line.split())) for line in findings]
     for line in lines:
         print("error:", line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines

@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .errors import Findings, UserError, note, run
+from .errors import Findings, Options, UserError, note, run
+from .folders import meant
 from .folders.config_files import read_json
 from .folders.model_folder import LATER_TYPES
 from .quiet import quiet
@@ -38,7 +39,7 @@ if (Path(folder) / "config.json").is_file():
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Options(
         prog="python -m finetune.refresh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", type=Path, help="a model, or the output of a LoRA run")
@@ -94,7 +95,7 @@ def settings_file(folder: Path) -> Path:
 def check(folder: Path) -> None:
     """Raises UserError for what has no code of first-generation Qwen in it."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder - give the folder of a model, or of an adapter")
+        raise UserError(f"{folder}: no such folder - give the folder of a model, or of an adapter{meant.folder(folder, meant.EITHER)}")
     for name in (CONFIG, TOKENIZER_CONFIG):
         if there(folder, CONFIG).is_file() and (folder / name).is_file() and (folder / f"{name}{HIDDEN}").is_file():
             raise UserError(f"{folder}: has both {name} and {name}{HIDDEN}, of an interrupted refresh - delete the one that is wrong")
@@ -105,7 +106,8 @@ def check(folder: Path) -> None:
         if kind != "qwen":
             raise UserError(f"{folder}: not a first-generation Qwen (model_type {kind!r}) - only those carry this toolkit's code")
     elif not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: neither config.json nor adapter_config.json there - give the folder of a model")
+        what = f"{folder}: neither config.json nor adapter_config.json there - give the folder of a model"
+        raise UserError(what + meant.folder(folder, meant.EITHER))
     elif not ((folder / "qwen.tiktoken").is_file() and there(folder, TOKENIZER_CONFIG).is_file()):
         raise UserError(f"{folder}: an adapter without first-generation Qwen's tokenizer carries no code - there is nothing to refresh")
 

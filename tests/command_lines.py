@@ -21,9 +21,11 @@ SHAPES = {
     "transformer.h.0.attn.c_attn.weight": [96, 32],
     "transformer.h.0.attn.c_attn.bias": [96],
     "transformer.h.0.attn.c_proj.weight": [32, 32],
+    "transformer.h.0.ln_2.weight": [32],
     "transformer.h.0.mlp.w1.weight": [48, 32],
     "transformer.h.0.mlp.w2.weight": [48, 32],
     "transformer.h.0.mlp.c_proj.weight": [32, 48],
+    "transformer.ln_f.weight": [32],
     "lm_head.weight": [300, 32],
 }
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n"

@@ -174,6 +174,29 @@ ROWS = ["--use_lora", "--train_embeddings", "chat_rows", "--use_dora", "--lorapl
 IN_BF16 = ["--bf16", "--bf16_weights", "--optim", "adamw_torch_8bit"]
 
 
+@pytest.mark.parametrize("flags, steps", [([], [2, 4]), (["--eval_steps", "3"], [3, 4])])
+def test_data_to_evaluate_on_are_evaluated(run, tmp_path, flags, steps):
+    """--eval_data_path alone: after each of the two epochs, which a note says; by --eval_steps where that is given."""
+    code, printed = run("--use_lora", "--eval_data_path", write(tmp_path / "held_out.json", count=3, offset=100), *flags)
+    assert code == 0, printed
+    when = "by --eval_steps" if flags else "after each epoch"
+    assert printed.count(f"note: --eval_data_path is evaluated {when}; --eval_strategy says otherwise") == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == steps
+
+
+def test_no_secret_is_written(run, tmp_path, monkeypatch):
+    """Neither of the environment nor of --hub_token: in no file of the output folder, nor of the cache, nor in what is printed."""
+    secret = "MARKED-as-secret"
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secret)
+    code, printed = run("--use_lora", "--save_strategy", "steps", "--save_steps", "2", "--report_to", "tensorboard", "--hub_token", secret)
+    assert code == 0, printed
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"checkpoint-2", "runs", "cache"} & {part for path in files for part in path.parts} == {"checkpoint-2", "runs", "cache"}
+    assert secret not in printed and [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
 @pytest.mark.parametrize(
     "method", [[], ["--use_lora"], PISSA, ROWS, pytest.param(IN_BF16, marks=pytest.mark.slow)], ids=" ".join
 )

@@ -336,3 +336,17 @@ def test_fsdp_takes_the_place_of_the_scripts_deepspeed_config(dry):
     for wish in (["--fsdp", "False"], ["--fsdp=false"], ["--fsdp", ""], ["--fsdp="], ["--fsdp", "--fsdp=False"], []):
         words = dry("-d", "talks.json", *wish, script=ROOT / "finetune" / "finetune_lora_ds.sh")
         assert "--deepspeed" in words
+
+
+@pytest.mark.parametrize("code, requeued", [(75, True), (2, False), (0, False)])
+def test_the_slurm_example_puts_a_job_that_has_saved_back(tmp_path, code, requeued):
+    toolkit, told = tmp_path / "toolkit", tmp_path / "told"
+    (toolkit / "finetune").mkdir(parents=True)
+    (toolkit / "finetune" / "finetune_ds.sh").write_text(f"exit {code}\n")
+    program(tmp_path / "bin" / "scontrol", f'#!/bin/sh\n[ "$1" = show ] && echo gpu07 || echo "$*" >>"{told}"\n')
+    program(tmp_path / "bin" / "srun", '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nSLURM_NODEID=0 "$@"\n')
+    given = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(toolkit), "SLURM_JOB_NUM_NODES": "1"}
+    given |= {"SLURM_JOB_NODELIST": "gpu07", "SLURM_JOB_ID": "1234567"}
+    done = subprocess.run(["bash", path_of("slurm_example.sbatch")], env=os.environ | given, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert (told.exists() and told.read_text()) == ("requeue 1234567\n" if requeued else False)

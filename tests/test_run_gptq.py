@@ -223,7 +223,7 @@ def refused(words, capsys) -> list[str]:
         (["--damp_percent", "1"], ["--damp_percent 1.0: out of range - give a value between 0 and 1"]),
         (["--max_shard_size", "2"], ['--max_shard_size: "2" is no size - give for example 2GB, 500MB, 4GiB']),
         (["--max_shard_size", "2", "--bits", "5", "-d", "no.json"], ["--max_shard_size: ", "--bits 5: ", "--data_path no.json"]),
-        (["--data_path", "nowhere.json"], ["--data_path nowhere.json: no such file. Give your training JSON with -d."]),
+        (["--data_path", "nowhere.json"], ["--data_path nowhere.json: no such file. Give an existing one with --data_path."]),
         (["--bits", "7", "--samples", "-1"], ["--bits 7: ", "--samples -1: "]),
     ],
 )

@@ -4,11 +4,10 @@ Without questions it is a conversation in the terminal: answers appear as they a
 --tools the model may call some: its calls are shown, and in a conversation their results are asked for.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from ..errors import UserError, run
+from ..errors import Options, UserError, run
 from ..model import packages
 from ..quiet import quiet
 from .answerers import open_answerer
@@ -16,9 +15,9 @@ from .tools import asked, converse_with_tools, read_tools, told
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m finetune.ask", description=__doc__.split("\n\n")[0])
+    parser = Options(prog="python -m finetune.ask", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", metavar="FOLDER", help="a model, or the output folder of a LoRA run")
-    parser.add_argument("questions", nargs="*", metavar="QUESTION")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", default=[])
     parser.add_argument("--questions_file", type=Path, help="a JSON list of questions")
     parser.add_argument("--tools", type=Path, help="a JSON list of tools: name, description, parameters (JSON schema)")
     parser.add_argument("--base", help="the adapter's base, if it has moved")

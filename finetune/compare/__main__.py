@@ -5,13 +5,12 @@ or quantized, or an adapter's. Prints perplexity on the answers, KL divergence o
 share of equal greedy tokens, and a few answers side by side. One model at a time is in memory.
 """
 
-import argparse
 import importlib.metadata
 import json
 import random
 from pathlib import Path
 
-from ..errors import UserError, note, run
+from ..errors import Options, UserError, note, run
 from ..model import packages
 from ..quiet import quiet
 from . import opened, side_by_side
@@ -21,7 +20,7 @@ LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m finetune.compare", description=__doc__.split("\n\n")[1])
+    parser = Options(prog="python -m finetune.compare", description=__doc__.split("\n\n")[1])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or hub ids, the reference first")
     parser.add_argument(
         "--data_path",

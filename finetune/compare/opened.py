@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..folders import checkpoint, hub, model_folder
+from ..folders import checkpoint, hub, meant, model_folder
 
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # defaults: not used, and no warning
 
@@ -21,9 +21,9 @@ class Opened:
     @functools.cached_property
     def tokenizer(self):
         """Opened when it is asked for, after all folders have been looked at: it takes the seconds of importing transformers."""
-        from ..model import loading
+        from ..model import loading, whole_base
 
-        if self.adapter is None and (problems := model_folder.value_problems(self.folder)):
+        if problems := model_folder.value_problems(self.folder) or whole_base.problems(self.folder):
             raise UserError(*problems)
         return loading.load_tokenizer(self.folder)
 
@@ -58,6 +58,9 @@ def open_named(name: str, base: str | None = None) -> Opened:
     if base is not None:
         raise UserError(f"--base {base}: {name} is a whole model, which has none - leave it out")
     folder = hub.find_folder(name)
+    if not (folder / "config.json").is_file():
+        what = f"{name}: neither config.json nor adapter_config.json there - give the folder of a model, or of a LoRA run"
+        raise UserError(what + meant.folder(name, meant.EITHER))
     if problems := model_folder.first_problems(folder, may_be_quantized=True):
         raise UserError(*problems)
     return Opened(name, folder, None)

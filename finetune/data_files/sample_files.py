@@ -4,6 +4,7 @@ JSON is read through a sliding window (window.py), tables by rows (tables.py, ar
 """
 
 import codecs
+import difflib
 import functools
 import hashlib
 import json
@@ -48,8 +49,7 @@ class SampleFile:
             files, self._hash = hub_data.files_of(self.path, flag)
             return files
         if not os.path.exists(self.path):
-            remedy = "your training JSON with -d" if flag == "--data_path" else f"an existing file with {flag}"
-            raise UserError(f"{flag} {self.path}: no such file. Give {remedy}.")
+            raise UserError(f"{flag} {self.path}: no such file. Give an existing one with {flag}.{_close_to(self.path)}")
         if not os.path.isfile(self.path):
             raise UserError(f"{flag} {self.path}: is no file but a device or a pipe, and the data are read twice; write them into a file")
         return [self.path]
@@ -217,6 +217,17 @@ def _is_list(text: str) -> bool:
         return isinstance(DECODER.decode(text), list)
     except (ValueError, RecursionError):
         return False
+
+
+def _close_to(path: str) -> str:
+    """" Did you mean FILE?", for a file that is not there and has one of nearly its name beside it."""
+    folder, name = os.path.split(path)
+    try:
+        files = [each for each in sorted(os.listdir(folder or ".")) if os.path.isfile(os.path.join(folder, each))]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(name, files, 1, 0.75)
+    return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def _stamp(path: str) -> tuple[int, int]:

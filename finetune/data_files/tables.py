@@ -23,7 +23,10 @@ def separator_of(head: bytes) -> str | None:
     """What separates the cells of a table with a header that is known; None for what is no such table."""
     line = head.split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip("\r")
     for separator in sorted(SEPARATORS, key=line.count, reverse=True):
-        names = [name.strip().lower() for name in next(csv.reader([line], delimiter=separator), [])]
+        try:
+            names = [name.strip().lower() for name in next(csv.reader([line], delimiter=separator), [])]
+        except csv.Error:  # a carriage return within, a field without end
+            continue
         if len(names) > 1 and COLUMNS & set(names) and all(len(name) <= 60 for name in names):
             return separator
     return None

@@ -8,10 +8,9 @@ length up to which both compute the same.
 For an adapter, export its base first, then the adapter with --base EXPORTED_BASE.
 """
 
-import argparse
 from pathlib import Path
 
-from ..errors import UserError, note, run
+from ..errors import Options, UserError, note, run
 from ..folders import hub
 from ..folders.new_folder import check_free
 from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
@@ -30,7 +29,7 @@ HELP = {
 
 def main(argv: list[str] | None = None) -> None:
     about, *more = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m finetune.export", description=about, epilog=" ".join(more))
+    parser = Options(prog="python -m finetune.export", description=about, epilog=" ".join(more))
     parser.add_argument("model", metavar="MODEL", help=HELP["model"])
     parser.add_argument("out", type=Path, metavar="OUT", help=HELP["out"])
     parser.add_argument("--to", choices=["qwen2", "qwen"], required=True, help=HELP["to"])

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 import qwen_model
 
 from ..errors import UserError, note
-from ..folders import adapter_folder, checkpoint, config_files, quant_settings
+from ..folders import adapter_files, adapter_folder, checkpoint, config_files, output_folder, quant_settings
 from ..folders.new_folder import check_free, hide_config_until_done, new_folder
 from ..folders.shards import Shards
 from ..lora import pissa
 from ..merge import formulas
-from ..model import loading
+from ..model import loading, whole_base
 from ..quantized import quantized_model
 from ..quantized.plain_weights import PlainWeights
 from . import export_config, export_proof, layouts
@@ -34,9 +34,11 @@ TOKENIZER_FILES = (
 def export(folder: Path, out: Path, to: str, base: str | None) -> float:
     """Writes the adapter in `folder` to `out`, for its exported base; returns the largest difference between two logits."""
     qwen_model.register()
+    adapter_files.check(folder)
     adapter = formulas.Adapter(folder)
     check_adapter(adapter, to)
     base_folder = find_base(folder, to, base)
+    whole_base.check(base_folder)
     check_free(out, "what is exported", base_folder)
     note(f"exporting the adapter {folder} for {base_folder}")
     with Shards(base_folder) as stored, new_folder(out, CONFIG) as staging:
@@ -76,7 +78,7 @@ def check_base(folder: Path, base: Path, original: ConvertedTensors) -> None:
     found = original_fingerprint(base, original)
     if quant_settings.may_take(made_for, found, base):
         note(f"{folder}: was trained over a quantized base, and {base} has the same sizes: taken for its 16-bit sibling")
-    elif found != made_for:
+    elif not checkpoint.is_same_base(found, made_for):
         what = f"{folder}: the adapter was made for another base ({checkpoint.describe_fingerprint(made_for)})"
         other = f"{base} is an export of {checkpoint.describe_fingerprint(found)}"
         raise UserError(f"{what}; {other} - give the export of the adapter's own with --base")
@@ -86,8 +88,8 @@ def check_base(folder: Path, base: Path, original: ConvertedTensors) -> None:
 
 
 def original_fingerprint(base: Path, original: ConvertedTensors) -> dict:
-    """checkpoint.fingerprint() of the base before it was exported, computed from the export."""
-    found = checkpoint.fingerprint(base)
+    """checkpoint.fingerprint() of the base before it was exported, computed from the export: without the values spread over it."""
+    found = {key: value for key, value in checkpoint.fingerprint(base).items() if key != "spread"}
     lines = [checkpoint.beginning(name, original.shape(name), original.first_row(name), 8) for name in original]
     digest = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
     return found | {"model_type": OTHER[found["model_type"]], "sha256": digest}
@@ -111,6 +113,8 @@ def write(staging: Path, folder: Path, base: Path, converted: ConvertedAdapter, 
     (staging / "README.md").write_text(adapter_folder.adapter_model_card(name), encoding="utf-8")
     hide_config_until_done(staging, CONFIG)
     save_file(converted.stored(), staging / WEIGHTS, metadata={"format": "pt"})
+    record = config_files.read_json(staging / checkpoint.RECORD)
+    output_folder.write_record(staging, record)
 
 
 def write_tokenizer(staging: Path, base: Path, to: str) -> None:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import UserError
-from ..folders import config_files, hub, model_folder
+from ..folders import config_files, hub, meant, model_folder
 
 QWEN, QWEN2 = "qwen", "qwen2"  # the layouts, as model_type of config.json
 OTHER = {QWEN: QWEN2, QWEN2: QWEN}
@@ -19,7 +19,7 @@ def check_model(folder: Path, to: str) -> None:
 def check_layout(folder: Path, to: str) -> None:
     """UserError unless the model is in the layout other than `to`."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there - give the folder of a model, or of a LoRA adapter")
+        raise UserError(f"{folder}: no config.json there - give the folder of a model, or of a LoRA adapter{meant.folder(folder, meant.EITHER)}")
     kind = config_files.read_json(folder / "config.json").get("model_type")
     if kind == to:
         raise UserError(f"{folder}: is in that layout already (model_type {kind}) - use it as it is")
@@ -47,7 +47,7 @@ def find_base(folder: Path, to: str, base: str | None) -> Path:
         raise UserError(f"{what} - export its base first ({first}), then add --base EXPORTED_BASE")
     found = hub.find_folder(base)
     if not (found / "config.json").is_file():
-        raise UserError(f"--base {base}: no config.json there - give the folder of the exported base")
+        raise UserError(f"--base {base}: no config.json there - give the folder of the exported base{meant.folder(base)}")
     kind = config_files.config_of(found).get("model_type")
     if kind != to:
         raise UserError(f"--base {base}: is in the layout of {kind}, not {to} - export it ({first}) and give the result")

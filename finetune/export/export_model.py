@@ -12,7 +12,7 @@ from ..errors import UserError, note
 from ..folders import checkpoint, config_files, model_folder, model_writer, quant_settings
 from ..folders.new_folder import new_folder
 from ..folders.shards import Shards
-from ..model import loading
+from ..model import loading, whole_base
 from ..quantized.plain_weights import PlainWeights
 from . import export_config, export_proof, export_tokenizer
 from .export_checks import OTHER, QWEN, QWEN2
@@ -25,6 +25,7 @@ def export(folder: Path, out: Path, to: str, max_bytes: int) -> float:
     export_checks.check_model() comes first. Raises UserError for what the other layout does not have.
     """
     qwen_model.register()
+    whole_base.check(folder)
     record = checkpoint.read_record(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     note(f"exporting {folder} from the layout of {OTHER[to]} to that of {to}")

@@ -8,10 +8,12 @@ This module imports neither torch nor transformers until it parses, so that --he
 
 import dataclasses
 import difflib
+import re
 import sys
 from dataclasses import dataclass
 
-from ..errors import note
+from ..errors import note, shortened
+from . import synonyms
 from .definitions import Args, DataArguments, LookArguments, LoraArguments, ModelArguments, TrainingFlags
 from .parser import Parser
 
@@ -114,23 +116,39 @@ def parse_as(training_kind, argv: list[str]) -> Args:
     model, data, lora, look = own
     lora.use_lora |= lora.q_lora  # Q-LoRA is LoRA over quantized weights
     findings += data.parse_pass_size()
-    if data.eval_split and training["eval_strategy"] == "no":
-        training["eval_strategy"] = "epoch"
+    training["eval_strategy"] = evaluation(data, training, argv)
     return Args(model, data, lora, training, look, findings, given, usual)
+
+
+def evaluation(data: DataArguments, training: dict, argv: list[str]) -> str:
+    """--eval_strategy; where there are data to evaluate on and nothing is said of it, after each epoch, or by --eval_steps."""
+    given = training["eval_strategy"]
+    said = any(re.match(r"--eval[_-]strategy(=|$)", word) for word in argv) or training["eval_on_start"]
+    if said or given != "no" or not (data.eval_data_path or data.eval_split):
+        return given
+    steps = training["eval_steps"]
+    if data.eval_data_path:
+        when = "after each epoch" if steps is None else "by --eval_steps"
+        note(f"--eval_data_path is evaluated {when}; --eval_strategy says otherwise")
+    return "epoch" if steps is None else "steps"
 
 
 def unknown(rest: list[str], parser: Parser) -> list[str]:
     """A finding for each unknown flag of `rest`; one finding for words that belong to no flag."""
-    flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    flags = [word.partition("=")[0] for word in rest if re.match(r"-+[^\W\d]", word)]
     if rest and not flags:
-        return [f"{' '.join(rest)}: belongs to no flag - put a flag before it, or quotes around a value with blanks"]
-    known = parser.spellings() | {f"--{name}" for name in OLD_FLAGS}
-    findings = []
-    for word in flags:
-        close = difflib.get_close_matches("--" + word.lstrip("-").replace("-", "_"), sorted(known), 1)
-        meant = f"did you mean {close[0]}?" if close else "python finetune.py --help_all lists all flags"
-        findings.append(f"{word}: unknown flag - {meant}")
-    return findings
+        return [f"{shortened(' '.join(rest))}: belongs to no flag - put a flag before it, or quotes around a value with blanks"]
+    known = sorted(parser.spellings() | {f"--{name}" for name, old in OLD_FLAGS.items() if old.new})
+    return [f"{shortened(word)}: unknown flag - {synonyms.of_flag(word) or closest(word, known)}" for word in flags]
+
+
+def closest(word: str, known: list[str]) -> str:
+    """What to do about a flag that nobody knows: the nearest one by its letters, under today's name."""
+    close = difflib.get_close_matches("--" + word.lstrip("-").replace("-", "_"), known, 1)
+    if not close:
+        return "python finetune.py --help_all lists all flags"
+    old = OLD_FLAGS.get(close[0][2:])
+    return f"did you mean {f'--{old.new}' if old else close[0]}?"
 
 
 # ---- help

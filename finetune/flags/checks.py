@@ -13,39 +13,17 @@ from ..data_files.sample_files import SampleFile
 from ..data_files.sources import sources_of
 from ..distributed import engines
 from ..errors import UserError, note, warn
-from ..folders import adapter_folder, config_files, model_folder
+from ..folders import adapter_folder, config_files, meant, model_folder
 from ..folders.checkpoint import resume_point
-from ..model import kinds, optimizers
-from . import going_on, method_checks
+from ..model import kinds, optimizers, whole_base
+from . import going_on, method_checks, services, trials, values
 
 GB = 1e9
-INF = math.inf
 GIVE_MODEL = "give a checkpoint's folder with -m, or its Hugging Face id (Qwen/Qwen-7B)"
-# flag: (lowest value, and the first one that is too high)
-RANGES = {
-    "model_max_length": (16, INF),
-    "max_tokens_per_pass": (1, INF),
-    "per_device_train_batch_size": (1, INF),
-    "per_device_eval_batch_size": (1, INF),
-    "gradient_accumulation_steps": (1, INF),
-    "learning_rate": (0, INF),
-    "weight_decay": (0, INF),
-    "max_grad_norm": (0, INF),
-    "warmup_ratio": (0, 1),
-    "eval_split": (0, 1),
-    "adam_beta1": (0, 1),
-    "adam_beta2": (0, 1),
-    "seed": (0, 2**32),
-    "save_total_limit": (1, INF),
-    "lora_r": (1, INF),
-    "lora_alpha": (1, INF),
-    "lora_dropout": (0, 1),
-}
-
 
 def check_flags(args) -> None:
     """Raises one UserError with all findings. args: of args.parse()."""
-    check_parts(args, (*FIRST, values_of_config, reporting))
+    check_parts(args, (*FIRST, *LATER))
 
 
 def check_first(args) -> None:
@@ -67,43 +45,17 @@ def check_parts(args, parts) -> None:
 
 
 def ranges(args) -> Iterator[str]:
-    """Numbers that are out of range."""
-    values = vars(args.data) | vars(args.lora) | vars(args.training)
-    for name, (low, high) in RANGES.items():
-        value = values.get(name)
-        if value not in (None, "auto") and not low <= value < high:
-            wanted = f"at least {low}" if high == INF else f"from {low} up to, not including, {high}"
-            yield f"--{name} {value}: out of range - give a value {wanted}"
-    for name in ("save_steps", "logging_steps", "eval_steps"):
-        value = values.get(name)
-        if value is not None and not value > 0:
-            yield f"--{name} {value}: out of range - give a number of steps, or below 1 a share of the run"
-    if not values["num_train_epochs"] > 0 and values["max_steps"] <= 0:
-        yield f"--num_train_epochs {values['num_train_epochs']}: nothing to train - give a number above 0"
+    """Numbers that are out of range; those of the training flags are looked at where these are read (training_values.py)."""
+    yield from values.problems(vars(args.data), values.OF_DATA)
+    yield from values.problems(vars(args.lora), values.OF_LORA)
+    yield from values.problems(vars(args.look), values.OF_LOOK)
 
 
 def look(args) -> Iterator[str]:
     """What belongs to --dry_run."""
-    asked, memory = args.look, args.look.gpu_memory
     for name in ("html", "gpu_memory"):
-        if getattr(asked, name) is not None and not asked.dry_run:
-            yield f"--{name} {getattr(asked, name)}: belongs to a look before the run - add --dry_run, or leave it out"
-    if memory is not None and not 0 < memory < INF:
-        yield f"--gpu_memory {memory}: out of range - give the GB of a GPU, as 24"
-
-
-def reporting(args) -> Iterator[str]:
-    """The services of --report_to are known and installed."""
-    asked = args.training.report_to or []
-    asked = [asked] if isinstance(asked, str) else asked
-    if set(asked) <= {"none", "all"}:
-        return
-    from transformers.integrations import get_available_reporting_integrations
-
-    there = [*get_available_reporting_integrations(), "none", "all"]
-    for name in asked:
-        if name not in there:
-            yield f"--report_to {name}: unknown or not installed - pip install {name}; here are {', '.join(there)}"
+        if getattr(args.look, name) is not None and not args.look.dry_run:
+            yield f"--{name} {getattr(args.look, name)}: belongs to a look before the run - add --dry_run, or leave it out"
 
 
 def data_files(args) -> Iterator[str]:
@@ -119,11 +71,13 @@ def data_files(args) -> Iterator[str]:
                 SampleFile(source.path, source.flag)
         except UserError as error:
             yield from error.findings
+    if data.eval_split and not evaluates:
+        yield "--eval_split is set but evaluation is off (--eval_strategy no) - give --eval_strategy steps or epoch, or leave out both"
     if data.eval_data_path and not evaluates:
-        yield "--eval_data_path is set but evaluation is off - set --evaluation_strategy steps or epoch"
+        yield "--eval_data_path is set but evaluation is off (--eval_strategy no) - give --eval_strategy steps or epoch, or leave out both"
     if evaluates and not (data.eval_data_path or data.eval_split):
         strategy = method_checks.word(args.training.eval_strategy)
-        asked = "eval_on_start" if strategy == "no" else f"evaluation_strategy {strategy}"
+        asked = "eval_on_start" if strategy == "no" else f"eval_strategy {strategy}"
         yield f"--{asked} needs conversations to evaluate on - give --eval_data_path, or leave it out"
     if data.eval_split and data.eval_data_path:
         yield "--eval_split and --eval_data_path: two ways to evaluation data - leave out one"
@@ -140,7 +94,8 @@ def base_model(args) -> Iterator[str]:
     folder = Path(name)
     if folder.is_dir():
         problems = model_folder.first_problems(folder, may_be_quantized=args.lora.q_lora)  # of --q_lora, method() speaks
-        yield from problems
+        named = "" if (folder / "config.json").is_file() else "--model_name_or_path "
+        yield from (named * line.startswith(f"{folder}: ") + line for line in problems)
         if problems:
             return
         kind = config_files.config_of(folder).get("model_type")
@@ -159,14 +114,18 @@ def base_model(args) -> Iterator[str]:
     elif folder.exists():
         yield f"--model_name_or_path {name}: is a file - give the folder of a checkpoint"
     elif not model_folder.is_hub_id(name):
-        yield f"--model_name_or_path {name}: no such folder - {GIVE_MODEL}"
+        yield f"--model_name_or_path {name}: no such folder - {GIVE_MODEL}{meant.folder(folder)}"
 
 
 def values_of_config(args) -> Iterator[str]:
-    """The values in config.json, if the folder is whole."""
+    """The values in config.json, and whether the tensors are those of its model; if the folder is whole."""
     folder = Path(args.model.model_name_or_path or "")
     if args.model.model_name_or_path and (folder / "config.json").is_file():
-        yield from model_folder.value_problems(folder)
+        findings = model_folder.value_problems(folder)
+        trained = config_files.config_of(folder).get("model_type") in model_folder.TRAINED_TYPES
+        if not findings and trained and not model_folder.first_problems(folder, may_be_quantized=True):
+            findings = whole_base.problems(folder)
+        yield from findings
 
 
 # ---- the output folder
@@ -280,6 +239,7 @@ def lora_layers(args, folder: Path) -> list[str]:
 
 
 FIRST = (ranges, look, data_files, base_model, method_checks.method, output_folder, resuming, disk_space)
+LATER = (values_of_config, services.reporting, services.pushing, trials.optimizer, trials.schedule, trials.backends)  # with torch
 
 
 # ---- small things

@@ -42,7 +42,11 @@ class DataArguments:
         action="extend",
     )
     eval_data_path: list[str] = flag(
-        [], "Conversations to evaluate on while training, in the same forms; see --eval_strategy.", metavar="FILE", action="extend"
+        [],
+        "Conversations to evaluate on while training, in the same forms: after each epoch, unless --eval_strategy or --eval_steps says "
+        "otherwise.",
+        metavar="FILE",
+        action="extend",
     )
     eval_split: float | None = flag(
         None,
@@ -176,6 +180,10 @@ class TrainingFlags:
         nargs="?",
         const="auto",
     )
+    trust_checkpoint: bool = flag(
+        False,
+        "Go on from a checkpoint of DeepSpeed or FSDP that no run of yours has written. Reading it can run any code that is in it.",
+    )
     bf16: bool = flag(False, "Compute in bfloat16 (GPUs from Ampere on, and CPUs). Trained weights stay in float32.")
     fp16: bool = flag(False, "Compute in float16, with loss scaling. Trained weights stay in float32.")
     bf16_weights: bool = flag(
@@ -208,7 +216,7 @@ class TrainingFlags:
     save_strategy: str = flag("steps", "When checkpoints are written: steps, epoch, best, no.", metavar="WHEN")
     save_steps: float = flag(500, "Steps from one checkpoint to the next.", metavar="N")
     save_total_limit: int | None = flag(None, "Checkpoints to keep; default: all.", metavar="N")
-    eval_strategy: str = flag("no", "When --eval_data_path is evaluated: steps, epoch, no.", metavar="WHEN")
+    eval_strategy: str = flag("no", "When --eval_data_path or --eval_split is evaluated: steps, epoch, no.", metavar="WHEN")
     eval_steps: float | None = flag(
         None, "Steps from one evaluation to the next, or below 1 a share of the run; default: 0.1.", metavar="N"
     )

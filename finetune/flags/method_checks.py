@@ -1,14 +1,13 @@
 """What can be wrong with the method asked for: full-parameter, LoRA and its kinds, over which weights, on which engine."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..distributed import engines
 from ..errors import note, warn
-from ..folders import adapter_folder, checkpoint, config_files, model_folder
+from ..folders import adapter_files, adapter_folder, checkpoint, config_files, meant, model_folder, settings_files
 from ..model import kinds, optimizers
 from ..quantized import quantized_model
 from . import methods
@@ -17,8 +16,11 @@ from . import methods
 def method(args) -> Iterator[str]:
     """Full-parameter or LoRA, and its settings."""
     lora = args.lora
+    if lora.lora_weight_path and (damaged := settings_files.problems(Path(lora.lora_weight_path))):
+        yield from damaged
+        return
     yield from half_weights(args)
-    yield from optimizer(args)
+    yield from optimizers.problems(args.training)
     yield from combination(args)
     if not lora.use_lora:
         usual = type(lora)()
@@ -62,15 +64,13 @@ def variants(lora) -> Iterator[str]:
     """--lora_bias, --init_lora_weights, --loraplus_lr_ratio."""
     if lora.lora_bias not in ("none", "all", "lora_only"):
         yield f"--lora_bias {lora.lora_bias}: unknown - give none, all or lora_only"
-    init, ratio = lora.init_lora_weights, lora.loraplus_lr_ratio
+    init = lora.init_lora_weights
     if not re.fullmatch(r"default|gaussian|pissa|pissa_niter_[1-9]\d*", init):
         ways = "default, gaussian, pissa, or pissa_niter_N with a number of iterations (pissa_niter_16)"
         yield f"--init_lora_weights {init}: unknown - give {ways}"
     elif init.startswith("pissa") and lora.lora_dropout and lora.lora_weight_path is None:
         what = f"--lora_dropout {lora.lora_dropout} with --init_lora_weights {init}"
         warn(f"{what}: what is dropped is part of the model itself, until training begins - give --lora_dropout 0")
-    if ratio is not None and not 1 <= ratio < math.inf:
-        yield f"--loraplus_lr_ratio {ratio}: out of range - give at least 1; 16 is usual"
     if lora.train_embeddings == "all" and lora.train_tokens:
         note("--train_tokens adds nothing to --train_embeddings all, with which all rows train")
 
@@ -90,24 +90,18 @@ def half_weights(args) -> Iterator[str]:
         yield f"--bf16_weights with --optim {word(training.optim)}: small updates would be lost - give {wanted}"
 
 
-def optimizer(args) -> Iterator[str]:
-    """What --optim needs and this machine lacks."""
-    asked = word(args.training.optim)
-    if lacking := optimizers.lacking(str(asked)):
-        yield f"--optim {asked}: {lacking}"
-
-
 def adapter(args) -> Iterator[str]:
     """The adapter of --lora_weight_path: complete, with every tensor that it lists."""
     folder = Path(args.lora.lora_weight_path)
     if not (folder / "adapter_config.json").is_file():
-        yield f"--lora_weight_path {folder}: no adapter_config.json there - give the output folder of a LoRA run"
+        yield f"--lora_weight_path {folder}: no adapter_config.json there - give the output folder of a LoRA run{meant.folder(folder, meant.ADAPTER)}"
     elif pointers := model_folder.lfs_pointers(folder):
         yield from pointers
     elif not any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
         what = f"--lora_weight_path {folder}: no adapter_model.safetensors there"
         yield f"{what} - give the whole output folder of a LoRA run"
     else:
+        adapter_files.check(folder, "--lora_weight_path")
         config = config_files.read_json(folder / "adapter_config.json")
         base = Path(args.model.model_name_or_path or "")
         there = (base / "config.json").is_file()

@@ -11,7 +11,7 @@ import types
 from enum import Enum
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 
 USAGE = "python finetune.py -m MODEL -d DATA.json -o FOLDER [--use_lora] [--bf16] [other flags]"
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         what = re.sub(r"^argument .*?(--\w+)\S*:", r"\1:", message)
-        raise UserError(f"{what} - python finetune.py --help explains the flag")
+        raise UserError(f"{shortened(what, 400)} - python finetune.py --help explains the flag")
 
     def spellings(self) -> set[str]:
         """All flags, with underscores."""

@@ -13,7 +13,7 @@ import transformers
 from qwen_model.compat import require
 
 from ..distributed import engines, ranks
-from ..errors import note
+from ..errors import note, shortened
 from . import training_values
 from .definitions import TrainingFlags
 
@@ -118,8 +118,8 @@ def build(values: dict):
     if not findings:
         try:
             return TrainingArguments(**values), []
-        except (ValueError, OSError) as error:
-            findings = [" ".join(str(error).split()) + " - change or leave out the flag"]
+        except (ValueError, TypeError, KeyError, OverflowError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+            findings = [f"{shortened(error, 400)} - change or leave out the flag"]
     return SimpleNamespace(**values), findings
 
 

@@ -4,6 +4,8 @@ import re
 
 from ..distributed import deepspeed_file, engines
 from ..errors import note
+from . import schedules
+from .values import of_training
 
 # Flags of transformers that the step plan, the packed rows or the loss of this toolkit leave without meaning.
 NO_EFFECT = (
@@ -20,8 +22,10 @@ REFUSED = {
     "label_smoothing_factor": "not available: the loss is plain cross-entropy - leave it out",
     "neftune_noise_alpha": "not available: its noise follows the length of a row, and rows are packed - leave it out",
     "use_liger_kernel": "not available: the loss is computed in pieces anyway - leave it out",
+    "liger_kernel_config": "not available: the loss is computed in pieces anyway - leave it out",
     "auto_find_batch_size": "it would change the samples of a step - lower --max_tokens_per_pass instead",
 }
+COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # each of them turns it on
 # the words of --gradient_checkpointing
 RECOMPUTING = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
 
@@ -50,8 +54,6 @@ def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
     if values["greater_is_better"]:
         findings.append("--greater_is_better True: of loss and perplexity less is better - leave it out")
     values["greater_is_better"] = False
-    if patience is not None and patience < 1:
-        findings.append(f"--early_stopping_patience {patience}: is no number of evaluations - give 1 or more")
     wanting = [name for name in ("early_stopping_patience", "load_best_model_at_end") if values[name]]
     wanting += ["save_strategy best"] if str(values["save_strategy"]).lower().endswith("best") else []
     strategy = str(getattr(strategy, "value", strategy))
@@ -61,6 +63,8 @@ def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
         steps = values["eval_steps"] if strategy == "steps" else None
         values["save_strategy"] = strategy
         values["save_steps"] = (0.1 if steps is None else steps) if strategy == "steps" else values["save_steps"]
+    if wanting and metric is None:
+        values["metric_for_best_model"] = METRICS[0]
     if patience:
         values["load_best_model_at_end"] = True
     if values["stop_after"] is not None:
@@ -75,6 +79,7 @@ def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
     """(the flags with their engine's settings read, findings). Notes what has no effect. usual: the default of each flag."""
     changed = {name for name, value in values.items() if value != usual.get(name, value)}
     findings = [f"--{name} {values[name]}: {why}" for name, why in REFUSED.items() if name in changed and values[name]]
+    findings += [*of_training(values), *schedules.problems(values)]
     wish = values["gradient_checkpointing"]
     if str(wish).lower() not in RECOMPUTING:
         findings.append(f"--gradient_checkpointing {wish}: unknown - give auto, True or False")
@@ -85,7 +90,9 @@ def checked(values: dict, usual: dict) -> tuple[dict, list[str]]:
     if idle := changed & set(NO_EFFECT):
         listed = ", ".join(f"--{name}" for name in sorted(idle))
         note(f"no effect in this trainer (packed samples, evaluated by their loss): {listed}")
-    if values["torch_compile"]:
+    if compiled := [f"--{name}" for name in COMPILING if values[name]]:
+        if values["fsdp"]:
+            findings.append(f"{compiled[0]} and --fsdp: what is compiled and shared out cannot be put together again - leave out one")
         note("--torch_compile: steps differ in length, and the first ones are compiled anew, for a minute each on few cores")
     return values, findings + of_best + more
 

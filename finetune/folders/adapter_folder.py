@@ -49,9 +49,9 @@ def tensor_names(folder: Path) -> list[str]:
     file = folder / "adapter_model.safetensors"
     if file.is_file():
         return list(model_folder.tensors_of(file))
-    import torch
+    from .shards import read_bin  # with torch
 
-    return list(torch.load(folder / "adapter_model.bin", map_location="meta", weights_only=True))
+    return list(read_bin(folder / "adapter_model.bin"))
 
 
 # ---- an adapter that a run goes on from: its settings hold, not the flags

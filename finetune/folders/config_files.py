@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; UserError for anything else."""
+    """A JSON object; UserError for anything else, nested beyond Python's limit or not UTF-8 too."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UserError(f"{path}: cannot be read (nested too deeply) - download it again") from error
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}) - download it again") from error
+        raise UserError(f"{path}: cannot be read ({shortened(error)}) - download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, found a {type(value).__name__} - download it again")
     return value

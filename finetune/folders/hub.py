@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from ..errors import UserError
+from . import meant
 from .model_folder import is_hub_id
 
 PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.tiktoken", "*.txt", "*.jinja", "*.model"]  # no code
@@ -28,7 +29,8 @@ def find_folder(name: str, cache_dir: str | None = None) -> Path:
 def fetch(name: str, cache_dir: str | None = None) -> Path:
     """The folder that OWNER/NAME was downloaded to, now or before: weights, config and tokenizer; no code."""
     if not is_hub_id(name):
-        raise NotFetched(f"{name}: no such folder - give the folder of a checkpoint, or its Hugging Face id", "no such folder")
+        what = f"{name}: no such folder - give the folder of a checkpoint, or its Hugging Face id"
+        raise NotFetched(what + meant.folder(name, meant.EITHER), "no such folder")
     if os.environ.get("USE_MODELSCOPE", "").lower() in ("1", "true"):
         source, download = "ModelScope", modelscope_download()
     else:
@@ -39,8 +41,8 @@ def fetch(name: str, cache_dir: str | None = None) -> Path:
         return Path(download(name, cache_dir=cache_dir, allow_patterns=PATTERNS))
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        what = f"--model_name_or_path {name}: no such folder, and it could not be fetched from {source}"
-        remedy = "mend that, or give the folder of a checkpoint with -m"
+        what = f"{name}: no such folder, and it could not be fetched from {source}"
+        remedy = f"mend that, or give the folder of a checkpoint{meant.folder(name, meant.EITHER)}"
         raise NotFetched(f"{what} ({reason}) - {remedy}", f"{source}: {reason}") from error
 
 

@@ -1,16 +1,15 @@
 """What is wrong with a checkpoint's folder, found out without loading a weight: file names, config.json, headers."""
 
 import difflib
-import json
 import re
 from pathlib import Path
 
 from ..compat import on_transformers
 from ..errors import UserError, warn
-from . import config_files, quant_settings, tensor_files
+from . import config_files, meant, quant_settings, settings_files, tensor_files
+from .headers import tensors_of
 
 LFS = b"version https://git-lfs"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 LATER_TYPES = ("qwen2", "qwen3")  # Qwen1.5, Qwen2 and Qwen2.5 are qwen2
 TRAINED_TYPES = ("qwen", *LATER_TYPES)
 # The linear layers of a block, which LoRA adapts. First-generation Qwen's c_proj is attention's and the MLP's.
@@ -35,10 +34,12 @@ def problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
 
 def first_problems(folder: Path, may_be_quantized: bool = False) -> list[str]:
     """What of it can be told without torch and transformers, whose import takes seconds."""
-    if pointers := lfs_pointers(folder):
+    if pointers := lfs_pointers(folder) or settings_files.dangling_links(folder):
         return pointers
     if not (folder / "config.json").is_file():
         return [no_config(folder)]
+    if findings := settings_files.problems(folder):
+        return findings
     try:
         config = config_files.read_json(folder / "config.json")
         findings = config_problems(folder, config, may_be_quantized) + weight_problems(folder)
@@ -63,12 +64,10 @@ def no_config(folder: Path) -> str:
     """The line for a folder without config.json."""
     if (folder / "adapter_config.json").is_file():
         return (
-            f"--model_name_or_path {folder}: holds a LoRA adapter, not a model - give its base model, and to train the "
+            f"{folder}: holds a LoRA adapter, not a model - give its base model, and to train the "
             f"adapter on --use_lora --lora_weight_path {folder}; or merge it first: python -m finetune.merge"
         )
-    inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
-    meant = f"; did you mean {inside[0].parent}?" if inside else ""
-    return f"--model_name_or_path {folder}: no config.json there - give the folder of a whole checkpoint{meant}"
+    return f"{folder}: no config.json there - give the folder of a whole checkpoint{meant.folder(folder)}"
 
 
 # ---- config.json
@@ -138,24 +137,6 @@ def weight_problems(folder: Path) -> list[str]:
     return findings
 
 
-def tensors_of(path: Path) -> dict[str, list[int]]:
-    """The shape of each tensor in a safetensors file, from its header; {} for .bin. UserError if the file is cut."""
-    size = path.stat().st_size
-    if path.suffix != ".safetensors" and size:
-        return {}
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if 0 < length <= min(size, MAX_HEADER_BYTES) else b""
-    try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({size:,} bytes) - download it again") from error
-    if size != end:
-        raise UserError(f"{path}: incomplete: {size:,} bytes of {end:,} - download it again")
-    return {name: entry["shape"] for name, entry in tensors.items()}
-
-
 def shapes(folder: Path) -> dict[str, list[int]]:
     """{name: shape} of the folder's tensors, from the headers of safetensors files; {} for .bin."""
     found = {}
@@ -170,6 +151,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 def unpacked_shapes(found: dict[str, list[int]]) -> dict[str, list[int]]:
     """{name: shape (out, in)} of the plain weights that GPTQ's tensors stand for."""
     layers = [name.removesuffix(".g_idx") for name in found if name.endswith(".g_idx")]
+    layers = [name for name in layers if len(found.get(f"{name}.scales", ())) == 2]
     return {f"{name}.weight": [found[f"{name}.scales"][1], *found[f"{name}.g_idx"]] for name in layers}
 
 
@@ -181,14 +163,25 @@ def vocabulary_problems(folder: Path, config: dict) -> list[str]:
     if rows is not None and wanted is not None and rows != wanted:
         what = f"{folder}: vocab {rows:,} in weights, {wanted:,} in config.json"
         return [f"{what} - take both from the same checkpoint"]
+    if findings := tokenizer_problems(folder):
+        return findings
     if config.get("model_type") != "qwen":
         return []
-    if not (folder / "qwen.tiktoken").is_file():
-        return [f"{folder}: no qwen.tiktoken - copy it from the published checkpoint; the tokenizer needs it"]
     with (folder / "qwen.tiktoken").open("rb") as file:
         tokens = sum(1 for line in file if line.strip()) + SPECIAL_TOKENS
     if wanted is not None and tokens > wanted:
         return [f"{folder}: the tokenizer has {tokens:,} tokens, the model {wanted:,} - give both of one checkpoint"]
+    return []
+
+
+def tokenizer_problems(folder: Path) -> list[str]:
+    """A line for a folder without its tokenizer's vocabulary: transformers would make a tokenizer that knows no word."""
+    kind = config_files.config_of(folder).get("model_type")
+    if kind == "qwen" and not (folder / "qwen.tiktoken").is_file():
+        return [f"{folder}: no qwen.tiktoken - copy it from the published checkpoint; the tokenizer needs it"]
+    whole = (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if kind in LATER_TYPES and not whole:
+        return [f"{folder}: no tokenizer.json, nor vocab.json with merges.txt - copy them from the published checkpoint"]
     return []
 
 

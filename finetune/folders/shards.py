@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
-from . import tensor_files
+from . import config_files, headers, tensor_files
 
 
 class Shards:
@@ -26,9 +26,9 @@ class Shards:
             if not path.is_file():
                 raise UserError(f"{folder}: {path.name}, which its index lists, is missing - download it again")
             if path.suffix == ".safetensors":
-                file = self.open_files.enter_context(safe_open(path, framework="pt"))
+                file = self.open_files.enter_context(opened(path))
             else:
-                file = Mapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                file = Mapped(read_bin(path))
             self.files |= dict.fromkeys(file.keys(), file)
 
     def __enter__(self) -> "Shards":
@@ -54,6 +54,31 @@ class Shards:
     def slice(self, name: str):
         """A slice object: indexing it reads a part of the tensor."""
         return self.files[name].get_slice(name)
+
+
+def opened(path: Path):
+    """A safetensors file, opened. UserError where it is damaged."""
+    headers.tensors_of(path)  # which says what is wrong with it
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be opened ({config_files.shortened(error)}) - download it again") from error
+
+
+def read_bin(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file: mapped, or read whole in the format of before torch 1.6. Never runs what is pickled in it.
+
+    Raises UserError for a damaged file, or one that holds more than tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # of the unpickler, whatever the bytes make it do; its advice is to let the file run code
+        raise UserError(f"{path}: damaged, or holds more than tensors - download it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: holds more than tensors by their names - give a file of weights alone")
+    return tensors
 
 
 class Mapped(dict):

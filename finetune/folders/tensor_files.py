@@ -15,15 +15,25 @@ def weight_files(folder: Path) -> list[Path]:
     for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            try:
-                return [folder / shard for shard in sorted(set(config_files.read_json(index)["weight_map"].values()))]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index}: is no index of shards ({error!r}) - download it again") from error
+            return [folder / shard for shard in shards_of(index)]
         if (folder / name).is_file():
             return [folder / name]
     raise UserError(
         f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards) - give a complete folder"
     )
+
+
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index lists, all of them beside it. UserError for what is no index."""
+    try:
+        names = sorted(set(config_files.read_json(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is no index of shards ({error!r}) - download it again") from error
+    if outside or not names:
+        what = f"lists {config_files.shortened(outside[0])}, which is no file beside it" if outside else "lists no shards"
+        raise UserError(f"{index}: {what} - download it again")
+    return names
 
 
 def size_in_bytes(text: str) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import Findings, UserError
 from ..folders import config_files, model_folder, new_folder, quant_settings
+from ..model import whole_base
 from ..quantized import quantized_model
 from .settings import FEW, MANY
 
@@ -46,7 +47,7 @@ def check_model(folder: Path) -> None:
 
 def check_values(folder: Path) -> None:
     """Checks of config.json that need torch, whose import takes seconds: called after all other checks."""
-    if problems := model_folder.value_problems(folder):
+    if problems := model_folder.value_problems(folder) or whole_base.problems(folder):
         raise UserError(*problems)
 
 

@@ -62,16 +62,34 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     """
     from peft import PeftConfig, PeftModel
 
-    own = PeftConfig.from_pretrained(folder)
+    check_finite(folder)
+    try:
+        own = PeftConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a value of the file makes of peft's classes
+        what = f"{folder}/adapter_config.json: cannot be used ({type(error).__name__}: {config_files.shortened(error)})"
+        raise UserError(f"{what} - copy the adapter's folder again") from error
     init = own.init_lora_weights
     if pissa.stored(folder):  # a checkpoint: its adapters are for a base that lacks what they began with
         own.init_lora_weights = True
     own.inference_mode = not is_trainable
-    adapted = apply_peft(lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings))
+    try:
+        adapted = apply_peft(lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings))
+    except (ValueError, KeyError, TypeError) as error:  # settings that mean no layer of the base, above all
+        what = f"{folder}: cannot be put onto its base ({config_files.shortened(error, 200)})"
+        raise UserError(f"{what} - give the base that it was trained on") from error
     if pissa.stored(folder):
         pissa.take_out_of_base(adapted, pissa.read_start(folder))
         own.init_lora_weights = init
     return adapted if is_trainable else adapted.requires_grad_(False)  # biases too, which peft would leave
+
+
+def check_finite(folder: Path) -> None:
+    """UserError for an adapter with weights that are infinite or no number, naming the first."""
+    from ..folders.shards import read_tensors
+
+    for name, tensor in read_tensors(folder):
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: {name} holds infinities, or what is no number - take an earlier checkpoint of its run")
 
 
 def apply_peft(make):

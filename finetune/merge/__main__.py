@@ -5,13 +5,12 @@ that memory holds one shard and the adapter; then the merged model is compared w
 its place. What the adapter was trained over is dequantized first; --base names another one, for example the 16-bit sibling.
 """
 
-import argparse
 import math
 import shutil
 from pathlib import Path
 
-from ..errors import UserError, note, run
-from ..folders import checkpoint, model_folder, quant_settings, tensor_files
+from ..errors import Options, UserError, note, run
+from ..folders import adapter_files, checkpoint, meant, model_folder, quant_settings
 from ..folders.new_folder import check_free, new_folder
 from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
 from ..gptq.settings import FEW, MANY, SAMPLES, SEED
@@ -28,7 +27,7 @@ NEW_TOKENS = 16  # of each answer in the proof
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m finetune.merge", description=__doc__.split("\n\n")[0])
+    parser = Options(prog="python -m finetune.merge", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "adapter", type=Path, metavar="ADAPTER", help="the output folder of a LoRA run, or one of its checkpoints"
     )
@@ -93,6 +92,7 @@ def merge(
     conversations = requantize.read_calibration_data(requantized) if requantized else None
     from ..quantized.plain_weights import PlainWeights  # with torch, whose import takes seconds: after the checks
 
+    check_values(base_folder)
     found = over or quant_settings.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
     if base is not None and not found and (seen := quantized_model.of_adapter(adapter)):
@@ -175,10 +175,19 @@ def check_folders(adapter: Path, out: Path) -> None:
     """Raises UserError if there is no whole adapter, or OUT is not free."""
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
-            f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run; a full model needs no merge"
+            f"{adapter}: no adapter_config.json there - give the output folder of a LoRA run, a full model needs no merge"
+            + meant.folder(adapter, meant.ADAPTER)
         )
-    tensor_files.weight_files(adapter)
+    adapter_files.check(adapter)
     check_free(out, "the merged model")
+
+
+def check_values(base: Path) -> None:
+    """UserError for a base whose config.json and tensors do not fit together."""
+    from ..model import whole_base
+
+    if problems := model_folder.value_problems(base) or whole_base.problems(base):
+        raise UserError(*problems)
 
 
 # ---- the proof

@@ -5,22 +5,34 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import qwen_model
 from qwen_model.generation_qwen import MAX_WINDOW_SIZE
 
 from ..errors import UserError, note
 from ..folders import model_folder, quant_settings
+from ..folders.config_files import shortened
 from ..folders.model_folder import LATER_TYPES
 from ..lora import adapters
 from ..quantized import quantized_model
-from . import later_qwen
+from . import later_qwen, whole_base
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer; first-generation Qwen's comes from this toolkit, never from code in the folder."""
+    """The folder's tokenizer; first-generation Qwen's comes from this toolkit, never from code in the folder.
+
+    Raises UserError for one that is damaged, or of another model than the folder's.
+    """
     qwen_model.register()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if findings := model_folder.tokenizer_problems(folder):
+        raise UserError(*findings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever its damaged files make of the classes of transformers
+        what = f"{folder}: its tokenizer cannot be opened ({type(error).__name__}: {shortened(error)})"
+        raise UserError(f"{what} - download the tokenizer's files again") from error
+    whole_base.check_rows(tokenizer, folder)
     if tokenizer.chat_template is None:
         later_qwen.give_chat_template(tokenizer, folder)
     return tokenizer
@@ -65,18 +77,25 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, dev
     """A model in `dtype` ("auto": as stored). flash-attn takes half precision on CUDA only, so nothing else is offered to it.
 
     Quantized, as the folder is or as `quantization` says, it comes onto `device` (None: the GPU if there is one).
+    Raises UserError for a folder that lacks a tensor, or whose weights are infinite or no number.
     """
     if model_folder.has_outdated_code(folder):
         note(
             f"{folder}: the code in it, which others load it with, is older than this toolkit's and answers nonsense under "
             f"transformers 5.24 and newer - python -m finetune.refresh {folder} replaces it"
         )
+    if not (sharded := is_deepspeed_zero3_enabled()):  # under which no model can be made without weights; preparation has looked
+        whole_base.check(folder)
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
     if quantization := quantization or quant_settings.of_folder(folder):
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = quantized_model.load(folder, quantization, dtype, device, **attention)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
+    if sharded or quantization and quantization.method == "nf4":
+        whole_base.check_finite_files(folder)
+    else:
+        whole_base.check_finite(model, folder)
     return later_qwen.prepare(model, half_on_cuda) if model.config.model_type in LATER_TYPES else model
 
 
@@ -90,11 +109,12 @@ def load_tuned(base: Path, adapter: Path, dtype: torch.dtype, as_trained: bool =
     if (adapter / "generation_config.json").is_file():  # a base model that was tuned on conversations chats now
         base_model.generation_config = GenerationConfig.from_pretrained(adapter)
     try:
-        return adapters.load(base_model, adapter, autocast_adapter_dtype=False).eval()
+        tuned = adapters.load(base_model, adapter, autocast_adapter_dtype=False).eval()
     except RuntimeError as error:  # peft's list of tensors whose sizes differ
         raise UserError(
             f"{adapter}: does not fit {base} ({str(error).splitlines()[0]}) - give the base that it was trained on with --base"
         ) from error
+    return tuned
 
 
 def set_chat_settings(model, tokenizer) -> None:

@@ -1,11 +1,97 @@
-"""What optimizers need beside transformers' own choice: LoRA+, and rounding for weights held in bfloat16."""
+"""What optimizers need beside transformers' own choice: packages, settings, LoRA+, and rounding for weights held in bfloat16."""
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+
+from ..errors import shortened
 
 # of transformers' --optim: torchao's AdamW, with a state of 8 or 4 bits, that can round stochastically
 ROUNDING = ("adamw_torch_8bit", "adamw_torch_4bit")
+# the beginning of a name of --optim: (its module, how to install it)
+PACKAGES = {
+    "galore_": ("galore_torch", "pip install galore-torch"),
+    "apollo_": ("apollo_torch", "pip install apollo-torch"),
+    "grokadamw": ("grokadamw", "pip install grokadamw"),
+    "schedule_free_": ("schedulefree", "pip install schedulefree"),
+    "stable_adamw": ("optimi", "pip install torch-optimi"),
+    "adamw_anyprecision": ("torchdistx", "pip install git+https://github.com/pytorch/torchdistx"),
+    "adamw_torch_xla": ("torch_xla", "pip install torch_xla"),
+    "adamw_torch_npu_fused": ("torch_npu", "pip install torch-npu"),
+}
+OTHER_ONE = "give another one, as adamw_torch_fused"
+# names of --optim that this trainer cannot honour: why
+REFUSED = {name: "steps inside the backward pass, and a step is several passes here" for name in (
+    "lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise",
+)}  # fmt: skip
+LOW_RANK = ("rank", "update_proj_gap", "scale", "proj_type")
+ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
+# the beginning of a name of --optim: the settings that it takes from --optim_args. Weight decay is --weight_decay.
+ARGS = {
+    "ademamix": ADEMAMIX,
+    "paged_ademamix": ADEMAMIX,
+    "adamw_torch_8bit": ("bf16_stochastic_round",),
+    "adamw_torch_4bit": ("bf16_stochastic_round",),
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    "rmsprop_bnb": (),
+    "galore_": LOW_RANK,
+    "apollo_": (*LOW_RANK, "proj", "scale_type"),
+    "grokadamw": ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"),
+    "schedule_free_": ("weight_lr_power", "r"),
+    "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
+    "adamw_anyprecision": ("use_kahan_summation", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype"),
+}
+
+
+def problems(training) -> Iterator[str]:
+    """What is wrong with --optim and what it needs, as far as names tell. Without torch."""
+    name = str(getattr(training.optim, "value", training.optim))
+    if why := REFUSED.get(name):
+        yield f"--optim {name}: {why} - {OTHER_ONE}"
+        return
+    if why := lacking(name):
+        yield f"--optim {name}: {why}"
+        return
+    targets, beginning = training.optim_target_modules, name.split("_")[0]
+    if beginning in ("galore", "apollo") and not targets:
+        yield f"--optim {name}: needs to know its layers - add --optim_target_modules all-linear"
+    if targets and beginning not in ("galore", "apollo"):
+        yield f"--optim_target_modules {targets}: is for galore and apollo, and {name} does not read it - leave it out"
+    yield from args_problems(name, training.optim_args)
+
+
+def args_problems(name: str, given: str | None) -> Iterator[str]:
+    """Settings of --optim_args that are none, or that the optimizer does not read."""
+    known, parts = of_name(ARGS, name) or (), (given or "").replace(" ", "").split(",")
+    takes = f"{name} takes {', '.join(f'{key}=...' for key in known)}" if known else f"{name} takes none: leave it out"
+    for part in filter(None, [given and part for part in parts]):
+        key, equals, value = part.partition("=")
+        if not equals or not value or "=" in value:
+            yield f"--optim_args {shortened(part)}: is no setting - write name=value, several with commas between; {takes}"
+        elif key not in known:
+            yield f"--optim_args {shortened(part)}: {name} does not read it - {takes}"
+    if given is not None and "" in parts and (len(parts) > 1 or given.strip()):
+        yield f"--optim_args {shortened(given)}: a comma too many - write name=value, several with commas between"
+
+
+def of_name(table: dict, name: str):
+    """The entry of the longest beginning of `name` that the table has; None without one."""
+    found = [beginning for beginning in table if name.startswith(beginning)]
+    return table[max(found, key=len)] if found else None
+
+
+def is_slow_to_try(name: str) -> bool:
+    """Its first step takes a minute (torchao compiles it), or it looks for the model's own layers."""
+    return name in ROUNDING or name.startswith(("galore_", "apollo_"))
+
+
+def remedy(name: str) -> str:
+    """What to do about an optimizer that does not work."""
+    known = of_name(ARGS, name)
+    return (f"mend --optim_args ({', '.join(known)}), or " if known else "") + OTHER_ONE
 
 
 def prepare(training) -> None:
@@ -29,6 +115,8 @@ def lacking(optim: str) -> str | None:
     """What an optimizer (of --optim) lacks on this machine, and what to do; None where it runs."""
     if optim in ROUNDING:
         return missing()
+    if (package := of_name(PACKAGES, optim)) and importlib.util.find_spec(package[0]) is None:
+        return f"the package is missing - {package[1]}"
     if is_of_bitsandbytes(optim) and importlib.util.find_spec("bitsandbytes") is None:
         return "is of bitsandbytes, and the package is missing - pip install bitsandbytes"
     return None

@@ -42,7 +42,7 @@ def unused_with(folders: list[Path], base: Path | None = None) -> set[str]:
 def base_of(adapter: Path) -> Path | None:
     """The base that an adapter names, if it does."""
     name = config_files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    return Path(name) if name else None
+    return Path(name) if name and isinstance(name, str) else None
 
 
 def may_be_quantized(folder: Path) -> bool:

@@ -111,6 +111,8 @@ def load(
         with one_at_a_time(f"rendering-{folder.name[:16]}"):
             if stored := open_folder(folder):  # another process of this machine has just done it
                 return Samples(file.path, max_length, *stored)
+            if folder.exists():
+                note(f"{folder}: the rendered samples are not as they were written, so the data is rendered again")
             conversations = read(path, flag=flag, bad_samples=bad_samples)
             with temporary_folder(root) as temporary:
                 lay_out(conversations, tokenizer, temporary, **settings)

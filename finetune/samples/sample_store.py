@@ -2,7 +2,7 @@
 
 It holds ids and labels of all samples one behind the other (int32), where each begins (offsets, int64), how many of its tokens are
 supervised (int64) and the sum of their weights (float64), the number of its conversation and a hash of that one's prompt (int64), and
-meta.json; the weights of all tokens (float32) only where some are not 1, and what was left out, JSON lines, only where something was.
+meta.json, which has the SHA-256 of every array; the weights of all tokens (float32) only where some are not 1, and what was left out, JSON lines, only where something was.
 Such a folder may be deleted at any time; a file of conversations is then rendered again.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data_files.sample_files import SampleFile
+from ..hashing import sha256_of_array
 from .renderers import renderer_of
 
 ABANDONED_SECONDS = 3600  # a temporary folder that nobody has written to for so long belongs to a killed run
@@ -33,6 +34,7 @@ class Writer:
 
     def __init__(self, folder: Path):
         self.folder, self.digest, self.tokens = folder, hashlib.sha256(), 0
+        self.hashes = {}  # of each file, as it is written
         self.lengths, self.supervised, self.weight_sums, self.conversations, self.prompts = [], [], [], [], []
         self.left_out = 0  # bytes
         self.files = {name: open(folder / name, "wb") for name in ("ids", "labels")}
@@ -67,23 +69,36 @@ class Writer:
         text = (json.dumps(line, ensure_ascii=False) + "\n").encode(errors="surrogatepass")
         if not self.left_out:
             self.files["left_out"] = open(self.folder / "left_out", "wb")
-        self.files["left_out"].write(text)
+        self.put("left_out", text)
         self.left_out += len(text)
 
     def _write(self, name: str, values: np.ndarray) -> None:
-        self.files[name].write(values)
+        self.put(name, values)
         self.digest.update(values)
+
+    def put(self, name: str, content) -> None:
+        self.files[name].write(content)
+        self.hashes.setdefault(name, hashlib.sha256()).update(content)
 
     def finish(self, meta: dict) -> None:
         """Writes what is known at the end."""
         offsets = np.concatenate(([0], np.cumsum(self.lengths))).astype(np.int64)
         self.digest.update(offsets)
-        offsets.tofile(self.folder / "offsets")
-        for name in ("supervised", "weight_sums", "conversations", "prompts"):
-            np.array(getattr(self, name), ARRAYS[name]).tofile(self.folder / name)
+        arrays = {"offsets": offsets}
+        arrays |= {name: np.array(getattr(self, name), ARRAYS[name]) for name in ("supervised", "weight_sums", "conversations", "prompts")}
+        for name, array in arrays.items():
+            array.tofile(self.folder / name)
         meta |= {"samples": len(self.lengths), "tokens": self.tokens, "weighted": "weights" in self.files, "left_out": self.left_out}
         meta |= {"fingerprint": self.digest.hexdigest()}
-        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        meta["hashes"] = {name: digest.hexdigest() for name, digest in self.hashes.items()}
+        meta["hashes"] |= {name: sha256_of_array(array) for name, array in arrays.items()}
+        (self.folder / "meta.json").write_text(json.dumps(meta | {"hash": hash_of_meta(meta)}), encoding="utf-8")
+
+
+def hash_of_meta(meta: dict) -> str:
+    """Of what meta.json says, notes and fingerprint among it."""
+    kept = {name: value for name, value in meta.items() if name != "hash"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def user_cache_dir() -> Path:
@@ -119,7 +134,10 @@ def _tokenizer_hash(tokenizer) -> str:
 
 
 def open_folder(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
-    """The arrays of a folder, memory-mapped, and its meta; None where there is none or a part is missing."""
+    """The arrays of a folder, memory-mapped, and its meta; None where there is none, or a part is missing or not as it was written.
+
+    Every byte is read and hashed, 1.5 GB a second: what is damaged must not be trained on.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         samples, tokens = meta["samples"], meta["tokens"]
@@ -128,8 +146,10 @@ def open_folder(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         sizes |= ({"weights": tokens} if meta["weighted"] else {}) | ({"left_out": meta["left_out"]} if meta["left_out"] else {})
         # a plain array over the mapping: slicing it costs a tenth of slicing a memmap
         arrays = {name: np.asarray(np.memmap(folder / name, ARRAYS[name], "r")) for name in sizes}
-        return (arrays, meta) if all(len(arrays[name]) == size for name, size in sizes.items()) else None
-    except (OSError, ValueError, KeyError):
+        whole = meta["hash"] == hash_of_meta(meta) and all(len(arrays[name]) == size for name, size in sizes.items())
+        same = whole and all(sha256_of_array(array) == meta["hashes"][name] for name, array in arrays.items())
+        return (arrays, meta) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -46,6 +46,7 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
         if restarted:
             note("started again after a failure, from the beginning: there is no complete checkpoint yet")
         return Way(total=total)
+    checkpoint.check_trusted(point, args.training.engine, args.training.trust_checkpoint)
     before = check_same_run(point, record, args)
     if before:  # without a record, the likeliest front is that of the same layout
         plan.front = tuple(before.get("first_steps", ()))  # which are the largest depends on the layout, which may change
@@ -157,7 +158,7 @@ def what_trains(record: dict) -> str:
 
 # what must be as it was, read from a record: what flags lead to, not their words. None: the record is older than that
 KEPT = {
-    "base model": lambda record: record["base"]["fingerprint"]["sha256"][:12],
+    "base model": lambda record: record["base"]["fingerprint"],
     "adapter of --lora_weight_path": lambda record: record.get("base", {}).get("adapter"),
     "data as rendered": lambda record: record["data"]["fingerprint"][:12],
     "--multi_turn": lambda record: record["data"].get("multi_turn"),
@@ -180,6 +181,8 @@ def differences(before: dict, now: dict, args=None) -> list[str]:
     found = []
     for name, of in KEPT.items():
         one, other = of(before), of(now)
+        if name == "base model":
+            one, other = checkpoint.short_print(one, other), checkpoint.short_print(other, one)
         if one != other and one is not None:
             why = name == "data as rendered" and args and [
                 str(change) for change in flags.changes(before, args, flags.COMPARED) if change.flag in OF_DATA

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..distributed import engines, ranks
+from ..distributed.ranks import meeting
 from ..errors import Findings, UserError, each_line_once, note, warn
 from ..flags import checks, definitions
-from ..folders import checkpoint, hub
+from ..folders import checkpoint, durable, hub, run_lock
 from ..lora import adapters
 from ..model import kinds, loading
 from ..samples import rendered_samples, selection
@@ -60,6 +61,26 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
         record["launches"] = list(launches)
     way = going_on.find_way(args, out, record, plan, restarted)
     return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, way, memory)
+
+
+def begin(args, out: Path, launches: list[str]) -> None:
+    """Takes the output folder for this run, and reads its newest checkpoints until one is whole. All ranks call it.
+
+    The first rank of each machine reads; prepare() then knows at once, on all of them.
+    """
+    if args.look.dry_run or args.findings or not args.training.output_dir:
+        return
+    with meeting.as_one("the output folder"):
+        if ranks.rank() == 0:
+            run_lock.hold(out, launches)
+    found = {}
+    for path in reversed(checkpoint.numbered(out)) if ranks.local_rank() == 0 else ():
+        found[path.name] = durable.faults(path)
+        if not found[path.name]:
+            break
+    first = meeting.exchange("checkpoints as they are", found)[ranks.rank() - ranks.local_rank()]
+    for name in first:
+        durable.learn(out / name, first[name])
 
 
 def check_and_download(args) -> Path:
@@ -160,8 +181,8 @@ def plan_of(args, samples, max_tokens_per_pass: int) -> Plan:
 
 def consistency_record(args, job) -> dict:
     """What all ranks must have alike, for ranks.agree(): what decides which collective operations they meet in."""
-    base, point, training = job.record["base"]["fingerprint"]["sha256"], job.resume_from, args.training
-    same = {"base model": base[:12], "data as rendered": in_short(job.samples)}
+    base, point, training = job.record["base"]["fingerprint"], job.resume_from, args.training
+    same = {"base model": checkpoint.short_print(base, base), "data as rendered": in_short(job.samples)}
     if job.eval_samples is not None:
         same["evaluation data as rendered"] = in_short(job.eval_samples)
     if args.lora.lora_weight_path:

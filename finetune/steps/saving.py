@@ -1,8 +1,5 @@
 """What a run saves, checkpoints and the result: folders that are complete, load by themselves, and are either whole or not there."""
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,12 +10,13 @@ from qwen_model.compat import overrides
 from ..compat import on_transformers
 from ..distributed import engines
 from ..distributed.ranks import meeting
+from ..folders import disk_full, durable, new_folder, output_folder
 from ..folders.adapter_folder import adapter_model_card
-from ..folders.checkpoint import RECORD
 from ..folders.model_writer import saved_tensors
 from ..folders.shards import read_tensors
 from ..folders.tensor_files import MAX_SHARD_SIZE
 from ..lora import pissa
+from ..model import optimizers
 from ..model.loading import compute_dtype
 from .health import check_tensors
 
@@ -37,7 +35,8 @@ class SavesCheckpoints:
         tensors = engines.gather(model, self.engine)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=self.record)
+            record = self.record and self.record | {"manifest": durable.MANIFEST}
+            save_model(model, self.chat_tokenizer, folder, state_dict=tensors, record=record)
         meeting.wait("a model is written")
 
     def save_result(self) -> None:
@@ -54,25 +53,36 @@ class SavesCheckpoints:
 
     @overrides(Trainer, "model", "trial")
     def _save_checkpoint(self, model, trial) -> None:
-        """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from."""
-        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        staging = Path(self.args.output_dir) / ".unfinished"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+        """Writes checkpoint-N beside its place and renames it when it is whole: one that is there can be resumed from.
+
+        Its manifest is written last, when all ranks have written their parts.
+        """
         self.look_at_norm()
-        meeting.wait("there is room for a checkpoint")
-        with on_transformers.checkpoints_into(self, staging), self.throughput.paused():
-            super()._save_checkpoint(model, trial)
-        meeting.wait("a checkpoint is written")
+        out = Path(self.args.output_dir)
+        place, name = out / f"checkpoint-{self.state.global_step}", output_folder.STAGING
         if self.args.should_save:
-            written = staging / place.name
-            if self.state.best_model_checkpoint == str(written):
-                self.state.best_model_checkpoint = str(place)
-                self.state.save_to_json(written / "trainer_state.json")
-            move_into_place(written, place)
-            staging.rmdir()
+            name = output_folder.begin_staging(out).name
+        staging = out / meeting.exchange("there is room for a checkpoint", name)[0]
+        written = staging / place.name
+        with disk_full.told(out, place.name, self.checkpoint_bytes(), staging), self.throughput.paused():
+            with on_transformers.checkpoints_into(self, staging):
+                super()._save_checkpoint(model, trial)
+            meeting.wait("a checkpoint is written")
+            if self.args.should_save:
+                if self.state.best_model_checkpoint == str(written):
+                    self.state.best_model_checkpoint = str(place)
+                    self.state.save_to_json(written / "trainer_state.json")
+                durable.write_manifest(written, out)
+                output_folder.move_checkpoint(written, place)
+                new_folder.remove(staging)
         self.untidy = True  # until a step behind it went well, the one before it stays
         meeting.wait("a checkpoint is in its place")
+
+    def checkpoint_bytes(self) -> float:
+        """About what a checkpoint takes, for the line that says that there is no room for it. Engines write the weights twice."""
+        copies, state = 1 if self.engine in (engines.ONE, engines.DDP) else 2, optimizers.state_bytes(self.args.optim)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return sum(engines.size_of(p) * (copies * p.element_size() + state) for p in trained)
 
 
 def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict | None = None) -> None:
@@ -89,11 +99,15 @@ def save_model(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
     pissa.save_start(model, folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if record:
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        if embeddings and (base := record.get("base", {}).get("name")):
-            # in the place of peft's form, which nobody has filled in
-            (folder / "README.md").write_text(adapter_model_card(base), encoding="utf-8")
+    write_record(model, folder, record)
+
+
+def write_record(model, folder: Path, record: dict | None) -> None:
+    """training.json, which lists the files beside it, so it is the last to be written; of an adapter, README.md before it."""
+    if record and hasattr(model, "peft_config") and (base := record.get("base", {}).get("name")):
+        # in the place of peft's form, which nobody has filled in
+        (folder / "README.md").write_text(adapter_model_card(base), encoding="utf-8")
+    output_folder.write_record(folder, record)
 
 
 def trained_tensors(model) -> dict[str, torch.Tensor]:
@@ -106,29 +120,16 @@ def save_final(model, tokenizer, folder: Path, *, state_dict=None, record: dict 
 
     The config comes last: without it nothing loads, so a run that is killed here leaves no half model.
     """
-    staging = folder / ".unfinished"
-    shutil.rmtree(staging, ignore_errors=True)
-    save_model(model, tokenizer, staging, state_dict=state_dict, record=record)
-    pissa.make_plain(model, staging)
-    verify(staging, model, state_dict)
-    remove_result(folder)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
-        move_into_place(path, folder / path.name)
-    staging.rmdir()
-
-
-def remove_result(folder: Path) -> None:
-    """Removes what an earlier save left in `folder`, the configs first: an adapter beside a full model would be put onto it."""
-    weights = [path for ending in ("safetensors", "bin", "index.json") for path in folder.glob(f"*.{ending}")]
-    for path in [folder / "adapter_config.json", folder / "config.json", *weights]:
-        path.unlink(missing_ok=True)
-
-
-def move_into_place(written: Path, place: Path) -> None:
-    """Renames a file or folder over what may stand there."""
-    if place.is_dir():
-        shutil.rmtree(place)
-    os.replace(written, place)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = output_folder.begin_staging(folder)
+    tensors = saved_tensors(model, state_dict)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with disk_full.told(folder, "the result", needed, staging):
+        save_model(model, tokenizer, staging, state_dict=state_dict)
+        pissa.make_plain(model, staging)
+        write_record(model, staging, record)
+        verify(staging, model, state_dict)
+        output_folder.move_result(staging, folder)
 
 
 def verify(folder: Path, model, state_dict=None) -> None:

@@ -303,3 +303,12 @@ print((resident_gb() - before) * 1e3)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 40  # MB
+
+
+@pytest.mark.parametrize("head", [b"question,answer\rwhy,so\r", b'question,"answer\n', b"prompt\0,output\n"], ids=repr)
+def test_a_first_line_that_csv_cannot_read(tmp_path, head):
+    """It is no table, or one with a broken line: a finding, never an exception of the csv module."""
+    path = tmp_path / "odd.txt"
+    path.write_bytes(head * 3)
+    with pytest.raises(UserError):
+        read(path)

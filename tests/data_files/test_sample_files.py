@@ -77,12 +77,13 @@ def test_missing_file_and_folder(tmp_path):
     missing = tmp_path / "path_to_data"
     with pytest.raises(UserError) as caught:
         read(missing)
-    assert str(caught.value) == f"--data_path {missing}: no such file. Give your training JSON with -d."
+    assert str(caught.value) == f"--data_path {missing}: no such file. Give an existing one with --data_path."
     with pytest.raises(UserError) as caught:
         read(missing, flag="--eval_data_path")
-    assert (
-        str(caught.value) == f"--eval_data_path {missing}: no such file. Give an existing file with --eval_data_path."
-    )
+    assert str(caught.value) == f"--eval_data_path {missing}: no such file. Give an existing one with --eval_data_path."
+    (tmp_path / "path_to_data.json").write_text("[]")
+    with pytest.raises(UserError, match=f"Did you mean {missing}.json\\?"):
+        read(missing)
     with pytest.raises(UserError, match="is a folder; give its files"):
         read(tmp_path)
 

@@ -21,6 +21,8 @@ from networks import free_port, two_machines
 from safetensors.torch import load_file
 from tiny import small_checkpoint, tiny_gptq, wide_checkpoint
 
+from finetune.errors import STOPPED
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 SAMPLES, STEPS = 12, 6  # of a step; of a run
@@ -257,6 +259,26 @@ def test_a_machine_that_dies_and_comes_back(cell, launches, place, killed):
     assert "continuing from" in printed and "checkpoint-" in printed
     assert furthest(weights(cell("LoRA", "two machines")), weights(out)) < 1e-6
     assert sorted(log(out)) == list(range(1, STEPS + 1))  # each step once, in the log too
+
+
+@pytest.mark.parametrize("engine", ["one process", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "two machines"])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same(cell, launches, place, engine):
+    """One launcher gets the signal, of two machines the second; all ranks end behind the same step, with 75."""
+    out, port, two = place / f"asked {engine}", free_port(), engine == "two machines"
+    ranks = 1 if engine == "one process" else 2
+    words = [*flags(ranks), *ENGINES[engine], *METHODS["LoRA"], "--save_strategy", "no", "--max_restarts", "2"]
+    where = [{"machine": i, "MASTER_PORT": port} for i in (0, 1)] if two else [{"GPUS_PER_NODE": ranks}]
+    processes = [launches.start(out, *words, **one) for one in where]
+    wait_for(out / "training_log.jsonl")
+    processes[-1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [STOPPED] * len(processes), "\n".join(printed)
+    [checkpoint] = out.glob("checkpoint-*")
+    step = int(checkpoint.name.rpartition("-")[2])
+    assert step < STEPS and f"SIGTERM: stopped behind step {step}, with {checkpoint}" in printed[0], "\n".join(printed)
+    assert "error" not in "".join(printed) and "Traceback" not in "".join(printed), "\n".join(printed)
+    ended_well(*[launches.start(out, *words, "--resume_from_checkpoint", "auto", **one) for one in where])
+    assert furthest(weights(cell("LoRA", engine)), weights(out)) < (1e-6 if ranks > 1 else 1e-12)
 
 
 def wait_for(path: Path, seconds: float = 120) -> None:

@@ -51,6 +51,9 @@ if wish == "wait":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     time.sleep(120)
+if wish == "saves":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    time.sleep(120)
 if wish == "killed once" and attempt == 0:
     time.sleep(120)
 """
@@ -281,6 +284,25 @@ def test_a_signal_goes_to_the_workers(agents, worker, number, code):
     assert end_of(agent, 20) == (code, "")
     assert [(worker.parent / f"stopped-{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2
     assert not any(is_alive(note["pid"]) for note in started(worker))
+
+
+@pytest.mark.slow
+def test_who_was_asked_to_stop_and_saved_is_not_started_again(agents, worker):
+    agent = agents("--nproc_per_node", 2, "--max_restarts", 3, worker, "saves")
+    wait_until(lambda: len(started(worker)) == 2)
+    time.sleep(0.5)
+    agent.send_signal(signal.SIGUSR1)
+    assert end_of(agent, 20) == (75, "") and len(started(worker)) == 2
+
+
+@pytest.mark.slow
+def test_two_machines_end_alike_when_one_was_asked_to_stop(agents, worker):
+    first, second = two(agents, free_port(), worker, "saves", max_restarts=3)
+    wait_until(lambda: len(started(worker)) == 2)
+    time.sleep(0.5)
+    second.send_signal(signal.SIGUSR1)
+    codes = [end_of(agent, 30)[0] for agent in (first, second)]
+    assert codes == [75, 75] and len(started(worker)) == 2
 
 
 @pytest.mark.slow

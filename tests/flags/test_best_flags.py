@@ -40,6 +40,11 @@ def test_checkpoints_are_written_where_is_evaluated():
     assert training_of("--save_steps", "7").save_steps == 7
 
 
+def test_the_best_alone_is_saved():
+    training = training_of("--save_strategy", "best")
+    assert (training.save_strategy, training.metric_for_best_model) == ("best", "loss")
+
+
 def test_patience_delivers_the_best():
     training = training_of("--early_stopping_patience", "3")
     assert training.load_best_model_at_end and training.early_stopping_patience == 3
@@ -63,7 +68,7 @@ def test_what_cannot_be(world, words, line):
 
 def test_a_patience_of_none(world):
     found = arguments.parse([*EVALUATED, "--early_stopping_patience", "0"]).findings
-    assert found == ["--early_stopping_patience 0: is no number of evaluations - give 1 or more"]
+    assert found == ["--early_stopping_patience 0: out of range - give how many evaluations in a row may be no better, as 3"]
 
 
 @pytest.mark.parametrize(

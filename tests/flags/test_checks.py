@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from command_lines import (
     CONFIG,
     POINTER,
@@ -18,6 +19,8 @@ from command_lines import (
     write_config,
     write_safetensors,
 )
+from safetensors.torch import load_file
+from tiny import tiny_later_qwen
 
 from finetune.errors import UserError
 from finetune.flags import args as arguments
@@ -42,20 +45,22 @@ def test_data_path_missing(world):
 
 def test_data_path_leads_nowhere(world):
     line = only(world, "--data_path", "path_to_data")
-    assert line == "--data_path path_to_data: no such file. Give your training JSON with -d."
+    assert line == "--data_path path_to_data: no such file. Give an existing one with --data_path."
 
 
 def test_evaluation_data_without_evaluation(world):
     other = shutil.copy(world.data, "eval.json")
-    line = only(world, "--eval_data_path", other)
-    assert line == "--eval_data_path is set but evaluation is off - set --evaluation_strategy steps or epoch"
+    for flags in (["--eval_data_path", other], ["--eval_split", "0.5"]):
+        line = only(world, *flags, "--eval_strategy", "no")
+        what = f"{flags[0]} is set but evaluation is off (--eval_strategy no)"
+        assert line == f"{what} - give --eval_strategy steps or epoch, or leave out both"
     assert found(world, "--eval_data_path", other, "--evaluation_strategy", "epoch") == []
     assert found(world, "--eval_data_path", other, "--eval_on_start") == []
 
 
 def test_evaluation_without_data(world):
     line = only(world, "--evaluation_strategy", "steps")
-    assert line.startswith("--evaluation_strategy steps needs conversations to evaluate on - give --eval_data_path")
+    assert line.startswith("--eval_strategy steps needs conversations to evaluate on - give --eval_data_path")
 
 
 def test_evaluating_on_the_training_data_is_warned_of(world, capsys):
@@ -90,7 +95,7 @@ def test_no_config(world):
     inside = world.model / "snapshots" / "abc"
     inside.mkdir(parents=True)
     write_config(inside)
-    assert only(world).endswith(f"did you mean {inside}?")
+    assert only(world).endswith(f"did you mean {inside.relative_to(Path.cwd())}?")
 
 
 def test_an_adapter_given_as_the_model(world, tmp_path):
@@ -131,10 +136,18 @@ def test_no_weights(world):
     assert only(world).startswith(f"{world.model}: no weights")
 
 
-def test_old_bin_weights_pass(world):
+@pytest.mark.parametrize("since_1_6", [True, False])
+def test_old_bin_weights_pass(world, since_1_6):
+    """In the format of before torch 1.6, too; and they are as whole as others."""
+    tensors, path = load_file(world.model / "model.safetensors"), world.model / "pytorch_model.bin"
     (world.model / "model.safetensors").unlink()
-    (world.model / "pytorch_model.bin").write_bytes(bytes(1000))
+    torch.save(tensors, path, _use_new_zipfile_serialization=since_1_6)
     assert found(world) == []
+    del tensors["transformer.ln_f.weight"]
+    torch.save(tensors, path, _use_new_zipfile_serialization=since_1_6)
+    assert only(world) == f"{world.model}: misses transformer.ln_f.weight of 11 tensors - download it again"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert only(world) == f"{path}: damaged, or holds more than tensors - download it again"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "qwen.tiktoken", "config.json"])
@@ -215,10 +228,10 @@ def later_qwen(folder: Path) -> Path:
 
 
 def test_a_later_qwen_is_welcome(world, tmp_path):
-    folder = later_qwen(tmp_path / "Qwen2")
+    folder = tiny_later_qwen(tmp_path / "Qwen2")
     assert found(world, "-m", str(folder)) == []
     line = only(world, "-m", str(folder), "--use_lora", "--train_embeddings", "none", "--lora_target_modules", "w1")
-    assert "w1: no such layer - this model has k_proj, o_proj, q_proj, v_proj" in line
+    assert "w1: no such layer - this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in line
 
 
 def test_other_models_are_refused_by_type(world, tmp_path):

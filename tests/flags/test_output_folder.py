@@ -102,7 +102,7 @@ def test_a_hubs_run_goes_on(world, monkeypatch):
 
 # ---- room on the disk
 
-PARAMETERS = 300 * 32 * 2 + 32 + 96 * 32 + 96 + 32 * 32 + 2 * 48 * 32 + 32 * 48
+PARAMETERS = 300 * 32 * 2 + 3 * 32 + 96 * 32 + 96 + 32 * 32 + 2 * 48 * 32 + 32 * 48
 LORA_PARAMETERS = 64 * ((96 + 32) + (32 + 32) + 2 * (48 + 32) + (32 + 48))
 
 

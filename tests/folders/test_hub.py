@@ -5,6 +5,7 @@ from types import ModuleType
 
 import huggingface_hub
 import pytest
+from command_lines import write_adapter
 
 from finetune.errors import UserError
 from finetune.folders import checkpoint, hub
@@ -50,9 +51,7 @@ def test_a_folder_is_not_asked_for(asked, tmp_path, monkeypatch):
 
 def test_the_base_of_an_adapter_is_fetched_from_there(asked, tmp_path, monkeypatch):
     monkeypatch.setenv("USE_MODELSCOPE", "1")
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/missing"}')
+    adapter = write_adapter(tmp_path / "adapter", base_model_name_or_path="Qwen/missing")
     why = r"\(ModelScope: OSError: .*No space left on device\)"
     with pytest.raises(UserError, match=f"its base Qwen/missing was not found {why} - give it with --base"):
         checkpoint.find_base(adapter)

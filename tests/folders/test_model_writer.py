@@ -1,6 +1,7 @@
 """A folder written tensor by tensor is the one that save_pretrained writes."""
 
 import filecmp
+import json
 
 import pytest
 import torch
@@ -40,7 +41,10 @@ def test_the_folder_is_the_one_that_save_pretrained_writes(base, tmp_path):
     compared = filecmp.dircmp(tmp_path / "a", tmp_path / "b")
     assert (compared.left_only, compared.right_only) == ([], ["README.md"])
     different = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", compared.common_files, shallow=False)[1:]
-    assert different in (([], []), (["model.safetensors"], []))  # order of tensors
+    assert set(different[0]) <= {"model.safetensors", "training.json"} and not different[1]  # order of tensors; the list of files
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in "ab"]
+    assert set(records[0].pop("files")) == {path.name for path in (tmp_path / "a").iterdir()} - {"training.json"}
+    assert records[0] == records[1]
     expected = dict(read_tensors(tmp_path / "a"))
     found = dict(read_tensors(tmp_path / "b"))
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)

@@ -106,7 +106,7 @@ def test_the_adapter_does_something(trained):
     [
         (["{base}", "{tmp}/out"], "no adapter_config.json there"),
         (["{adapter}", "{adapter}"], "exists and is not empty"),
-        (["{adapter}", "{tmp}/out", "--base", "{tmp}/nowhere"], "was not found - give it with --base"),
+        (["{adapter}", "{tmp}/out", "--base", "{tmp}/nowhere"], "--base {tmp}/nowhere: no model was found there - give "),
         (["{adapter}", "{tmp}/out", "--base", "{other}"], "made for another base"),
         (["{adapter}", "{base}/out"], "lies in {base}, which is read - give a new folder for the merged model"),
         (

@@ -114,6 +114,26 @@ def test_a_damaged_cache_folder_is_made_again(tmp_path, cache, renderings):
     assert len(renderings) == 6 and list(cache.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("name", ["ids", "labels", "offsets", "supervised", "weight_sums", "weights", "conversations", "prompts", "meta.json"])
+def test_a_flipped_bit_in_the_cache_is_not_trained_on(tmp_path, cache, renderings, capsys, name):
+    talks = [talk("a", "b"), talk("c", "defg")]
+    talks[1]["messages"][-1]["weight"] = 0.5
+    path = write(tmp_path, talks)
+    first = load(path, ByteTokenizer(), max_length=100)
+    expected = [[array.tolist() for array in sample] for sample in first]
+    [folder] = cache.iterdir()
+    content = bytearray((folder / name).read_bytes())
+    at = content.index(b'"fingerprint": "') + 17 if name == "meta.json" else len(content) // 2
+    content[at] ^= 1
+    (folder / name).write_bytes(content)
+    capsys.readouterr()
+    again = load(path, ByteTokenizer(), max_length=100)
+    assert "rendered again" in capsys.readouterr().err and len(renderings) == 2
+    assert again.fingerprint == first.fingerprint and [[array.tolist() for array in sample] for sample in again] == expected
+    load(path, ByteTokenizer(), max_length=100)
+    assert len(renderings) == 2 and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
 def test_an_interrupted_run_leaves_nothing(tmp_path, cache, monkeypatch, error):
     path, render_batch = write(tmp_path, SAMPLES), chatml.render_batch

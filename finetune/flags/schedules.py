@@ -1,0 +1,69 @@
+"""What each --lr_scheduler_type takes of --lr_scheduler_kwargs, and what it needs; tests/flags/test_trials.py asks transformers."""
+
+from collections.abc import Iterator
+
+from ..errors import shortened
+from . import values
+
+RATES = ("num_cycles", "min_lr", "min_lr_rate")
+# the keys that each type takes
+KEYS = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "reduce_lr_on_plateau": ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps"),
+    "cosine_with_min_lr": RATES,
+    "cosine_warmup_with_min_lr": (*RATES, "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles",
+    ),
+    "greedy": (
+        "mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "warmup", "min_lr", "max_lr", "eps",
+        "verbose", "smooth", "window_size", "reset_start",
+    ),
+}  # fmt: skip
+# one of these must be given
+NEEDED = {
+    "cosine_with_min_lr": ("min_lr_rate", "min_lr"),
+    "cosine_warmup_with_min_lr": ("min_lr_rate", "min_lr"),
+    "warmup_stable_decay": ("num_decay_steps",),
+    "greedy": ("min_lr",),  # its own, 0.001, is above most learning rates
+}
+EXAMPLES = {
+    "cosine_with_min_lr": '{"min_lr_rate": 0.1}',
+    "cosine_warmup_with_min_lr": '{"min_lr_rate": 0.1}',
+    "warmup_stable_decay": '{"num_decay_steps": 100}',
+    "greedy": '{"min_lr": 1e-6}',
+}
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # they look at the evaluated loss
+
+
+def problems(training: dict) -> Iterator[str]:
+    """What is wrong with --lr_scheduler_type and its settings. training: the values of the training flags."""
+    given = training["lr_scheduler_type"]
+    name = getattr(given, "value", given)
+    if name not in KEYS or any(values.object_problems("lr_scheduler_kwargs", training["lr_scheduler_kwargs"], None)):
+        return  # said elsewhere
+    settings, evaluates = values.json_object(training["lr_scheduler_kwargs"]), training["eval_strategy"]
+    if unknown := [key for key in settings if key not in KEYS[name]]:
+        yield f"--lr_scheduler_kwargs: {shortened(name)} takes no {shortened(', '.join(unknown))} - {advice(name)}"
+    needed = NEEDED.get(name, ())
+    if needed and not any(settings.get(key) is not None for key in needed):
+        yield f"--lr_scheduler_type {name}: needs {' or '.join(needed)} - add --lr_scheduler_kwargs '{EXAMPLES[name]}'"
+    if name in BY_EVALUATION and getattr(evaluates, "value", evaluates) == "no":
+        yield f"--lr_scheduler_type {name}: follows the evaluated loss - add --eval_data_path or --eval_split, or give another one"
+
+
+def advice(name: str) -> str:
+    """The settings that a type takes."""
+    keys = KEYS[name]
+    return f"--lr_scheduler_kwargs of {name} are {', '.join(keys)}" if keys else f"{name} has none: leave out --lr_scheduler_kwargs"
+
+
+def with_kwargs(training) -> str:
+    """The settings behind a schedule's name, as they were given."""
+    return f" --lr_scheduler_kwargs {shortened(training.lr_scheduler_kwargs)}" if training.lr_scheduler_kwargs else ""

@@ -1,0 +1,43 @@
+"""A disk that is full while something is saved: one line, and what is half written goes."""
+
+import contextlib
+import errno
+import shutil
+from pathlib import Path
+
+from ..errors import DiskFull
+from . import new_folder
+
+CODES = (errno.ENOSPC, errno.EDQUOT)
+# safetensors says it in Rust's words, torch's writer only that a write failed
+WORDS = ("No space left on device", "os error 28", "os error 122", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, says that a disk or a quota is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in CODES or any(word in str(error) for word in WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def told(out: Path, what: str, needed: float, staging: Path):
+    """A block that saves: where the disk is full, `staging` is removed and DiskFull says what is needed and free. needed: bytes."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        new_folder.remove(staging)
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(out).free
+            sizes = f"it takes about {gigabytes(needed)}, {gigabytes(free)} are free (a quota may allow less)"
+            raise DiskFull(f"{out}: no room for {what}: {sizes}; the half one is removed, earlier checkpoints are whole - make room, "
+                           "and start the same command with --resume_from_checkpoint auto") from error
+        raise
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"

@@ -1,0 +1,152 @@
+"""Is a base model whole? The names and shapes of its tensors against those of the model that its config.json describes.
+
+What a folder lacks, transformers makes up from random numbers, and what it has too much of it passes over. So both are compared
+before weights are loaded: of safetensors the headers are read, and of .bin files, which have none, the tensors' sizes.
+"""
+
+import math
+from pathlib import Path
+
+from ..distributed import ranks
+from ..errors import UserError
+from ..folders import config_files, gptq_format, model_folder, quant_settings
+from ..folders.config_files import shortened
+
+
+def check(folder: Path) -> None:
+    """Raises UserError for a folder whose tensors are not the model's. Loads no weight; a model of 80 layers takes a second.
+
+    More tensors than the model has are left alone: rotary frequencies of old checkpoints, the biases of published Int4 ones.
+    """
+    from ..folders.shards import Shards  # with torch
+
+    expected, prefix = tensors_of_model(folder)
+    with Shards(folder) as shards:
+        found = {name: shards.shape(name) for name in shards}
+    if prefix and not any(name.startswith(f"{prefix}.") for name in found):  # saved without its head
+        found = {name if name in expected else f"{prefix}.{name}": shape for name, shape in found.items()}
+    wrong = quantized_faults(folder, found, expected)
+    found |= {name: shape for name, shape in model_folder.unpacked_shapes(found).items() if name in expected}
+    wrong |= {name: f"is {found[name]}, not {shape}" for name, shape in expected.items() if found.get(name, shape) != shape}
+    missing = [name for name in expected if name not in found and name not in wrong]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{folder}: misses {', '.join(missing[:3])}{more} of {len(expected)} tensors - download it again")
+    if wrong:
+        name, fault = next(iter(wrong.items()))
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(f"{folder}: {name} {fault}{more} - take weights and config.json of one checkpoint")
+
+
+def problems(folder: Path) -> list[str]:
+    """check() as a list of findings."""
+    try:
+        check(folder)
+    except UserError as error:
+        return error.findings
+    return []
+
+
+def tensors_of_model(folder: Path) -> tuple[dict[str, list[int]], str]:
+    """({name: shape} of the tensors that are stored of the plain model, the prefix of their names within it).
+
+    Raises UserError for a config.json or generation_config.json that transformers makes nothing of.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    import qwen_model
+
+    from ..folders import model_writer
+
+    qwen_model.register()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = model_writer.skeleton(config)
+    except Exception as error:  # whatever a value makes of the classes of transformers
+        what = f"{folder}/config.json: describes no model ({type(error).__name__}: {shortened(error)})"
+        raise UserError(f"{what} - take the file of the published checkpoint") from error
+    if (folder / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            what = f"{folder}/generation_config.json: cannot be used ({shortened(error)})"
+            raise UserError(f"{what} - take the file of the published checkpoint") from error
+    return model_writer.tensor_shapes(model), model.base_model_prefix
+
+
+def quantized_faults(folder: Path, found: dict, expected: dict) -> dict[str, str]:
+    """{name: what is wrong with it} of GPTQ's packed tensors; {} for plain weights. found: {name: shape} of the files."""
+    settings = quant_settings.of_folder(folder)
+    if settings is None or settings.method != "gptq":
+        return {}
+    faults = {}
+    packed = {name.rsplit(".", 1)[0] for name in found if name.endswith(gptq_format.PARTS)}
+    for layer in sorted(packed):
+        if (weight := expected.get(f"{layer}.weight")) is None:
+            continue
+        for name, shape in packed_shapes(layer, weight, settings).items():
+            if name not in found:
+                faults[name] = "is missing"
+            elif found[name] != shape:
+                faults[name] = f"is {found[name]}, not {shape}"
+    return faults
+
+
+def packed_shapes(layer: str, weight: list[int], settings) -> dict[str, list[int]]:
+    """{name: shape} of what GPTQ stores for a layer's weight (outputs, inputs)."""
+    outputs, inputs = weight
+    groups = 1 if settings.group_size == -1 else math.ceil(inputs / max(1, settings.group_size))
+    shapes = {
+        "qweight": [inputs * settings.bits // 32, outputs],
+        "qzeros": [groups, outputs * settings.bits // 32],
+        "scales": [groups, outputs],
+        "g_idx": [inputs],
+    }
+    return {f"{layer}.{part}": shape for part, shape in shapes.items()}
+
+
+def check_rows(tokenizer, folder: Path) -> None:
+    """UserError for a tokenizer that knows more tokens than the embedding has rows, by config.json."""
+    rows, most = config_files.config_of(folder).get("vocab_size"), max(tokenizer.get_vocab().values(), default=0)
+    if type(rows) is int and most >= rows:
+        what = f"{folder}: the tokenizer's ids go up to {most:,}, and the model has {rows:,} rows"
+        raise UserError(f"{what} - take both from the same checkpoint")
+
+
+# ---- numbers that are none
+
+
+def check_finite(model, folder: Path) -> None:
+    """UserError for a loaded model with weights that are infinite or no number, naming the first tensor.
+
+    Each tensor is summed up once, in float32: what memory can deliver, some GB a second on a CPU, and no copy.
+    """
+    import torch
+
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor = tensor.detach()
+        if tensor.device.type == "meta" or not tensor.is_floating_point() or not tensor.numel() or tensor.element_size() == 1:
+            continue
+        total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+        if not total.isfinite() and not tensor.isfinite().all():  # the sum of finite numbers may be too large
+            raise not_finite(folder, name)
+
+
+def check_finite_files(folder: Path) -> None:
+    """The same from the files, for weights that are quantized or shared out while they are loaded: reads all of them once more.
+
+    Of several ranks each reads its share.
+    """
+    from ..folders.shards import Shards
+
+    with Shards(folder) as shards:
+        for name in list(shards)[ranks.rank() :: ranks.count()]:
+            tensor = shards[name]
+            if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+                raise not_finite(folder, name)
+
+
+def not_finite(folder: Path, name: str) -> UserError:
+    return UserError(f"{folder}: {name} holds infinities, or what is no number - download it again, or take an earlier checkpoint")
