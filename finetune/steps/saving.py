@@ -48,7 +48,6 @@ class SavesCheckpoints:
             if tensors is None and dtype is not None:
                 model.to(dtype)
             out = Path(self.args.output_dir)
-            checkpoint.keep_newest(out, self.args.save_total_limit, self.state.best_model_checkpoint)  # if the last save was killed
             save_final(model, self.chat_tokenizer, out, state_dict=tensors, record=self.record)
         meeting.wait("the result is written")
 
