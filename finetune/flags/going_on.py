@@ -37,7 +37,7 @@ RULES = {
         """,
         FREE: """
             eval_data_path max_tokens_per_pass lazy_preprocess per_device_eval_batch_size dry_run html gpu_memory
-            output_dir overwrite_output_dir resume_from_checkpoint trust_checkpoint stop_after cache_dir use_cpu local_rank
+            output_dir overwrite_output_dir resume_from_checkpoint trust_checkpoint skip_self_tests stop_after cache_dir use_cpu local_rank
             gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
             torch_compile torch_compile_backend torch_compile_mode use_cache liger_kernel_config full_determinism
             report_to logging_dir logging_first_step log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen

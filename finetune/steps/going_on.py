@@ -63,7 +63,8 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
         way = way._replace(kind=NOTHING)
     elif over:
         way = way._replace(kind=RESULT)
-    record["changes"] = [*before.get("changes", []), *({"after_step": way.done, **change._asdict()} for change in way.changes)]
+    new = [{"after_step": way.done, "flag": flag, "before": old, "now": value} for flag, old, value in way.changes]
+    record["changes"] = [*before.get("changes", []), *new]
     tell(way, out, asked=args.training.resume_from_checkpoint is not None)
     tell_lacking(way, args.training.world_size)
     return way

@@ -66,6 +66,7 @@ def of_run(name: str, folder: Path, args, samples, plan, eval_samples=None) -> d
         "schedule": schedule(training, plan),
         "max_length": training.model_max_length,
         "command": command(),
+        "started_in": os.getcwd(),
         "flags": flags_given(args),
         "versions": versions(training, quantization),
         "toolkit": toolkit_version(),

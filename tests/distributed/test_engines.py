@@ -7,6 +7,7 @@ steps; a second one goes on from there.
 
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -205,6 +206,35 @@ def test_stopped_and_gone_on_is_the_same(cell, launches, place, method, engine):
     assert "continuing from" in printed and sorted(log(out)) == [4, 5, 6]
     difference = furthest(weights(whole), weights(out))
     assert difference == 0 if engine == "one process" else difference < 1e-6
+
+
+@pytest.fixture(scope="module")
+def changed(place, cell, launches):
+    """changed(engine) -> (folder, words, what was printed) of a run that goes on from step 3 with other flags; each is run once."""
+
+    @functools.cache
+    def run(engine: str):
+        out, change = place / f"changed on {engine}", ["--learning_rate", "5e-3", "--weight_decay", "0.3", "--max_steps", "5"]
+        words = ["LoRA", engine, out, "--resume_from_checkpoint", "auto", *change]
+        shutil.copytree(cell("LoRA", engine) / "checkpoint-3", out / "checkpoint-3")
+        return out, words, launches.run(*words)
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ["one process", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2"])
+def test_changed_flags_hold_on_every_engine(changed, launches, engine):
+    """Another rate, decay and number of steps, in the midst of an epoch; then started again, with half a result: no step more."""
+    out, words, printed = changed(engine)
+    assert "changed from here on: " in printed
+    rates = {step: line["learning_rate"] for step, line in log(out).items()}
+    assert rates == pytest.approx({k + 1: 5e-3 * 0.5 * (1 + math.cos(math.pi * (k - 1) / 4)) for k in (3, 4)}, rel=1e-9)
+    result = weights(out)
+    assert furthest(weights(changed("one process")[0]), result) < 1e-5
+    (out / "adapter_config.json").unlink()
+    assert "nothing left to train" in launches.run(*words)
+    assert furthest(result, weights(out)) == 0 and not (out / "checkpoint-6").exists()
+    assert "nothing to do" in launches.run(*words)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -104,12 +104,12 @@ def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):  
 
 
 def test_a_curve_that_follows_the_loss_cannot_change(asked, tmp_path):  # noqa: F811
-    out = tmp_path / "out"
-    leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
-    flags = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--resume_from_checkpoint", "auto"]
-    flags += ["--eval_split", "0.3"]  # which it follows
-    with pytest.raises(UserError, match="reduce_lr_on_plateau: follows the loss|data as rendered"):
-        preparation.prepare(asked(*flags), out)
+    out, held_out = tmp_path / "out", write_talks(tmp_path / "held_out.json", count=3)
+    flags = ["--eval_data_path", held_out, "--eval_strategy", "epoch"]  # which it follows
+    leave_checkpoint(out, 1, preparation.prepare(asked(*flags), out).record, [])
+    flags += ["--resume_from_checkpoint", "auto"]
+    with pytest.raises(UserError, match="--lr_scheduler_type reduce_lr_on_plateau: follows the loss, .*linear, now reduce_lr_on_plateau"):
+        preparation.prepare(asked(*flags, "--lr_scheduler_type", "reduce_lr_on_plateau"), out)
 
 
 # ---- the same command, typed again
