@@ -221,8 +221,7 @@ WORDS = {
         "adamw_fused": "adamw_torch_fused", "fused_adamw": "adamw_torch_fused", "adamw_apex_fused": "adamw_torch_fused",
         "adam_8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "adam8bit": "adamw_8bit",
         "paged_adamw": "paged_adamw_32bit", "lion": "lion_32bit", "ademamix_32bit": "ademamix", "adamw_8bit_torch": "adamw_torch_8bit",
-        "galore": "galore_adamw", "apollo": "apollo_adamw", "schedule_free": "schedule_free_adamw",
-        "adamw_schedule_free": "schedule_free_adamw", "grok": "grokadamw",
+        "galore": "galore_adamw", "apollo": "apollo_adamw", "grok": "grokadamw",
     },
     "lr_scheduler_type": {
         "cosine_annealing": "cosine", "cosine_decay": "cosine", "cosineannealinglr": "cosine", "cosine_with_warmup": "cosine",

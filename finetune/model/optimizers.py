@@ -14,7 +14,6 @@ PACKAGES = {
     "galore_": ("galore_torch", "pip install galore-torch"),
     "apollo_": ("apollo_torch", "pip install apollo-torch"),
     "grokadamw": ("grokadamw", "pip install grokadamw"),
-    "schedule_free_": ("schedulefree", "pip install schedulefree"),
     "stable_adamw": ("optimi", "pip install torch-optimi"),
     "adamw_anyprecision": ("torchdistx", "pip install git+https://github.com/pytorch/torchdistx"),
     "adamw_torch_xla": ("torch_xla", "pip install torch_xla"),
@@ -24,6 +23,8 @@ OTHER_ONE = "give another one, as adamw_torch_fused"
 # names of --optim that this trainer cannot honour: why
 REFUSED = {name: "steps inside the backward pass, and a step is several passes here" for name in (
     "lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise",
+)} | {name: "its weights are to be averaged before they are evaluated and saved, which is not done here" for name in (
+    "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
 )}  # fmt: skip
 LOW_RANK = ("rank", "update_proj_gap", "scale", "proj_type")
 ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
@@ -40,7 +41,6 @@ ARGS = {
     "galore_": LOW_RANK,
     "apollo_": (*LOW_RANK, "proj", "scale_type"),
     "grokadamw": ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"),
-    "schedule_free_": ("weight_lr_power", "r"),
     "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
     "adamw_anyprecision": ("use_kahan_summation", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype"),
 }
