@@ -32,11 +32,11 @@ RULES = {
         COMPARED: """
             model_name_or_path use_lora q_lora quant lora_weight_path lora_target_modules
             train_embeddings train_tokens use_dora use_rslora init_lora_weights loraplus_lr_ratio
-            data_path eval_split bad_samples supervise long_samples allow_special multi_turn empty_thoughts model_max_length
+            data_path eval_data_path eval_split bad_samples supervise long_samples allow_special multi_turn empty_thoughts model_max_length
             per_device_train_batch_size gradient_accumulation_steps seed optim bf16 fp16 bf16_weights deepspeed fsdp fsdp_config
         """,
         FREE: """
-            eval_data_path max_tokens_per_pass lazy_preprocess per_device_eval_batch_size dry_run html gpu_memory
+            max_tokens_per_pass lazy_preprocess per_device_eval_batch_size dry_run html gpu_memory
             output_dir overwrite_output_dir resume_from_checkpoint trust_checkpoint stop_after cache_dir use_cpu local_rank
             gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
             torch_compile torch_compile_backend torch_compile_mode use_cache liger_kernel_config full_determinism
