@@ -68,6 +68,7 @@ def make_trainer(args, job):
     from finetune.model import loading
     from finetune.steps import activation_checkpointing, report, run_record
     from finetune.steps.best import StopEarly
+    from finetune.steps.self_tests import SelfTests
     from finetune.steps.stopping import Stopping
     from finetune.steps.trainer import PlannedTrainer
 
@@ -86,6 +87,7 @@ def make_trainer(args, job):
     trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **stop, **kept)
     activation_checkpointing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
+    trainer.add_callback(SelfTests(trainer, loading.compute_dtype(training), training.skip_self_tests))
     report.replace_progress_callbacks(trainer)
     return trainer
 

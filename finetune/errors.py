@@ -34,6 +34,10 @@ class Stopped(Exception):
     """A run that was asked to stop, has saved, and can go on: no error. Its exit code is STOPPED."""
 
 
+class Failed(RuntimeError):
+    """What cannot go on, and is not to be mended by another command: one line, exit code 1."""
+
+
 class DiskFull(OSError):
     """A disk that was full while something was saved: one line, exit code 1."""
 
@@ -188,7 +192,7 @@ def wrong_python() -> str | None:
 
 def explained(error: Exception) -> str | None:
     """A line for what can go wrong in training without being a fault of the program; None for anything else."""
-    if isinstance(error, (FloatingPointError, DiskFull)):
+    if isinstance(error, (FloatingPointError, DiskFull, Failed)):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or 'a file'}: could not be written, the disk or its quota is full - make room, and start again"

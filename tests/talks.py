@@ -57,6 +57,9 @@ class ByteTokenizer:
     def encode_ordinary_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode_ordinary(text) for text in texts]
 
+    def decode(self, ids: list[int], **settings) -> str:
+        return bytes(ids).decode()
+
     def get_vocab(self) -> dict:
         return self.vocabulary
 

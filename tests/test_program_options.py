@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from command_lines import write_adapter
 
 import run_gptq
 from finetune import errors, refresh
@@ -18,9 +19,9 @@ PROGRAMS = {"ask": ask, "compare": compare, "export": export, "merge": merge, "r
 def told(tmp_path, monkeypatch, capsys):
     """told("ask quickstart hello") -> the one line; in a folder with quickstart/model and quickstart/adapter."""
     monkeypatch.chdir(tmp_path)
-    for name, file in (("model", "config.json"), ("adapter", "adapter_config.json")):
-        (tmp_path / "quickstart" / name).mkdir(parents=True)
-        (tmp_path / "quickstart" / name / file).write_text('{"model_type": "qwen2", "base_model_name_or_path": "gone"}')
+    (tmp_path / "quickstart" / "model").mkdir(parents=True)
+    (tmp_path / "quickstart" / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    write_adapter(tmp_path / "quickstart" / "adapter", base_model_name_or_path="gone", peft_type="LORA")
 
     def run(line: str) -> str:
         program, *words = line.split()
@@ -65,7 +66,7 @@ def test_one_line(told, line, start, end):
 
 
 def test_endless_values_are_cut():
-    assert errors.shortened("a\x1b[31m\n  b") == "a\\x1b[31m b" and errors.shortened("x" * 100) == "x" * 77 + "..."
+    assert errors.shortened("a\x1b[31m\n  b") == "a\\x1b[31m b" and errors.shortened("x" * 101) == "x" * 97 + "..."
     line = errors.barred("begins " + "x" * 10_000 + "\x07 - the remedy")
     assert len(line) <= errors.LONGEST and line.startswith("begins x") and line.endswith("x\\x07 - the remedy")
     assert errors.barred("short") == "short"

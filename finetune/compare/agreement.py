@@ -24,6 +24,9 @@ from tqdm import tqdm
 
 from qwen_model.chatml import IGNORE
 
+from ..errors import UserError
+from ..folders.config_files import shortened
+from ..samples.time_limit import of_template
 from .opened import GREEDY
 
 QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
@@ -103,9 +106,19 @@ def measure(
 
 
 def question_prompts(tokenizer) -> list[list[int]]:
-    """QUESTIONS in the model's chat format, as token ids."""
+    """QUESTIONS in the model's chat format, as token ids. UserError for a template that fails, or lays out nothing."""
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    return [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns]
+    what, remedy = f"{tokenizer.name_or_path}: its chat template", "take that of the published checkpoint"
+    try:
+        with of_template(tokenizer, len(turns)):
+            prompts = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns]
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program
+        raise UserError(f"{what} fails ({type(error).__name__}: {shortened(error)}) - {remedy}") from error
+    if not all(prompts):
+        raise UserError(f"{what} lays out nothing - {remedy}")
+    return prompts
 
 
 def own_answers(model, prompts: list[list[int]], max_new_tokens: int) -> list[tuple]:

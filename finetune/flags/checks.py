@@ -12,7 +12,7 @@ from pathlib import Path
 from ..data_files.sample_files import SampleFile
 from ..data_files.sources import sources_of
 from ..distributed import engines
-from ..errors import UserError, note, warn
+from ..errors import UserError, note, shortened, warn
 from ..folders import adapter_folder, config_files, meant, model_folder
 from ..folders.checkpoint import resume_point
 from ..model import kinds, optimizers, whole_base
@@ -101,7 +101,7 @@ def base_model(args) -> Iterator[str]:
         kind = config_files.config_of(folder).get("model_type")
         if kind not in model_folder.TRAINED_TYPES:
             trained = ", ".join(model_folder.TRAINED_TYPES)
-            what = f"--model_name_or_path {folder}: is of model type {kind}, and trained are {trained}"
+            what = f"--model_name_or_path {folder}: is of model type {shortened(kind)}, and trained are {trained}"
             yield f"{what} - give a checkpoint of Qwen, Qwen1.5, Qwen2, Qwen2.5 or Qwen3 that is no mixture of experts"
             return
         yield from kinds.kind_problems(args, folder)

@@ -230,6 +230,9 @@ class TrainingFlags:
         None, "Stop when so many evaluations in a row were no better than the best, and deliver that one.", metavar="N"
     )
     per_device_eval_batch_size: int = flag(8, "Samples of an evaluation step, per device.", metavar="N")
+    skip_self_tests: list[str] = flag(
+        [], "Leave out tests of the first seconds: causality, packing.", metavar="NAME", choices=["causality", "packing"]
+    )
     stop_after: str | None = flag(
         None, "Stop so long after the start, as 3h50m, 90m or 300s, with a checkpoint from which the same command goes on.",
         metavar="TIME",

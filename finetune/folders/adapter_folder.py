@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from . import config_files, model_folder
 
 PREFIX = "base_model.model."
@@ -17,7 +17,7 @@ def check_adapter(folder: Path, base: Path | None = None, flag: str = "") -> Non
     missing = missing_tensors(folder, base)
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        what = f"{flag} {folder}: adapter misses {', '.join(missing[:4])}{more}".strip()
+        what = f"{flag} {folder}: adapter misses {', '.join(map(shortened, missing[:4]))}{more}".strip()
         embeddings = set(missing) <= EMBEDDINGS
         published = " (the published finetune.py's last save leaves embeddings out)" if embeddings else ""
         base_too = "" if base is None or embeddings else "its own base, or "
@@ -195,5 +195,6 @@ def adapter_model_card(base: str) -> str:
 def describe_adapter(config: dict) -> str:
     """An adapter's settings: "r=64 alpha=16 on c_attn, c_proj, w1, w2, bias none"."""
     targets = config.get("target_modules") or []
-    listed = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    return f"r={config.get('r')} alpha={config.get('lora_alpha')} on {listed}, bias {config.get('bias', 'none')}"
+    listed = shortened(targets if isinstance(targets, str) else ", ".join(sorted(targets)), 200)
+    rank, alpha, bias = (shortened(config.get(name, usual), 30) for name, usual in (("r", None), ("lora_alpha", None), ("bias", "none")))
+    return f"r={rank} alpha={alpha} on {listed}, bias {bias}"

@@ -203,7 +203,7 @@ def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) ->
         warn(f"{every[-1]}: {in_short(wrong)}; the checkpoints before it are kept, and the disk should be looked at")
         return
     for path in removable:
-        shutil.rmtree(path, ignore_errors=True)
+        output_folder.discard(path)
 
 
 def remove_all(output_dir: Path) -> None:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ..compat import on_transformers
-from ..errors import UserError, warn
+from ..errors import UserError, shortened, warn
 from . import config_files, meant, quant_settings, settings_files, tensor_files
 from .headers import tensors_of
 
@@ -77,7 +77,7 @@ def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[
     """A finding for a model that this toolkit does not train."""
     kind = config.get("model_type")
     if kind not in TRAINED_TYPES and not (isinstance(kind, str) and on_transformers.knows_model_type(kind)):
-        what = f'model_type "{kind}"' if kind else "no model_type"
+        what = f'model_type "{shortened(kind)}"' if kind else "no model_type"
         what = f"{folder}/config.json: {what}, which transformers does not know"
         return [f"{what} - give the folder of a Qwen checkpoint"]
     if findings := quant_settings.folder_problems(folder):
@@ -97,8 +97,8 @@ def value_problems(folder: Path) -> list[str]:
     warn_of_unknown_keys(folder, config)
     try:
         QWenConfig.from_dict(config)
-    except (ValueError, TypeError) as error:
-        return [f"{folder}/config.json: {' '.join(str(error).split())} - take the file of the published checkpoint"]
+    except Exception as error:  # whatever a value makes of transformers' classes
+        return [f"{folder}/config.json: {shortened(error, 200)} - take the file of the published checkpoint"]
     return []
 
 
@@ -109,7 +109,7 @@ def warn_of_unknown_keys(folder: Path, config: dict) -> None:
     known = MORE_KEYS | set(QWenConfig().to_dict())
     for key in config.keys() - known:
         if close := difflib.get_close_matches(key, known - config.keys(), 1, 0.85):
-            warn(f"{folder}/config.json: unknown config key {key}; did you mean {close[0]}?")
+            warn(f"{folder}/config.json: unknown config key {shortened(key)}; did you mean {close[0]}?")
 
 
 def trained_length(config: dict) -> int | None:

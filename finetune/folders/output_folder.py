@@ -138,6 +138,13 @@ def move_checkpoint(written: Path, place: Path) -> None:
     shutil.rmtree(written.with_name("before"), ignore_errors=True)
 
 
+def discard(path: Path) -> None:
+    """Removes a folder of ours: out of its place first, so that a kill leaves no half one there."""
+    staging = begin_staging(path.parent)
+    os.replace(path, staging / path.name)
+    new_folder.remove(staging)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a run wrote this folder, whole or not."""
     return path.is_dir() and any((path / name).is_file() for name in (durable.MANIFEST, RECORD, "trainer_state.json"))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from . import config_files
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -42,7 +42,7 @@ def of_folder(folder: Path) -> Quantization | None:
         return Quantization(method, 0)
     values = {"bits": settings.get("bits"), "group_size": settings.get("group_size", 128)}
     if wrong := [key for key, value in values.items() if type(value) is not int]:
-        what = f"{folder}/{source}: {wrong[0]} is {json.dumps(values[wrong[0]])}, not a whole number"
+        what = f"{folder}/{source}: {wrong[0]} is {shortened(json.dumps(values[wrong[0]]))}, not a whole number"
         raise UserError(f"{what} - take the file of the published checkpoint")
     return Quantization(
         "gptq",
@@ -69,9 +69,9 @@ def folder_problems(folder: Path) -> list[str]:
     if found is None:
         return []
     if found.method != "gptq":
-        return [f"{folder} is quantized ({found.method}) - give another checkpoint: {WORKS}"]
+        return [f"{folder} is quantized ({shortened(found.method)}) - give another checkpoint: {WORKS}"]
     if found.bits not in GPTQ_BITS or found.format not in FORMATS:
-        what = f"{folder} is quantized (GPTQ, {found.bits} bits, format {found.format})"
+        what = f"{folder} is quantized (GPTQ, {found.bits} bits, format {shortened(found.format)})"
         return [f"{what} - give another checkpoint: {WORKS}"]
     return []
 

@@ -62,7 +62,7 @@ OF_CONFIG = {
     "model_type": TEXT, "architectures": TEXTS, "layer_types": TEXTS, "hidden_act": TEXT, "torch_dtype": TEXT, "dtype": TEXT,
     "rms_norm_eps": POSITIVE, "layer_norm_epsilon": POSITIVE, "rope_theta": POSITIVE, "rotary_emb_base": POSITIVE,
     "initializer_range": NUMBER, "attention_dropout": NUMBER, "tie_word_embeddings": FLAG, "use_sliding_window": FLAG,
-    "auto_map": OBJECT, "rope_scaling": OBJECT, "rope_parameters": OBJECT, "eos_token_id": IDS,
+    "auto_map": OBJECT, "quantization_config": OBJECT, "rope_scaling": OBJECT, "rope_parameters": OBJECT, "eos_token_id": IDS,
 }  # fmt: skip
 OF_GENERATION = {
     "chat_format": TEXT, "eos_token_id": IDS, "pad_token_id": IDS, "bos_token_id": IDS, "max_window_size": LENGTH,

@@ -16,13 +16,15 @@ from ..folders.config_files import shortened
 from ..folders.model_folder import LATER_TYPES
 from ..lora import adapters
 from ..quantized import quantized_model
+from ..samples import lossless
+from ..samples.rendering import PROBE
 from . import later_qwen, whole_base
 
 
 def load_tokenizer(folder: Path):
     """The folder's tokenizer; first-generation Qwen's comes from this toolkit, never from code in the folder.
 
-    Raises UserError for one that is damaged, or of another model than the folder's.
+    Raises UserError for one that is damaged, of another model than the folder's, or that does not give back its text.
     """
     qwen_model.register()
     if findings := model_folder.tokenizer_problems(folder):
@@ -33,6 +35,7 @@ def load_tokenizer(folder: Path):
         what = f"{folder}: its tokenizer cannot be opened ({type(error).__name__}: {shortened(error)})"
         raise UserError(f"{what} - download the tokenizer's files again") from error
     whole_base.check_rows(tokenizer, folder)
+    lossless.check(tokenizer, [PROBE])
     if tokenizer.chat_template is None:
         later_qwen.give_chat_template(tokenizer, folder)
     return tokenizer

@@ -33,6 +33,7 @@ from .template_shapes import (
     texts_of,
     trimmed,
 )  # fmt: skip
+from .time_limit import of_template
 
 SHAPES = 4096  # of conversations, remembered
 FIRST_GENERATION_MASK = (
@@ -277,7 +278,8 @@ class ChatTemplate:
     def apply(self, conversations: list[list[dict]], tools: list[dict] | None, **settings) -> list[str]:
         """What the template returns for each conversation."""
         plain = [[{key: m[key] for key in TO_TEMPLATE if key in m} for m in messages] for messages in conversations]
-        return self.tokenizer.apply_chat_template(plain, tools=tools or None, tokenize=False, **settings)
+        with of_template(self.tokenizer, len(plain)):
+            return self.tokenizer.apply_chat_template(plain, tools=tools or None, tokenize=False, **settings)
 
     def _refuse(self, what: str, remedy: str, cause: Exception | None = None):
         if self.number == 0:  # no conversation yet: the template itself is asked
@@ -378,7 +380,9 @@ def prompt_ids(tokenizer, messages: list[dict], tools: list[dict], rendering: Re
     """The prompt for the next answer, as samples are laid out: special tokens that people have written are text."""
     renderer = ChatTemplate(tokenizer, "", rendering)
     hide = renderer.control.hide
-    text = renderer.apply([hide(messages)], hide(tools), add_generation_prompt=True, **settings)[0]
+    text = renderer._template(hide(messages), hide(tools), add_generation_prompt=True, **settings)
+    if not text:
+        renderer._refuse("the model's chat template lays out nothing", CHANGE_TEMPLATE)
     stretches = list(renderer.stretches(text, []))
     ids = renderer.ids_of([part for part, special, _ in stretches if not special])
     return [index for part, special, _ in stretches for index in (renderer.special_ids[part] if special else ids[part])]

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from ..conversations.data_notes import counted
 from ..conversations.reading import Conversations, Entry
 from ..errors import UserError, on_first_rank
+from . import lossless
 from .long_samples import LongSamples, parts_of
 from .renderers import renderer_of
 from .rendering import Rendering
@@ -60,6 +61,8 @@ class _LayingOut:
     def write(self, batch: list[Entry], writer: Writer) -> None:
         """Renders and writes a batch of samples of the file."""
         good = [entry for entry in batch if entry.conversation is not None]
+        looked_at = [entry.conversation.messages for entry in good[: lossless.LOOKED_AT]]
+        lossless.check(self.renderer.tokenizer, [message["content"] for messages in looked_at for message in messages])
         rendered = self.renderer.render_batch([entry.conversation for entry in good], [entry.number for entry in good])
         found = {entry.number: samples for entry, samples in zip(good, rendered)}
         for entry in batch:

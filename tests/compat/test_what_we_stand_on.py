@@ -8,9 +8,9 @@ PACKAGES = {"transformers", "peft", "accelerate", "torch", "deepspeed", "gptqmod
 # documented modules
 PUBLIC = {
     "torch.nn.functional", "torch.nn.parallel", "torch.utils.data", "torch.utils.checkpoint", "torch.autograd.function",
-    "torch.distributed", "torch.distributed.fsdp", "transformers.utils.logging",
+    "torch.distributed", "torch.distributed.fsdp", "torch.optim.lr_scheduler", "transformers.utils.logging",
 }  # fmt: skip
-OURS = {"_replace", "_exit"}  # of a namedtuple, of os
+OURS = {"_replace", "_asdict", "_exit"}  # of a namedtuple, of os
 FILES = sorted([*(ROOT / "finetune").rglob("*.py"), *(ROOT / "qwen_model").glob("*.py"), ROOT / "run_gptq.py", ROOT / "finetune.py"])
 
 

@@ -1,0 +1,78 @@
+"""What the first seconds prove on this machine, with this model, its kernels and its engine, before hours are spent.
+
+Whether the largest pass fits is shown by the first step, into which the plan lays it (plan.Plan.front).
+"""
+
+import time
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from ..errors import Failed, note
+from .batches import pack
+
+LONGEST = 256  # tokens of a sample that is tested with
+# of a sum of token losses of the two ways: how far they may be apart, by the precision of the passes
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class SelfTests(TrainerCallback):
+    """Runs once everything is on its device and in its engine, before the first step. All ranks do the same passes.
+
+    dtype: the precision of the passes; skipped: names of tests that are left out (--skip_self_tests).
+    """
+
+    def __init__(self, trainer, dtype: torch.dtype, skipped=()):
+        self.trainer, self.tolerance = trainer, TOLERANCES[dtype]
+        self.tests = {name: test for name, test in TESTS.items() if name not in skipped}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.tests or state.global_step >= state.max_steps:
+            return
+        begin, model = time.perf_counter(), self.trainer.model_wrapped
+        model.eval()
+        with torch.no_grad():
+            for name, test in self.tests.items():
+                self.compare(name, *test(samples_of(self.trainer), self.loss))
+        note(f"self-tests passed ({time.perf_counter() - begin:.1f} s): {', '.join(self.tests)}")
+
+    def loss(self, *samples) -> float:
+        """The sum of the token losses of (ids, labels) samples, packed into one row."""
+        return self.trainer.loss_of(self.trainer.model_wrapped, pack([(ids.copy(), labels.copy()) for ids, labels in samples]), 1).item()
+
+    def compare(self, name: str, one: float, other: float, what: str) -> None:
+        if abs(one - other) <= self.tolerance * max(abs(one), abs(other)):
+            return
+        raise Failed(
+            f"self-test {name}: {what} ({one:.6g} and {other:.6g}): the attention that runs here computes something else than "
+            f"it should - bash tests/run.sh shows what fails; --skip_self_tests {name} starts without this test"
+        )
+
+
+def samples_of(trainer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Two samples of the first step, the same on all ranks, cut to LONGEST tokens; all of their tokens are labels."""
+    members = [i for rank in trainer.plan.step(0, 0).passes for one in rank for i in one]
+    chosen = (members * 2)[:2]
+    return [(ids, ids) for ids in (trainer.samples[i][0][:LONGEST] for i in chosen)]
+
+
+def causality(samples, loss):
+    """What comes later moves nothing before it."""
+    ids, labels = samples[0]
+    half = max(2, len(ids) // 2)
+    labels = np.where(np.arange(len(ids)) < half, labels, -100)
+    changed = ids.copy()
+    changed[half:] = np.roll(ids, half)[half:]
+    changed[-1] = ids[0]
+    return loss((ids, labels)), loss((changed, labels)), "other words at the end of a sample change the loss of its beginning"
+
+
+def packing(samples, loss):
+    """Samples that lie in one row do not see each other: not even a sample its own copy, which would tell it everything."""
+    one, other = samples
+    together = loss(one, other, one)
+    return together, 2 * loss(one) + loss(other), "samples have another loss packed in a row than one by one"
+
+
+TESTS = {"causality": causality, "packing": packing}
