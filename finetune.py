@@ -98,6 +98,6 @@ if __name__ == "__main__":
     from finetune.quiet import quiet
 
     quiet()
-    stopped = "stopped; --resume_from_checkpoint auto goes on from the newest checkpoint, if --save_steps has written one"
+    stopped = "stopped; the same command goes on from the newest checkpoint, if --save_steps has written one"
     with run_lock.until_the_end():
         run(main, when_stopped=stopped, speak=meeting.speak)

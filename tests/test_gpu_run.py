@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,34 @@ def test_a_run_goes_on_from_a_checkpoint(base, tmp_path):
     apart = max((x - adapters[1][name]).abs().max().item() for name, x in adapters[0].items())
     print(f"largest difference of a weight after resuming: {apart:.1e}")
     assert apart < 2e-3
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_a_save(base, tmp_path):
+    """The norm is looked at a step late, but before a checkpoint is written."""
+    words = ["--model_name_or_path", base, "--data_path", ROOT / "data" / "example.json", "--output_dir", tmp_path, "--bf16"]
+    words += ["--model_max_length", 512, "--max_steps", 30, "--save_steps", 1, "--save_total_limit", 1, "--logging_steps", 100]
+    printed = python(ROOT / "finetune.py", *words, "--learning_rate", "1e25", code=1)
+    line = next(line for line in printed.splitlines() if "error: " in line)
+    assert "is nan" in line or "is inf" in line or "not finite" in line, line
+    assert "Traceback" not in printed
+    for folder in tmp_path.glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_asked_to_stop_and_gone_on(base, tmp_path):
+    words = ["--model_name_or_path", base, "--data_path", ROOT / "data" / "example.json", "--output_dir", tmp_path, "--bf16", *LORA]
+    words += ["--model_max_length", 512, "--max_steps", 400, "--save_strategy", "no"]
+    command = [sys.executable, str(ROOT / "finetune.py"), *map(str, words)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 200
+    while not (tmp_path / "training_log.jsonl").is_file() and time.monotonic() < until:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    printed = run.communicate(timeout=100)[0]
+    assert run.returncode == 75 and "self-tests passed" in printed, printed
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    printed = python(*command[1:], "--learning_rate", "1e-3", "--max_steps", 410, "--resume_from_checkpoint", "auto")
+    assert f"continuing from {checkpoint}" in printed and "--learning_rate: 0.002, now 0.001" in printed, printed
 
 
 @pytest.mark.parametrize(

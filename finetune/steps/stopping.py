@@ -80,7 +80,7 @@ class Stopping(TrainerCallback):
         if self.stopped_at is None:
             return None
         saved = out / f"checkpoint-{self.stopped_at}"
-        how = "--resume_from_checkpoint auto goes on from it"
+        how = "the same command goes on from it"
         if not checkpoint.is_complete(saved):
             how = "it holds no state of the optimizer (--save_only_model), so no run can go on from it"
         return f"{self.stop['why']}: stopped behind step {self.stopped_at}, with {saved}; {how}"

@@ -44,7 +44,7 @@ def test_a_signal_ends_it_behind_the_step_and_the_rest_is_the_same(tmp_path, num
     assert first.state.global_step == 2 and first.stopping.stopped_at == 2
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     line = first.stopping.describe(tmp_path / "out")
-    assert line.startswith(f"{number.name}: stopped behind step 2, with {tmp_path / 'out' / 'checkpoint-2'}; --resume")
+    assert line.startswith(f"{number.name}: stopped behind step 2, with {tmp_path / 'out' / 'checkpoint-2'}; the same command goes on")
     second = make_trainer(tmp_path / "out")
     second.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert losses(second)[-4:] == losses(whole)[-4:] and second.stopping.describe(tmp_path) is None
