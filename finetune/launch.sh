@@ -230,7 +230,7 @@ run_or_show() {
         return
     fi
     check_python
-    export FINETUNE_COMMAND=$started  # for training.json
+    export FINETUNE_COMMAND="${started% }"  # for training.json
     ((${#environment[@]} == 0)) || export "${environment[@]}"
     exec "${command[@]}"
 }

@@ -285,6 +285,13 @@ def test_the_process_gets_exactly_what_was_shown(start, tmp_path):
     assert shown[:2] == ["CUDA_VISIBLE_DEVICES=2", str(python)]
 
 
+def test_the_process_knows_how_the_script_was_started(start, tmp_path):
+    """For training.json: a line that bash reads as the same words."""
+    python = program(tmp_path / "python", '#!/bin/sh\n[ "$1" = -c ] || printf "%s" "$FINETUNE_COMMAND"\n')
+    done = start("-d", "my D", "--run_name", "it's $5", FINETUNE_PYTHON=str(python))
+    assert shlex.split(done.stdout) == ["bash", str(SCRIPT), "-d", "my D", "--run_name", "it's $5"]
+
+
 @pytest.mark.parametrize("value", ["0", ""])
 def test_dry_run_off(start, tmp_path, value):
     python = program(tmp_path / "python", '#!/bin/sh\n[ "$1" = -c ] || echo ran\n')

@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 from ..errors import Options, UserError, note, run, visible
+from ..folders import config_files
 from ..model import packages
 from ..quiet import quiet
 from . import opened, side_by_side
@@ -197,7 +198,7 @@ def write_json(options, results: list, questions: list[str], dtype) -> None:
     settings["dtype"] = str(dtype or "as stored").removeprefix("torch.")
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     whole = {"models": models, "answers": answers, "settings": settings, "versions": versions}
-    options.json.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    options.json.write_text(json.dumps(config_files.finite(whole), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

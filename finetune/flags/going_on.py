@@ -3,11 +3,10 @@
 A checkpoint's training.json has the flags that its run was given (flags_given). A flag that is not in RULES is taken for RUN.
 """
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
-from ..folders import checkpoint
+from ..folders import checkpoint, config_files
 
 RUN = "part of what the run is: another value is refused"
 APPLIED = "may change: the new value holds from the next step on, which is said and recorded"
@@ -32,11 +31,11 @@ RULES = {
         COMPARED: """
             model_name_or_path use_lora q_lora quant lora_weight_path lora_target_modules
             train_embeddings train_tokens use_dora use_rslora init_lora_weights loraplus_lr_ratio
-            data_path eval_split bad_samples supervise long_samples allow_special multi_turn empty_thoughts model_max_length
+            data_path eval_data_path eval_split bad_samples supervise long_samples allow_special multi_turn empty_thoughts model_max_length
             per_device_train_batch_size gradient_accumulation_steps seed optim bf16 fp16 bf16_weights deepspeed fsdp fsdp_config
         """,
         FREE: """
-            eval_data_path max_tokens_per_pass lazy_preprocess per_device_eval_batch_size dry_run html gpu_memory
+            max_tokens_per_pass lazy_preprocess per_device_eval_batch_size dry_run html gpu_memory
             output_dir overwrite_output_dir resume_from_checkpoint trust_checkpoint skip_self_tests stop_after cache_dir use_cpu local_rank
             gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
             torch_compile torch_compile_backend torch_compile_mode use_cache liger_kernel_config full_determinism
@@ -83,14 +82,8 @@ def flags_given(args) -> dict:
 
 def plain(value):
     """A flag's value as JSON can hold it: infinite numbers as text."""
-    value = getattr(value, "value", value)  # of an Enum
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    value = config_files.finite(getattr(value, "value", value))  # of an Enum
+    return value if value is None or isinstance(value, (bool, int, float, str, list, dict)) else str(value)
 
 
 def changes(record: dict, args, rule: str) -> list[Change]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..errors import UserError, note, warn
 from ..flags import checks
 from ..flags import going_on as flags
-from ..folders import checkpoint, config_files, tensor_files
+from ..folders import checkpoint, config_files, durable, output_folder
 from . import best
 
 START, GO_ON, RESULT, NOTHING = "start", "go on", "only write the result", "nothing to do"
@@ -52,7 +52,7 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
         plan.front = tuple(before.get("first_steps", ()))  # which are the largest depends on the layout, which may change
         record["first_steps"] = list(plan.front)
     state = config_files.read_json(point / "trainer_state.json")
-    way = Way(GO_ON, point, before, state.get("global_step", 0), total, state.get("max_steps"), changed(before, args))
+    way = Way(GO_ON, point, before, state.get("global_step", 0), total, state.get("max_steps"), changed(before, record, args))
     over = way.done == total or best.stopped_early(state.get("log_history", []), args.training)
     if way.done > total:
         raise UserError(
@@ -70,9 +70,20 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
     return way
 
 
-def changed(before: dict, args) -> tuple[flags.Change, ...]:
-    """The flags that hold from now on. UserError where the curve of the learning rate follows the loss: its state is of the old flags."""
+def changed(before: dict, record: dict, args) -> tuple[flags.Change, ...]:
+    """The flags that hold from now on, and other data to evaluate on.
+
+    UserError where the learning rate or the best checkpoint follows evaluations: these are of the old ones.
+    """
     found = flags.changes(before, args, flags.APPLIED)
+    old, new = ((of.get("evaluation_data") or {}).get("fingerprint") for of in (before, record))
+    if None not in (old, new) and old != new:
+        found.append(flags.Change("eval_data_path", f"as rendered {old[:12]}", new[:12]))
+        if args.training.load_best_model_at_end or args.training.early_stopping_patience:
+            raise UserError(
+                f"--eval_data_path: {old[:12]} as rendered, now {new[:12]}: evaluations on other data cannot be compared, and the best of "
+                "them is to be found - give the data that the run was started with, or another --output_dir"
+            )
     curves = {args.training.lr_scheduler_type, before.get("flags", {}).get("lr_scheduler_type")}
     stateful = [str(getattr(curve, "value", curve)) for curve in curves if getattr(curve, "value", curve) in flags.STATEFUL]
     if stateful and (of_schedule := [change for change in found if change.flag in flags.SCHEDULE]):
@@ -84,16 +95,13 @@ def changed(before: dict, args) -> tuple[flags.Change, ...]:
 
 
 def is_written(out: Path, record: dict, args, total: int) -> bool:
-    """Whether `out` holds the whole result of this run, with these flags. Its config is moved there last."""
-    config = "adapter_config.json" if args.lora.use_lora else "config.json"
+    """Whether `out` holds the whole result of this run, with these flags, as it was written."""
     kept = checkpoint.read_record(out)
-    if not (out / config).is_file() or kept.get("result", {}).get("of_steps") != total:
+    if kept.get("result", {}).get("of_steps") != total or differences(kept, record, args) or flags.changes(kept, args, flags.APPLIED):
         return False
-    try:
-        tensor_files.weight_files(out)
-    except UserError:
-        return False
-    return not (differences(kept, record, args) or flags.changes(kept, args, flags.APPLIED))
+    written = output_folder.files_of_records(out / checkpoint.RECORD)
+    written.pop("README.md", None)  # which is for people
+    return bool(written) and all(durable.matches(out / name, digest) for name, (digest,) in written.items())
 
 
 def tell(way: Way, out: Path, asked: bool) -> None:

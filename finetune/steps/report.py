@@ -146,7 +146,7 @@ class Report(TrainerCallback):
             [line for line in read_log(self.folder) if line["step"] <= state.global_step] if state.global_step else []
         )
         written = self.folder / f"{LOG}.new"
-        written.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        written.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
         os.replace(written, self.folder / LOG)
         self.live = sys.stderr.isatty()  # a file keeps every line that a terminal draws over
         self.bar = tqdm(
@@ -185,11 +185,12 @@ class Report(TrainerCallback):
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of the log, without a last one that a kill left unfinished."""
+    """The lines of the log, without a last one that a kill left unfinished, and without numbers that are none, of an older version."""
     path, lines = folder / LOG, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+            found = json.loads(line, parse_constant=lambda name: None)
+            lines.append({key: value for key, value in found.items() if value is not None})
     return lines
 
 

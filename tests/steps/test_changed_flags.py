@@ -102,12 +102,14 @@ def test_when_to_save_is_as_the_flags_say_now(stopped, tmp_path):
     assert trainer.state.save_steps == 2
 
 
-def test_a_run_that_is_at_its_end_makes_no_step_more(stopped, tmp_path):
-    """Two steps behind the beginning of an epoch: transformers would begin the next one."""
-    trainer = trainer_of(tmp_path, Way(RESULT, stopped, {}, STOPPED_AT, STOPPED_AT, STOPPED_AT), max_steps=STOPPED_AT)
-    trainer.train(resume_from_checkpoint=str(stopped))
-    assert trainer.state.global_step == STOPPED_AT
-    stored = type(trainer.model).from_pretrained(stopped)
+def test_a_run_that_is_at_its_end_makes_no_step_more(tmp_path):
+    """One step behind the beginning of an epoch: transformers would make the next one."""
+    trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=4).train()
+    last = tmp_path / "checkpoint-4"
+    trainer = trainer_of(tmp_path, Way(RESULT, last, {}, 4, 4, 4), max_steps=4)
+    trainer.train(resume_from_checkpoint=str(last))
+    assert trainer.state.global_step == 4 and not any(line["step"] > 4 for line in trainer.state.log_history)
+    stored = type(trainer.model).from_pretrained(last)
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), stored.parameters()))
     assert not any("train_loss" in line for line in trainer.state.log_history)
 

@@ -104,6 +104,11 @@ def test_log_and_curve(tmp_path):
     assert (tmp_path / report.CURVE).read_bytes().startswith(b"\x89PNG")
 
 
+def test_numbers_that_are_none_are_left_out_of_an_older_log(tmp_path):
+    (tmp_path / report.LOG).write_text('{"step": 1, "loss": 2.0, "grad_norm": NaN}\n{"step": 2, "loss": Infinity}\n')
+    assert report.read_log(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2}]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys, terminal):
     """nohup ... > log: a line now and then, and the last one."""

@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import load_file
 from test_finetune import base, log, own_cache, run, write  # noqa: F401
 
-from finetune.folders import checkpoint
-
 SAVING = ["--save_strategy", "steps", "--save_steps", "2"]
 LORA = ["--use_lora", "--lora_r", "4"]
 FINISHED = ["--max_steps", "3", *SAVING]  # in the midst of the second epoch of two steps
@@ -110,4 +108,3 @@ def test_training_json_says_how_to_do_it_again_and_what_came_out(run, base, tmp_
     times = [datetime.datetime.fromisoformat(record[name]) for name in ("start", "end")]
     assert times[0] <= times[1] and all(time.utcoffset() == datetime.timedelta(0) for time in times)
     assert record["toolkit"] and record["device"] and record["starts"] == [record["start"]]
-    assert checkpoint.read_record(out) == record

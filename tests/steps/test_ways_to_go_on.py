@@ -1,5 +1,6 @@
 """What is found in the output folder before a run: whose it is, what is left to do, and what is missing there."""
 
+import hashlib
 import json
 
 import pytest
@@ -103,6 +104,17 @@ def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):  
     assert job.record["changes"] == [first, {"after_step": 2, "flag": "weight_decay", "before": "0.0", "now": "0.1"}]
 
 
+def test_other_data_to_evaluate_on(asked, tmp_path):  # noqa: F811
+    """May be, where nothing follows the evaluations."""
+    out, auto = tmp_path / "out", ["--resume_from_checkpoint", "auto"]
+    one, other = (["--eval_data_path", write_talks(tmp_path / f"{n}.json", count=n), "--eval_strategy", "epoch"] for n in (2, 3))
+    leave_checkpoint(out, 1, preparation.prepare(asked(*one), out).record, [])
+    way = preparation.prepare(asked(*auto, *other), out).way
+    assert [change.flag for change in way.changes] == ["eval_data_path"]
+    with pytest.raises(UserError, match="evaluations on other data cannot be compared"):
+        preparation.prepare(asked(*auto, *other, "--early_stopping_patience", "2", "--save_strategy", "epoch"), out)
+
+
 def test_a_curve_that_follows_the_loss_cannot_change(asked, tmp_path):  # noqa: F811
     out, held_out = tmp_path / "out", write_talks(tmp_path / "held_out.json", count=3)
     flags = ["--eval_data_path", held_out, "--eval_strategy", "epoch"]  # which it follows
@@ -164,29 +176,36 @@ def test_a_run_at_its_end_has_its_result_to_write(asked, tmp_path, capsys):  # n
     assert f"nothing left to train: {last} is the end of this run (3 steps)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lacking, kind", [
-    (None, going_on.NOTHING), ("config.json", going_on.RESULT), ("model.safetensors", going_on.RESULT), ("training.json", going_on.RESULT),
-])  # fmt: skip
-def test_a_finished_run_has_nothing_to_do(asked, tmp_path, lacking, kind, capsys):  # noqa: F811
+def leave_result(out, record):
+    """Of three steps."""
+    (out / "config.json").write_text("{}")
+    (out / "model.safetensors").write_text("weights")
+    hashes = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")}
+    (out / checkpoint.RECORD).write_text(json.dumps(record | {"result": {"step": 3, "of_steps": 3}, "files": hashes}))
+
+
+@pytest.mark.parametrize("damage, kind", [
+    (None, going_on.NOTHING),
+    (lambda out: (out / "config.json").unlink(), going_on.RESULT),
+    (lambda out: (out / "model.safetensors").write_text("weightz"), going_on.RESULT),
+    (lambda out: (out / checkpoint.RECORD).unlink(), going_on.RESULT),
+], ids=["whole", "no config", "a flipped bit", "no record"])  # fmt: skip
+def test_a_finished_run_has_nothing_to_do(asked, tmp_path, damage, kind, capsys):  # noqa: F811
     out = tmp_path / "out"
     record = preparation.prepare(asked(), out).record
     leave_checkpoint(out, 3, record, [])
-    (out / "config.json").write_text("{}")
-    (out / "model.safetensors").write_text("weights")
-    (out / checkpoint.RECORD).write_text(json.dumps(record | {"result": {"step": 3, "of_steps": 3}}))
-    if lacking:
-        (out / lacking).unlink()
+    leave_result(out, record)
+    if damage:
+        damage(out)
     assert preparation.prepare(asked(), out).way.kind == kind
-    assert ("nothing to do: " in capsys.readouterr().err) == (lacking is None)
+    assert ("nothing to do: " in capsys.readouterr().err) == (damage is None)
 
 
 def test_a_result_of_fewer_steps_is_gone_on_from(asked, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     record = preparation.prepare(asked(), out).record
     leave_checkpoint(out, 3, record, [])
-    (out / "config.json").write_text("{}")
-    (out / "model.safetensors").write_text("weights")
-    (out / checkpoint.RECORD).write_text(json.dumps(record | {"result": {"step": 3, "of_steps": 3}}))
+    leave_result(out, record)
     way = preparation.prepare(asked("--num_train_epochs", "5", "--resume_from_checkpoint", "auto"), out).way
     assert (way.kind, way.done, way.total, way.planned_before) == (going_on.GO_ON, 3, 5, 3)
 
