@@ -57,6 +57,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     resume_from = checkpoint.resume_point(out, training.resume_from_checkpoint)
     record["first_steps"] = list(plan.front)
     if resume_from is not None:
+        checkpoint.tell_of(resume_from, training.resume_from_checkpoint)
         checkpoint.check_trusted(resume_from, training.engine, training.trust_checkpoint)
         stored = checkpoint.check_same_run(resume_from, record)
         plan.front = tuple(stored.get("first_steps", ()))  # which are the largest depends on the layout, which may change
