@@ -1,5 +1,6 @@
 """What finetune.py does with an output folder that another run, a damage or a stranger has been at."""
 
+import json
 import os
 import pickle
 import shutil
@@ -9,13 +10,14 @@ import time
 
 import pytest
 import warm
-from test_faults import ROOT, TORCHRUN, Runs, place, runs  # noqa: F401 (fixtures)
+from test_faults import ROOT, place, runs  # noqa: F401 (fixtures)
 
-from finetune.folders import durable
+from finetune.folders import durable, run_lock
 
 
-def test_a_second_run_in_the_same_folder_is_refused(runs, place):  # noqa: F811
-    out = place / "two runs"
+@pytest.mark.parametrize("engine", ["one", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("DDP", "ZeRO-2"))])
+def test_a_second_run_in_the_same_folder_is_refused(runs, place, engine):  # noqa: F811
+    out = place / f"two runs {engine}"
     words = [warm.python(), ROOT / "finetune.py", "-m", place / "base", "-d", place / "talks.json", "-o", out, "--use_cpu", "True"]
     words += ["--model_max_length", "256", "--num_train_epochs", "10000", "--save_strategy", "no"]
     own = {"FINETUNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
@@ -26,10 +28,10 @@ def test_a_second_run_in_the_same_folder_is_refused(runs, place):  # noqa: F811
             assert time.monotonic() < end and first.poll() is None
             time.sleep(0.1)
         before = sorted(out.iterdir())
-        code, printed = runs.start("LoRA", "one", out, "--overwrite_output_dir")
+        code, printed = runs.start("LoRA", engine, out, "--overwrite_output_dir")
         assert code == 2 and printed.count("error: ") == 1 and sorted(out.iterdir()) == before, printed
-        assert f"another run is at work there (process {(out / '.run.lock').read_text().split('pid')[1][3:].split(',')[0]} on " in printed
-        assert socket.gethostname() in printed
+        owner = json.loads((out / run_lock.NAME).read_text())
+        assert f"another run is at work there (process {owner['pid']} on {socket.gethostname()}, since {owner['since']})" in printed
     finally:
         first.kill()
         first.wait()
@@ -77,24 +79,3 @@ def test_a_planted_pickle_runs_no_code(runs, place, trusted):  # noqa: F811
     assert proof.exists() == trusted, printed
     if not trusted:
         assert code == 2 and printed.count("error: ") == 1 and "ZeRO-2 reads it by unpickling" in printed, printed
-
-
-@pytest.mark.slow
-def test_a_second_run_of_two_processes_is_refused(runs, place):  # noqa: F811
-    """Also where the first runs alone, and the second through torchrun."""
-    out = place / "two runs of two"
-    words = [warm.python(), TORCHRUN, "--nproc_per_node", "2", ROOT / "finetune.py", "-m", place / "base", "-d", place / "talks.json"]
-    words += ["-o", out, "--use_cpu", "True", "--model_max_length", "256", "--num_train_epochs", "10000", "--save_strategy", "no"]
-    own = {"FINETUNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen([str(word) for word in words], env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 120
-        while not (out / "training_log.jsonl").exists():
-            assert time.monotonic() < end and first.poll() is None
-            time.sleep(0.1)
-        for engine in ("one", "DDP", "ZeRO-2"):
-            code, printed = runs.start("LoRA", engine, out, "--overwrite_output_dir")
-            assert code == 2 and printed.count("another run is at work there") == 1, printed
-    finally:
-        first.terminate()
-        first.wait()
