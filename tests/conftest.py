@@ -1,5 +1,6 @@
 """Puts the repository root on the path, and holds the tokenizer that all tests share (do not change it in a test)."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ def tokenizer():
     from qwen_model.vocabulary import find_vocabulary
 
     return QWenTokenizer(find_vocabulary())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory):
+    """The key that checkpoints are signed with is of these tests, not of who runs them."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """What a run leaves on disk: its record, the fingerprint of an adapter's base, and its checkpoints."""
 
-import functools
 import hashlib
 import json
 import re
@@ -217,7 +216,7 @@ def remove_all(output_dir: Path) -> None:
 def resume_point(output_dir: Path, wish: str | None) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means: None, the newest whole one ("auto", "True"), or a path.
 
-    Damaged ones are named, and the one before them is taken. UserError where a path, or all there are, cannot be gone on from.
+    Of damaged ones, the one before is taken, which tell_of() says. UserError where a path, or all there are, cannot be gone on from.
     """
     if wish is None or str(wish).lower() in ("", "false", "none"):
         return None
@@ -230,33 +229,30 @@ def resume_point(output_dir: Path, wish: str | None) -> Path | None:
         raise UserError(
             f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto"
         )
-    tell_of_older(path)
     return path
 
 
 def newest_whole(output_dir: Path) -> Path | None:
     """The newest checkpoint of which every file is as it was written; None where there is no checkpoint."""
-    passed_over = []
+    damaged = []
     for path in reversed(numbered(output_dir)):
         if wrong := durable.faults(path):
-            passed_over.append(f"{path.name}: {in_short(wrong)}")
+            damaged.append(f"{path.name}: {in_short(wrong)}")
         elif is_complete(path):
-            for line in passed_over:
-                warn_once(f"{output_dir / line}; going on from {path.name}, the newest that is whole")
-            tell_of_older(path)
             return path
-    if passed_over:
+    if damaged:
         remedy = "give another --output_dir, or --overwrite_output_dir to begin anew"
-        raise UserError(f"{output_dir}: no checkpoint is whole ({'; '.join(passed_over)}) - {remedy}")
+        raise UserError(f"{output_dir}: no checkpoint is whole ({'; '.join(damaged)}) - {remedy}")
     return None
 
 
-warn_once, note_once = functools.cache(warn), functools.cache(note)  # where to go on from is asked several times
-
-
-def tell_of_older(path: Path) -> None:
+def tell_of(path: Path, wish: str) -> None:
+    """Says what is to be known of resume_point()'s answer: which newer ones are damaged, and whether it could be checked at all."""
+    for newer in numbered(path.parent) if str(wish).lower() in ("auto", "true") else ():
+        if int(newer.name.split("-")[1]) > int(path.name.split("-")[1]) and (wrong := durable.faults(newer)):
+            warn(f"{newer}: {in_short(wrong)}; going on from {path.name}, the newest that is whole")
     if not durable.has_manifest(path):
-        note_once(f"{path}: is of an older version, without a manifest, so whether its files are as they were written is not known")
+        note(f"{path}: is of an older version, without a manifest, so whether its files are as they were written is not known")
 
 
 def in_short(wrong: list[str]) -> str:

@@ -31,12 +31,16 @@ def told(out: Path, what: str, needed: float, staging: Path):
         if not is_full(error):
             raise
         new_folder.remove(staging)
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(out).free
-            sizes = f"it takes about {gigabytes(needed)}, {gigabytes(free)} are free (a quota may allow less)"
-            raise DiskFull(f"{out}: no room for {what}: {sizes}; the half one is removed, earlier checkpoints are whole - make room, "
-                           "and start the same command with --resume_from_checkpoint auto") from error
-        raise
+        sizes = f"it takes about {gigabytes(needed)}, {gigabytes(free_bytes(out))} are free (a quota may allow less)"
+        what = f"{out}: no room for {what}: {sizes}; the half one is removed, earlier checkpoints are whole"
+        raise DiskFull(f"{what} - make room, and start the same command with --resume_from_checkpoint auto") from error
+
+
+def free_bytes(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0.0
 
 
 def gigabytes(size: float) -> str:

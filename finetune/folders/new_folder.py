@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from . import durable
 
 CONFIG = "config.json"  # without which nothing opens a folder
 MARK = ".being-written"
@@ -82,9 +83,11 @@ def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
             content = (staging / config).read_bytes()  # through the link of hide_config_until_done()
             (staging / f"{config}.whole").write_bytes(content)
             os.replace(staging / f"{config}.whole", staging / config)
+            durable.sync(staging)
             if out.is_dir():
                 out.rmdir()
             os.replace(staging, out)
+            durable.sync_entries(out.parent)
             (out / MARK).unlink()
     except BaseException:
         remove(staging)

@@ -29,7 +29,11 @@ def begin_staging(out: Path) -> Path:
     before = files_of_records(staging / MARK, staging / RECORD)
     new_folder.remove(staging)
     staging.mkdir(parents=True)
-    write_mark(staging, before)
+    try:
+        write_mark(staging, before)
+    except OSError:  # a full disk
+        new_folder.remove(staging)
+        raise
     return staging
 
 

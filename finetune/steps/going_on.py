@@ -46,6 +46,7 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
         if restarted:
             note("started again after a failure, from the beginning: there is no complete checkpoint yet")
         return Way(total=total)
+    checkpoint.tell_of(point, wish)
     checkpoint.check_trusted(point, args.training.engine, args.training.trust_checkpoint)
     before = check_same_run(point, record, args)
     if before:  # without a record, the likeliest front is that of the same layout
@@ -119,11 +120,12 @@ def tell(way: Way, out: Path, asked: bool) -> None:
 
 
 def tell_incomplete(out: Path, wish: str | None, point: Path | None) -> None:
-    """Says which checkpoints are passed over, and what the one that is taken lacks."""
+    """Says which checkpoints without a manifest are passed over; of one that has it, checkpoint.tell_of() says what is damaged."""
     newest = str(wish).lower() in ("auto", "true")
     whole = checkpoint.checkpoints(out) if newest else []
     behind = number(point) if newest and point else -1
-    passed = [path.name for path in checks.checkpoints_in(out) if path not in whole and number(path) > behind] if newest else []
+    there = [path for path in checks.checkpoints_in(out) if not durable.has_manifest(path)] if newest else []
+    passed = [path.name for path in there if path not in whole and number(path) > behind]
     if passed:
         then = f"going on from {point}" if point else "starting from the beginning"
         what = "not whole, as a save that was interrupted, or --save_only_model, leaves it"

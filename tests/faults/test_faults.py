@@ -15,6 +15,8 @@ import warm
 from safetensors.torch import load_file
 from tiny import tiny_later_qwen
 
+from finetune.folders import durable
+
 ROOT = Path(__file__).parent.parent.parent
 FAULTY, TORCHRUN = Path(__file__).with_name("faulty.py"), ROOT / "finetune" / "distributed" / "torchrun.py"
 METHODS = {"LoRA": ["--use_lora", "--lora_r", "4", "--lora_dropout", "0.1"], "full": []}
@@ -109,6 +111,21 @@ def test_anywhere_in_one_process(runs, seed):
     method = draw.choice(sorted(METHODS))
     _, operations = runs.whole(method, "one")
     runs.check(method, "one", draw.choice(KINDS), draw.randint(1, operations))
+
+
+@pytest.mark.slow
+def test_the_disk_is_full_at_any_operation(runs):
+    """One line each time, whoever was writing: Python, safetensors or torch; and no half checkpoint."""
+    _, operations = runs.whole("LoRA", "one")
+    in_saves = 0
+    for number in range(1, operations // 2, 2):
+        out = runs.place / f"full at {number}"
+        code, printed = runs.start("LoRA", "one", out, kind="ENOSPC", number=number)
+        assert code == 1 and printed.count("error: ") == 1 and "Traceback" not in printed, (number, printed)
+        assert not list(out.glob(".unfinished*")), number
+        assert all(not durable.verify(path) for path in out.glob("checkpoint-*")), number
+        in_saves += "no room for checkpoint-" in printed
+    assert in_saves > operations // 8
 
 
 @pytest.mark.slow

@@ -59,16 +59,23 @@ def made(tmp_path_factory):
     return [write_checkpoint(out / f"checkpoint-{step}") for step in (2, 10)]
 
 
+def gone_on_from(out: Path) -> Path:
+    """As preparation.prepare() does it."""
+    path = checkpoint.resume_point(out, "auto")
+    checkpoint.tell_of(path, "auto")
+    return path
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", [*FILES, durable.MANIFEST])
 def test_every_damage_of_every_file_is_named(tmp_path, made, capsys, name, damage):
     for folder in made:
         shutil.copytree(folder, tmp_path / folder.name)
-    assert checkpoint.resume_point(tmp_path, "auto") == tmp_path / "checkpoint-10"
+    assert gone_on_from(tmp_path) == tmp_path / "checkpoint-10"
     assert not capsys.readouterr().err
     DAMAGES[damage](tmp_path / "checkpoint-10" / name)
     expected = f"{name} {'is damaged' if name == durable.MANIFEST and damage != 'is missing' else damage}"
-    assert checkpoint.resume_point(tmp_path, "auto") == tmp_path / "checkpoint-2"
+    assert gone_on_from(tmp_path) == tmp_path / "checkpoint-2"
     printed = capsys.readouterr().err
     assert expected in printed and "going on from checkpoint-2" in printed and printed.count("\n") == 1
     with pytest.raises(UserError, match=f"{expected}.* - give another of checkpoint-N"):
@@ -85,7 +92,7 @@ def test_one_of_an_older_version_is_taken_and_that_is_said(tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "checkpoint-4")
     (folder / durable.MANIFEST).unlink()
     (folder / "training.json").write_text("{}")
-    assert checkpoint.resume_point(tmp_path, "auto") == folder
+    assert gone_on_from(tmp_path) == folder
     assert "is of an older version, without a manifest" in capsys.readouterr().err
 
 

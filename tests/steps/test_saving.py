@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from tiny import small_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
-from finetune.folders import checkpoint, tensor_files
+from finetune.folders import checkpoint, durable, tensor_files
 from finetune.model import loading
 from finetune.steps import saving
 
@@ -91,6 +92,8 @@ def test_full_model_is_complete(base, tokenizer, tmp_path):
     assert {"configuration_qwen.py", "modeling_qwen.py", "tokenization_qwen.py", "chatml.py"} <= code
     assert {"kv_cache.py", "kv_cache_kernels.py"} <= code
     assert not any(name.startswith(".") for name in names)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o666 & ~durable.umask()}  # safetensors makes its own 0600: no server under another user could read them
     assert AutoConfig.from_pretrained(tmp_path / "out").use_cache is True
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
     assert settings.chat_format == "chatml" and settings.max_window_size == 6144

@@ -281,6 +281,7 @@ def test_nobody_waits_inside_a_collective_while_a_model_is_written(tmp_path, mon
     """Writing may take longer than --ddp_timeout: the ranks that do not write wait at the store."""
     waited, written = [], []
     monkeypatch.setattr(meeting, "wait", waited.append)
+    monkeypatch.setattr(meeting, "exchange", lambda what, value: (waited.append(what), [value])[1])
     monkeypatch.setattr(saving, "save_final", lambda model, tokenizer, folder, **_: written.append(folder))
     trainer = make_trainer(tmp_path, num_train_epochs=1, save_strategy="epoch")
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: pytest.fail("a collective operation"))
