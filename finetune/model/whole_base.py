@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..distributed import ranks
 from ..errors import UserError
-from ..folders import config_files, gptq_format, model_folder, quant_settings
+from ..folders import config_files, model_folder, quant_settings
 from ..folders.config_files import shortened
 
 
@@ -81,6 +81,8 @@ def quantized_faults(folder: Path, found: dict, expected: dict) -> dict[str, str
     settings = quant_settings.of_folder(folder)
     if settings is None or settings.method != "gptq":
         return {}
+    from ..folders import gptq_format  # with torch
+
     faults = {}
     packed = {name.rsplit(".", 1)[0] for name in found if name.endswith(gptq_format.PARTS)}
     for layer in sorted(packed):
