@@ -52,7 +52,8 @@ def tensors_of_model(folder: Path) -> tuple[dict[str, list[int]], str]:
 
     Raises UserError for a config.json or generation_config.json that transformers makes nothing of.
     """
-    from transformers import AutoConfig, GenerationConfig
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     import qwen_model
 
@@ -63,7 +64,8 @@ def tensors_of_model(folder: Path) -> tuple[dict[str, list[int]], str]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        model = model_writer.skeleton(config)
+        with torch.device("meta"):  # the class itself: under ZeRO-3 from_config() would share the weights out
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     except Exception as error:  # whatever a value makes of the classes of transformers
         what = f"{folder}/config.json: describes no model ({type(error).__name__}: {shortened(error)})"
         raise UserError(f"{what} - take the file of the published checkpoint") from error
