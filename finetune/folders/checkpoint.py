@@ -66,12 +66,12 @@ def spread(name: str, shards) -> str:
     shape = shards.shape(name)
     if not shape or 0 in shape:
         return f"{name} {shape}\n"
-    part, rows, width = shards.slice(name), shape[0], shape[-1]
-    places, found = [(spot * (rows * width - 1)) // (SPOTS - 1) for spot in range(SPOTS)], []
-    for place in places:
-        row, column = divmod(place, width)
+    part, rows, width = shards.slice(name), shape[0] if len(shape) > 1 else 1, shape[-1]
+    places, found = [spot * (rows * width - 1) // (SPOTS - 1) for spot in range(SPOTS)], []
+    for row, column in (divmod(place, width) for place in places):
         begin = min(column, max(0, width - RUN))
-        values = part[place : place + 1] if len(shape) == 1 else part[row : row + 1, ..., begin : begin + RUN]
+        run = slice(begin, begin + RUN)
+        values = part[run] if len(shape) == 1 else part[row : row + 1, ..., run]
         found += values.flatten()[:RUN].double().tolist()
     return f"{name} {shape} {found}\n"
 

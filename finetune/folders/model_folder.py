@@ -90,7 +90,7 @@ def config_problems(folder: Path, config: dict, may_be_quantized: bool) -> list[
 def value_problems(folder: Path) -> list[str]:
     """What first-generation Qwen's config class, which needs torch, finds wrong with config.json. Warns of unknown keys."""
     config = config_files.config_of(folder)
-    if config.get("model_type") != "qwen":
+    if config.get("model_type") != "qwen" or settings_files.problems(folder):  # of which first_problems() speaks
         return []
     from qwen_model.configuration_qwen import QWenConfig
 

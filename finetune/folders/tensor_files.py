@@ -27,7 +27,7 @@ def shards_of(index: Path) -> list[str]:
     """The names of the files that an index lists, all of them beside it. UserError for what is no index."""
     try:
         names = sorted(set(config_files.read_json(index)["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name or len(name.encode()) > 255]
+        outside = [name for name in names if Path(name).name != name or name == ".." or len(name.encode()) > 255]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: is no index of shards ({error!r}) - download it again") from error
     if outside or not names:

@@ -87,15 +87,14 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, dev
             f"{folder}: the code in it, which others load it with, is older than this toolkit's and answers nonsense under "
             f"transformers 5.24 and newer - python -m finetune.refresh {folder} replaces it"
         )
-    if not (sharded := is_deepspeed_zero3_enabled()):  # under which no model can be made without weights; preparation has looked
-        whole_base.check(folder)
+    whole_base.check(folder)
     attention = {} if half_on_cuda else {"attn_implementation": "sdpa"}
     if quantization := quantization or quant_settings.of_folder(folder):
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = quantized_model.load(folder, quantization, dtype, device, **attention)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
-    if sharded or quantization and quantization.method == "nf4":
+    if is_deepspeed_zero3_enabled() or quantization and quantization.method == "nf4":
         whole_base.check_finite_files(folder)
     else:
         whole_base.check_finite(model, folder)

@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from command_lines import write_adapter
+from safetensors.torch import load_file, save_file
 from tiny import small_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +34,30 @@ def test_fingerprint_tells_models_apart(tmp_path):
     stored_in_float32 = checkpoint.fingerprint(same)
     rounded.to(torch.bfloat16).save_pretrained(same)
     assert checkpoint.fingerprint(same) == stored_in_float32  # the same values in another type
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1.mlp.w2.weight", "transformer.h.0.ln_1.weight", "lm_head.weight"])
+def test_a_base_that_changed_behind_its_first_values_is_another(tmp_path, name):
+    base = small_checkpoint(tmp_path / "base")
+    before = checkpoint.fingerprint(base)
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[8:].add_(0.5)  # as further training changes it: nearly everywhere
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    now = checkpoint.fingerprint(base)
+    assert now["sha256"] == before["sha256"] and not checkpoint.is_same_base(now, before)
+    assert checkpoint.short_print(now, before) != checkpoint.short_print(before, now)
+    older = {key: value for key, value in before.items() if key != "spread"}  # a record of before there was one
+    assert checkpoint.is_same_base(now, older) and checkpoint.is_same_base(before, older)
+    assert checkpoint.short_print(now, older) == checkpoint.short_print(older, now)
+    adapter = write_adapter(tmp_path / "adapter")
+    (adapter / "training.json").write_text(json.dumps({"base": {"fingerprint": before}}))
+    with pytest.raises(UserError, match="the adapter was made for another base"):
+        checkpoint.check_base(adapter, base)
+    (adapter / "training.json").write_text(json.dumps({"base": {"fingerprint": older}}))
+    checkpoint.check_base(adapter, base)
+    (adapter / "training.json").write_text(json.dumps({"base": {"fingerprint": {"sha257": 1}}}))
+    with pytest.raises(UserError, match="the fingerprint of the base in it is damaged"):
+        checkpoint.check_base(adapter, base)
 
 
 def test_missing_weights_are_named(tmp_path):

@@ -70,6 +70,9 @@ def test_what_the_cache_depends_on(tmp_path, cache, renderings):
         def encode_ordinary(self, text: str) -> list[int]:
             return [id + 1 for id in super().encode_ordinary(text)]
 
+        def decode(self, ids: list[int], **settings) -> str:
+            return super().decode([id - 1 for id in ids])
+
     fingerprints = [load_with(), load_with(max_length=180), load_with(supervise="chatml"), load_with(SAMPLES[1:])]
     fingerprints += [load_with(tokenizer=Other()), load_with(long_samples="drop")]
     assert len(renderings) == len(set(fingerprints)) == 6
