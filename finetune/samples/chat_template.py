@@ -362,6 +362,14 @@ class ChatTemplate:
         if piece:
             yield piece, False, own
 
+    def prompt_ids(self, messages: list[dict], tools: list[dict], **settings) -> list[int]:
+        text = self._template(self.control.hide(messages), self.control.hide(tools), add_generation_prompt=True, **settings)
+        if not text:
+            self._refuse("the model's chat template lays out nothing", CHANGE_TEMPLATE)
+        stretches = list(self.stretches(text, []))
+        ids = self.ids_of([part for part, special, _ in stretches if not special])
+        return [index for part, special, _ in stretches for index in (self.special_ids[part] if special else ids[part])]
+
     # ---- notes
 
     def _count(self, samples: list[Sample]) -> None:
@@ -378,14 +386,7 @@ class ChatTemplate:
 
 def prompt_ids(tokenizer, messages: list[dict], tools: list[dict], rendering: Rendering, **settings) -> list[int]:
     """The prompt for the next answer, as samples are laid out: special tokens that people have written are text."""
-    renderer = ChatTemplate(tokenizer, "", rendering)
-    hide = renderer.control.hide
-    text = renderer._template(hide(messages), hide(tools), add_generation_prompt=True, **settings)
-    if not text:
-        renderer._refuse("the model's chat template lays out nothing", CHANGE_TEMPLATE)
-    stretches = list(renderer.stretches(text, []))
-    ids = renderer.ids_of([part for part, special, _ in stretches if not special])
-    return [index for part, special, _ in stretches for index in (renderer.special_ids[part] if special else ids[part])]
+    return ChatTemplate(tokenizer, "", rendering).prompt_ids(messages, tools, **settings)
 
 
 def shown(messages: list[dict], part: Part, control: ControlText) -> str:

@@ -1,5 +1,6 @@
 """What a run has left on disk: which base it is of, and which checkpoints a run may go on from."""
 
+import json
 import shutil
 
 import pytest
