@@ -32,3 +32,4 @@ def state_folder(tmp_path_factory):
 def settings_of_packages():
     """Importing gptqmodel moves Hugging Face's folders, for every program that is started later, too: not in a test."""
     warm.restore_settings()
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)  # which --logging_dir sets

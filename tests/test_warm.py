@@ -108,7 +108,7 @@ def test_signals_reach_it(number, how):
             pid = int(process.stdout.readline())
             process.send_signal(number)
             found.append((process.communicate(timeout=30)[0], process.returncode))
-            assert not is_alive(pid)
+            gone(pid)
     assert found[0] == found[1]
 
 

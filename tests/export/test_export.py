@@ -297,14 +297,13 @@ def test_an_adapter_is_one_file(tmp_path, capsys):
 QWEN2_ONLY = {
     "use_sliding_window": ({"use_sliding_window": True, "layer_types": None}, "some layers use sliding-window attention"),
     "tied": ({"tie_word_embeddings": True}, "embedding and head are tied (tie_word_embeddings)"),
-    "groups": ({"num_key_value_heads": 1}, "2 query heads share 1 key/value heads, and first-generation Qwen has one for"),
     "act": ({"hidden_act": "gelu"}, "hidden_act is gelu, and first-generation Qwen has silu"),
     "rope": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
         "rope_type is linear, and first-generation Qwen has default",
     ),
     "qwen3": ({"model_type": "qwen3"}, "model_type is qwen3, and only Qwen1.5, or an export of"),
-    "size": ({"intermediate_size": 32}, "mlp.w1.weight is [48, 16], and config.json asks for [32, 16]"),
+    "size": ({"intermediate_size": 32}, "mlp.gate_proj.weight is [48, 16], not [32, 16] (and 5 more) - take weights and config.json of one checkpoint"),
 }
 
 
@@ -330,6 +329,8 @@ def test_what_qwen2_has_no_place_for(place, tmp_path, capsys, case):
     folder = shutil.copytree(place / "chat-q2" if case == "third" else place / "chat", tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     if case == "bias":
+        layers = [name for name in weights if name.endswith(("c_proj.weight", "w1.weight", "w2.weight"))]
+        weights |= {name.replace("weight", "bias"): torch.zeros(len(weights[name])) for name in layers}
         weights["transformer.h.0.mlp.w1.bias"] = torch.tensor([0.0] * 47 + [1e-3])
         change_json(folder / "config.json", no_bias=False)
         line = "transformer.h.0.mlp.w1.bias is not zero, and the layout of qwen2 has no bias there - it cannot be exported"
@@ -338,10 +339,10 @@ def test_what_qwen2_has_no_place_for(place, tmp_path, capsys, case):
         line = "holds transformer.h.0.attn.scale, which has no name in the layout of qwen2 - give a checkpoint as"
     elif case == "missing":
         del weights["transformer.h.1.ln_2.weight"]
-        line = "model.layers.1.post_attention_layernorm.weight is missing, and config.json asks for [16]"
+        line = "misses transformer.h.1.ln_2.weight of 19 tensors - download it again"
     elif case == "third":
         del weights["model.layers.1.self_attn.k_proj.weight"]
-        line = "transformer.h.1.attn.c_attn.weight is made of all three; give a complete checkpoint"
+        line = "misses model.layers.1.self_attn.k_proj.weight of 27 tensors - download it again"
     elif case == "scaling":
         change_json(folder / "config.json", scale_attn_weights=False)
         line = "scale_attn_weights is false, and Qwen2 always scales"

@@ -7,7 +7,7 @@ from command_lines import make_world, only, write_adapter, write_config
 from tiny import small_checkpoint, tiny_later_qwen
 
 from finetune.errors import UserError
-from finetune.folders import adapter_files, checkpoint, settings_files
+from finetune.folders import adapter_files, checkpoint, output_folder, settings_files
 
 
 @pytest.fixture
@@ -81,9 +81,12 @@ def test_an_adapters_settings(world, tmp_path, change, said):
 def test_hashes_of_an_adapter(world, tmp_path):
     adapter = write_adapter(tmp_path / "adapter")
     adapter_files.check(adapter)  # of other hands: nothing to compare with
-    record = adapter_files.with_hashes({"seed": 1}, adapter)
-    assert sorted(record["files"]) == ["adapter_config.json", "adapter_model.safetensors"]
-    (adapter / "training.json").write_text(json.dumps(record))
+    (adapter / "README.md").write_text("a card")
+    output_folder.write_record(adapter, {"seed": 1})
+    assert sorted(json.loads((adapter / "training.json").read_text())["files"]) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    (adapter / "README.md").write_text("another card")  # which changes nothing
     adapter_files.check(adapter)
     assert checkpoint.read_record(adapter) == {"seed": 1}  # so no folder made of it inherits them
     weights = adapter / "adapter_model.safetensors"

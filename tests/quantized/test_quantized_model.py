@@ -408,7 +408,7 @@ def test_a_quantized_folder_needs_q_lora(folders):
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, " (GPTQ, 4 bits, format marlin) - "),
         ({"quant_method": "gptq", "bits": "four"}, '/config.json: bits is "four", not a whole number - take the file '),
         ({"quant_method": "gptq", "bits": 4, "group_size": None}, "/config.json: group_size is null, not a whole number"),
-        ("gptq", "/config.json: quantization_config is no JSON object - take the published file"),
+        ("gptq", "/config.json: quantization_config is 'gptq', not an object - take the file of the published"),
     ],
 )  # fmt: skip
 def test_other_quantizations(folders, tmp_path, settings, line):
