@@ -1,6 +1,7 @@
 """A run that is killed, stopped or finds the disk full at any of its file operations, and is started again, ends as one that ran through.
 
 faulty.py counts the operations in the output folder and lets one of them fail. In float32 on the CPU: bit by bit the same weights.
+FAULTS=all draws 60 points in one process, 20 over two, and fills the disk at every other operation; without it, a part of them.
 """
 
 import functools
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 FAULTY, TORCHRUN = Path(__file__).with_name("faulty.py"), ROOT / "finetune" / "distributed" / "torchrun.py"
 METHODS = {"LoRA": ["--use_lora", "--lora_r", "4", "--lora_dropout", "0.1"], "full": []}
 ENGINES = {"one": [], "DDP": [], "ZeRO-2": ["--deepspeed", str(ROOT / "finetune" / "ds_config_zero2.json")]}
+ALL = os.environ.get("FAULTS") == "all"
 KINDS = ("SIGKILL", "SIGKILL", "SIGTERM", "ENOSPC")  # what it is killed by most
 
 
@@ -105,7 +107,7 @@ def test_a_handful_of_points(runs, method, kind, share):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(60 if ALL else 6))
 def test_anywhere_in_one_process(runs, seed):
     draw = random.Random(seed)
     method = draw.choice(sorted(METHODS))
@@ -117,19 +119,19 @@ def test_anywhere_in_one_process(runs, seed):
 def test_the_disk_is_full_at_any_operation(runs):
     """One line each time, whoever was writing: Python, safetensors or torch; and no half checkpoint."""
     _, operations = runs.whole("LoRA", "one")
-    in_saves = 0
-    for number in range(1, operations // 2, 2):
+    numbers, in_saves = range(1, operations // 2, 2 if ALL else 12), 0
+    for number in numbers:
         out = runs.place / f"full at {number}"
         code, printed = runs.start("LoRA", "one", out, kind="ENOSPC", number=number)
         assert code == 1 and printed.count("error: ") == 1 and "Traceback" not in printed, (number, printed)
         assert not list(out.glob(".unfinished*")), number
         assert all(not durable.verify(path) for path in out.glob("checkpoint-*")), number
         in_saves += "no room for checkpoint-" in printed
-    assert in_saves > operations // 8
+    assert in_saves > len(numbers) // 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(20 if ALL else 4))
 def test_anywhere_in_two_processes(runs, seed):
     """A rank that is killed takes the other with it; where the first rank's number is beyond its operations, nothing happens."""
     draw = random.Random(seed)
