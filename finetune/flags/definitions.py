@@ -175,7 +175,8 @@ class TrainingFlags:
     overwrite_output_dir: bool = flag(False, "Train into a folder that holds the results of an earlier run.")
     resume_from_checkpoint: str | None = flag(
         None,
-        "Go on from a checkpoint: its folder, True for the newest in --output_dir, auto: the newest if there is any.",
+        "Go on from a checkpoint: its folder, True for the newest in --output_dir, auto: the newest if there is any. The same command, "
+        "started again, goes on by itself.",
         metavar="WHERE",
         nargs="?",
         const="auto",
@@ -221,7 +222,7 @@ class TrainingFlags:
         None, "Steps from one evaluation to the next, or below 1 a share of the run; default: 0.1.", metavar="N"
     )
     load_best_model_at_end: bool = flag(
-        False, "Deliver the checkpoint with the best evaluation instead of the last step. Checkpoints are then written where is evaluated."
+        False, "Deliver the checkpoint with the best evaluation instead of the last step. A checkpoint is then written at each evaluation."
     )
     metric_for_best_model: str | None = flag(
         None, "What the best checkpoint has the least of: loss or perplexity; default: loss.", metavar="NAME"

@@ -104,7 +104,8 @@ class WatchesNumbers:
             begin: "go on from an earlier checkpoint, or lower --learning_rate",
             0: "look at these samples, or train with --bf16 instead of --fp16",
         }
-        remedy = remedy or remedies.get(step - 1, "lower --learning_rate or lengthen --warmup_ratio, and start again")
+        again = "go on with --resume_from_checkpoint auto" if every else "start again"
+        remedy = remedy or remedies.get(step - 1, f"lower --learning_rate or lengthen --warmup_ratio, and {again}")
         return f"step {step}: {what}; nothing of it is saved, and {kept} - samples: {self.samples_of(step)} - {remedy}"
 
     def samples_of(self, step: int) -> str:
