@@ -92,7 +92,7 @@ class SampleFile:
             return next((part for line in stream if (part := line.strip())), b"")
 
     def _has_lists_by_line(self) -> bool:
-        """Whether each line is a list by itself, of turns perhaps: the first two are whole. Lines beyond CHUNK_BYTES are no such lines."""
+        """Whether each line is a list by itself, of turns perhaps: the first two are whole, within 2 x CHUNK_BYTES."""
         with self._opened() as (_, stream):
             lines = [line for part in _begin(stream, 2 * CHUNK_BYTES).split(b"\n") if (line := part.strip())][:2]
         return len(lines) == 2 and all(line.endswith(b"]") and _is_list(line.decode("utf-8-sig", "replace")) for line in lines)
