@@ -291,13 +291,13 @@ def locked(path: Path, what: str):
                     begin = float("inf")
                 time.sleep(0.2)
                 continue
-            if lies_at(path, file):
+            if lies_at(path, file.fileno()):
                 yield
                 return
 
 
-def lies_at(path: Path, file) -> bool:
-    """Whether this open file is the one at `path`."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+def lies_at(path: Path, descriptor: int) -> bool:
+    """Whether this open file is the one at `path`: who held it before may have removed it."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     return False

@@ -15,6 +15,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from ..distributed.ranks import lies_at
 from ..errors import UserError, note
 
 NAME = ".run.lock"
@@ -124,14 +125,6 @@ def try_lock(descriptor: int) -> bool | None:
         return False
     except OSError:
         return None
-
-
-def lies_at(path: Path, descriptor: int) -> bool:
-    """Whether this open file is the one at `path`: who held it before may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
 
 
 def lives(owner: dict, descriptor: int, before: int, locks: bool | None, launches: set[str]) -> bool:
