@@ -5,6 +5,7 @@ Imports no torch: a wrong address or a busy port is told within seconds.
 
 import errno
 import fcntl
+import os
 import socket
 import struct
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from ..errors import UserError, note, warn
 
 CONNECT_SECONDS = 5  # an address that is there answers within this, be it by refusing
+LETTING_GO_SECONDS = 2  # a run that was killed holds its port until the system has taken its memory back
 
 
 @dataclass
@@ -48,21 +50,29 @@ def check_network(job: Job) -> None:
 
 
 def check_port(job: Job) -> None:
-    """Machine 0 listens at the port: it must be free."""
+    """Machine 0 listens at the port: it must be free, or become so within LETTING_GO_SECONDS."""
+    deadline = time.monotonic() + LETTING_GO_SECONDS
+    while (error := error_of_listening(job.master_port)) == errno.EADDRINUSE and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if error == errno.EADDRINUSE:
+        same = ", the same on all machines" if job.nnodes > 1 else ", or leave it out"
+        raise UserError(f"port {job.master_port} is in use on this machine - set MASTER_PORT to a free one{same}")
+    if error:
+        what = f"port {job.master_port} cannot be used ({os.strerror(error)})"
+        raise UserError(f"{what} - set MASTER_PORT to another one, for example 6001")
+
+
+def error_of_listening(port: int) -> int:
+    """The number of the system's error; 0 where one can listen at the port."""
     with socket.socket() as listener:
-        listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as torch does: a run that has ended is no hindrance
+        # as torch does: connections of a run that has ended are no hindrance
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("", job.master_port))
+            listener.bind(("", port))
             listener.listen()
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                same = ", the same on all machines" if job.nnodes > 1 else ", or leave it out"
-                what = f"port {job.master_port} is in use on this machine"
-                raise UserError(f"{what} - set MASTER_PORT to a free one{same}") from None
-            what = f"port {job.master_port} cannot be used ({error.strerror})"
-            raise UserError(f"{what} - set MASTER_PORT to another one, for example 6001") from None
+            return error.errno
+    return 0
 
 
 def check_own_address(job: Job) -> None:

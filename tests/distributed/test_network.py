@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import threading
 import time
 
 import pytest
@@ -80,8 +81,6 @@ def test_machine_0_has_not_started(capsys):
 
 def test_machine_0_starts_later():
     port = free_port()
-    import threading
-
     def start():
         time.sleep(0.5)
         with socket.create_server(("127.0.0.1", port)) as server:
@@ -97,3 +96,15 @@ def test_an_address_of_another_machine_is_warned_of(capsys):
     job = network.Job(["x.py"], nnodes=2, master_addr="198.51.100.7", master_port=free_port())
     network.check_network(job)
     assert capsys.readouterr().err.startswith("warning: MASTER_ADDR=198.51.100.7 is no address of this machine")
+
+
+def test_a_port_that_a_killed_run_still_holds():
+    """It is free again within half a second or so; a machine that comes back at once must not be refused."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        job = network.Job(["x.py"], master_port=listener.getsockname()[1])
+        threading.Timer(0.3, listener.close).start()
+        begin = time.monotonic()
+        network.check_network(job)
+    assert 0.25 < time.monotonic() - begin < 2
