@@ -21,7 +21,9 @@ def main() -> None:
         args = arguments.parse()
     from finetune.distributed import engines, ranks
     from finetune.errors import Stopped
-    from finetune.steps import best, going_on, memory_plan, preparation, report, run_record
+    from finetune.lifecycle import best, resuming, run_record
+    from finetune.memory import memory_plan
+    from finetune.steps import preparation, report
 
     out = Path(args.training.output_dir)
     launches = sorted({launch for launch in meeting.exchange("launches", ranks.launch()) if launch})
@@ -33,7 +35,7 @@ def main() -> None:
     preparation.check_storage(args, out)
     if args.look.dry_run:
         return show_look(args, job, free)
-    if meeting.exchange("what is left to do", job.way.kind)[0] == going_on.NOTHING:
+    if meeting.exchange("what is left to do", job.way.kind)[0] == resuming.NOTHING:
         return
     preparation.make_room(args, job, out)
     preparation.write_left_out(job, out)
@@ -65,11 +67,12 @@ def make_trainer(args, job):
     from transformers import set_seed
 
     from finetune import quiet
+    from finetune.lifecycle import run_record
+    from finetune.lifecycle.best import StopEarly
+    from finetune.lifecycle.stopping import Stopping
     from finetune.model import loading
-    from finetune.steps import activation_checkpointing, report, run_record
-    from finetune.steps.best import StopEarly
+    from finetune.steps import activation_checkpointing, report
     from finetune.steps.self_tests import SelfTests
-    from finetune.steps.stopping import Stopping
     from finetune.steps.trainer import PlannedTrainer
 
     training = args.training
@@ -94,8 +97,8 @@ def make_trainer(args, job):
 
 if __name__ == "__main__":
     from finetune.errors import run
-    from finetune.folders import run_lock
     from finetune.quiet import quiet
+    from finetune.writing import run_lock
 
     quiet()
     stopped = "stopped; the same command goes on from the newest checkpoint, if --save_steps has written one"

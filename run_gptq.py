@@ -12,11 +12,11 @@ from pathlib import Path
 
 from finetune.errors import Findings, Options, note, run
 from finetune.folders import hub
-from finetune.folders.new_folder import new_folder
 from finetune.folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
 from finetune.gptq import gptq_checks
 from finetune.gptq.settings import FEW, MANY, MAX_LENGTH, SAMPLES, SEED, Settings
 from finetune.quiet import quiet
+from finetune.writing.new_folder import new_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -115,8 +115,8 @@ def child(way: str, folder: str, options) -> dict:
     """Trains one batch for 1 + steps steps; median seconds, peak resident GB, tokens that went through, first loss."""
     from transformers import TrainingArguments
 
+    from finetune.memory.peak_memory import memory_gb
     from finetune.model.loading import load_tokenizer
-    from finetune.steps.peak_memory import memory_gb
 
     tokenizer = load_tokenizer(Path(folder))
     limit = options.model_max_length

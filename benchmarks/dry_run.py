@@ -101,7 +101,8 @@ def look(argv: list[str]) -> dict:
     quiet()
     from finetune.data import run_rows
     from finetune.flags import args as arguments
-    from finetune.steps import memory_plan, preparation
+    from finetune.memory import memory_plan
+    from finetune.steps import preparation
 
     args = arguments.parse([*argv, "--dry_run"])
     free = memory_plan.free_bytes(args)

@@ -4,7 +4,7 @@
     python benchmarks/memory.py --gpus 8         # what is sharded, over so many GPUs
     python benchmarks/memory.py --tokens 16384   # the peak with passes of so many tokens
 
-Arithmetic (finetune/steps/memory_model.py) in bf16 with AdamW and LoRA of rank 64: what --max_tokens_per_pass auto decides by. What a run
+Arithmetic (finetune/memory/memory_model.py) in bf16 with AdamW and LoRA of rank 64: what --max_tokens_per_pass auto decides by. What a run
 really takes stands in its log (memory_gb).
 """
 
@@ -20,7 +20,7 @@ from finetune.quiet import quiet  # noqa: E402
 quiet()  # before anything imports transformers
 
 from finetune.distributed.engines import ZERO3  # noqa: E402
-from finetune.steps.memory_model import Run, Sizes, estimate, standing  # noqa: E402
+from finetune.memory.memory_model import Run, Sizes, estimate, standing  # noqa: E402
 
 # layers, hidden size, intermediate_size, vocabulary
 SIZES = {

@@ -150,9 +150,9 @@ def speed(folder: Path, options) -> dict:
 
 
 def memory(folder: Path, options) -> dict:
+    from finetune.memory.peak_memory import memory_gb
     from finetune.model import loading
     from finetune.samples import rendered_samples
-    from finetune.steps.peak_memory import memory_gb
 
     tokenizer, begin = loading.load_tokenizer(folder / "model"), time.perf_counter()
     samples = rendered_samples.load(folder / "data.jsonl", tokenizer, max_length=2048)

@@ -162,7 +162,7 @@ def watcher(profiler):
             train.synchronize()
             self.seconds = time.perf_counter() - self.begin
             self.profiler.stop()
-            from finetune.steps.peak_memory import memory_gb
+            from finetune.memory.peak_memory import memory_gb
 
             states = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
             self.memory["weights"] = gigabytes([*model.parameters(), *model.buffers()])

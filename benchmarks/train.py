@@ -225,7 +225,7 @@ def timed(trainer, more: dict) -> dict:
     """Trains; the median step and the memory, and what is said in `more`."""
     import torch
 
-    from finetune.steps.peak_memory import memory_gb
+    from finetune.memory.peak_memory import memory_gb
 
     clock = stopwatch()
     trainer.add_callback(clock)
@@ -262,8 +262,9 @@ def ours(cell: Cell, recompute: str, out: str, options):
     from filled import Filled
 
     from finetune.flags import args as arguments
+    from finetune.memory import memory_plan
     from finetune.model import loading
-    from finetune.steps import activation_checkpointing, memory_plan
+    from finetune.steps import activation_checkpointing
     from finetune.steps.plan import Plan
     from finetune.steps.trainer import PlannedTrainer
 

@@ -7,7 +7,8 @@ import pytest
 
 from finetune import errors
 from finetune.distributed import agent
-from finetune.steps import self_tests, stopping
+from finetune.lifecycle import stopping
+from finetune.steps import self_tests
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "when_something_goes_wrong.md").read_text(encoding="utf-8")

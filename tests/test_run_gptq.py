@@ -21,12 +21,12 @@ import qwen_model
 import run_gptq
 from finetune.conversations import reading
 from finetune.flags.definitions import LoraArguments
-from finetune.folders import checkpoint, model_folder, quant_settings, shards
-from finetune.folders.new_folder import hide_config_until_done, new_folder
+from finetune.folders import fingerprints, model_folder, quant_settings, shards
 from finetune.gptq import calibration, pipeline
 from finetune.gptq.settings import Settings
 from finetune.model import loading
 from finetune.quantized import quantized_model
+from finetune.writing.new_folder import hide_config_until_done, new_folder
 
 CPU = torch.device("cpu")
 IDS = torch.arange(1, 41).reshape(2, 20) * 7 % 350
@@ -108,7 +108,7 @@ def test_code_in_the_source_is_never_run(made, source):
 
 def test_record_and_card(made, source):
     record = json.loads((made[4] / "training.json").read_text())["quantized"]
-    assert record["from"] == {"folder": str(source), "fingerprint": checkpoint.fingerprint(source)}
+    assert record["from"] == {"folder": str(source), "fingerprint": fingerprints.of_model(source)}
     assert record["calibration"]["taken"] == 64 and record["calibration"]["given"] == 136
     assert record["settings"]["bits"] == 4 and record["versions"]["gptqmodel"]
     assert "# Tiny, GPTQ Int4" in (made[4] / "README.md").read_text()

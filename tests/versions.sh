@@ -35,7 +35,7 @@ declare -A packages=(
 )
 declare -A parts=(
     [model]="tests/qwen_model tests/compat"
-    [trainer]="tests/flags tests/steps tests/model tests/lora tests/folders tests/test_finetune.py"
+    [trainer]="tests/flags tests/steps tests/lifecycle tests/memory tests/model tests/lora tests/folders tests/writing tests/test_finetune.py"
     [merging]="tests/merge tests/test_refresh.py"
 )
 order=(model trainer merging) failed=0

@@ -9,7 +9,7 @@ from threading import Thread
 from ..compare.opened import GREEDY, open_named
 from ..conversations.tool_text import split_calls
 from ..errors import UserError, note
-from ..folders import checkpoint
+from ..folders import output_folder
 from ..folders.model_folder import LATER_TYPES
 
 
@@ -26,7 +26,7 @@ def open_answerer(options):
 
 def system_of(folder: str) -> str | None:
     """The system text that all conversations had which a folder's model learned from; None where they had none, or several."""
-    return checkpoint.read_record(Path(folder)).get("data", {}).get("system")
+    return output_folder.read_record(Path(folder)).get("data", {}).get("system")
 
 
 class Answerer:
@@ -65,7 +65,7 @@ class LaterAnswerer:
         self.settings = {"max_new_tokens": options.max_new_tokens} | ({} if options.sample else GREEDY)
         from ..samples.rendering import Rendering  # not above: without numpy the program still says what is missing
 
-        record = checkpoint.read_record(Path(options.folder))
+        record = output_folder.read_record(Path(options.folder))
         self.thinking, self.rendering = thinking_of(options, record), Rendering.of_record(record)
 
     def answer(self, question: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..folders import checkpoint, hub, meant, model_folder
+from ..folders import adapter_base, hub, meant, model_folder
 
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # defaults: not used, and no warning
 
@@ -54,7 +54,7 @@ def open_named(name: str, base: str | None = None) -> Opened:
     """Finds the files. base: of an adapter whose own has moved. UserError for an incomplete folder."""
     folder = Path(name)
     if is_adapter(name):
-        return Opened(name, checkpoint.find_base(folder, base), folder)
+        return Opened(name, adapter_base.find(folder, base), folder)
     if base is not None:
         raise UserError(f"--base {base}: {name} is a whole model, which has none - leave it out")
     folder = hub.find_folder(name)

@@ -7,7 +7,8 @@ from ..data_files.sources import sources_of
 from ..errors import UserError, each_line_once, note
 from ..flags import args as arguments
 from ..flags import first_look
-from ..steps import memory_plan, preparation
+from ..memory import memory_plan
+from ..steps import preparation
 from . import present, run_rows
 from .fixing import write_fixed
 from .look import Look, data_look

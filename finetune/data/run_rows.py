@@ -7,9 +7,9 @@ from typing import NamedTuple
 from ..distributed import engines
 from ..flags import checks
 from ..folders import config_files
+from ..memory import memory_plan, run_time
+from ..memory.memory_model import Sizes
 from ..model import loading
-from ..steps import memory_plan, run_time
-from ..steps.memory_model import Sizes
 from ..steps.plan import Plan
 from ..steps.preparation import Job
 

@@ -32,7 +32,7 @@ from .network import Job, own_address, wait_for_master
 
 elastic = on_torch.elastic()
 USER_ERROR = 2  # the exit code of a worker whose user has to change something
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as in steps/stopping.py
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as in lifecycle/stopping.py
 SAME_SECONDS = 1  # within which a second Ctrl-C is the first one, that came by another way
 STORE_SECONDS = 60  # for an answer of the store
 GRACE_SECONDS = 3  # in which what several processes find wrong at the same time is told by rank 0

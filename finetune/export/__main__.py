@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ..errors import Options, UserError, note, run
 from ..folders import hub
-from ..folders.new_folder import check_free
 from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
 from ..model import packages
 from ..quiet import quiet
+from ..writing.new_folder import check_free
 from . import export_checks
 
 HELP = {

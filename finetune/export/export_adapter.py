@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 import qwen_model
 
 from ..errors import UserError, note
-from ..folders import adapter_files, adapter_folder, checkpoint, config_files, output_folder, quant_settings
-from ..folders.new_folder import check_free, hide_config_until_done, new_folder
+from ..folders import adapter_files, adapter_folder, config_files, fingerprints, output_folder, quant_settings
 from ..folders.shards import Shards
 from ..lora import pissa
 from ..merge import formulas
 from ..model import loading, whole_base
 from ..quantized import quantized_model
 from ..quantized.plain_weights import PlainWeights
+from ..writing.new_folder import check_free, hide_config_until_done, new_folder
 from . import export_config, export_proof, layouts
 from .converted_adapter import ConvertedAdapter
 from .export_checks import OTHER, QWEN, find_base
@@ -42,7 +42,7 @@ def export(folder: Path, out: Path, to: str, base: str | None) -> float:
     check_free(out, "what is exported", base_folder)
     note(f"exporting the adapter {folder} for {base_folder}")
     with Shards(base_folder) as stored, new_folder(out, CONFIG) as staging:
-        original = ConvertedTensors(stored, to, left_out_biases(checkpoint.read_record(base_folder), OTHER[to]))
+        original = ConvertedTensors(stored, to, left_out_biases(output_folder.read_record(base_folder), OTHER[to]))
         check_base(folder, base_folder, original)
         converted = ConvertedAdapter(adapter, OTHER[to], config_files.config_of(base_folder)["num_hidden_layers"])
         write(staging, folder, base_folder, converted, name=str(base_folder) if Path(base).is_dir() else base)
@@ -72,15 +72,15 @@ def check_base(folder: Path, base: Path, original: ConvertedTensors) -> None:
 
     original: the tensors of `base` in the adapter's layout, as they were before they were exported.
     """
-    made_for = checkpoint.read_record(folder).get("base", {}).get("fingerprint")
+    made_for = output_folder.read_record(folder).get("base", {}).get("fingerprint")
     if made_for is None:
         return note(f"{folder}: has no record of its base, so it is not checked that {base} is the right one")
     found = original_fingerprint(base, original)
     if quant_settings.may_take(made_for, found, base):
         note(f"{folder}: was trained over a quantized base, and {base} has the same sizes: taken for its 16-bit sibling")
-    elif not checkpoint.is_same_base(found, made_for):
-        what = f"{folder}: the adapter was made for another base ({checkpoint.describe_fingerprint(made_for)})"
-        other = f"{base} is an export of {checkpoint.describe_fingerprint(found)}"
+    elif not fingerprints.is_same(found, made_for):
+        what = f"{folder}: the adapter was made for another base ({fingerprints.describe(made_for)})"
+        other = f"{base} is an export of {fingerprints.describe(found)}"
         raise UserError(f"{what}; {other} - give the export of the adapter's own with --base")
     if quantized_model.of_adapter(folder):
         what = f"{folder}: was trained over NF4, whose scales are quantized per layer"
@@ -88,9 +88,9 @@ def check_base(folder: Path, base: Path, original: ConvertedTensors) -> None:
 
 
 def original_fingerprint(base: Path, original: ConvertedTensors) -> dict:
-    """checkpoint.fingerprint() of the base before it was exported, computed from the export: without the values spread over it."""
-    found = {key: value for key, value in checkpoint.fingerprint(base).items() if key != "spread"}
-    lines = [checkpoint.beginning(name, original.shape(name), original.first_row(name), 8) for name in original]
+    """fingerprints.of_model() of the base before it was exported, computed from the export: without the values spread over it."""
+    found = {key: value for key, value in fingerprints.of_model(base).items() if key != "spread"}
+    lines = [fingerprints.beginning(name, original.shape(name), original.first_row(name), 8) for name in original]
     digest = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
     return found | {"model_type": OTHER[found["model_type"]], "sha256": digest}
 
@@ -100,20 +100,20 @@ def original_fingerprint(base: Path, original: ConvertedTensors) -> dict:
 
 def write(staging: Path, folder: Path, base: Path, converted: ConvertedAdapter, name: str) -> None:
     """Writes the whole adapter folder. name: folder or hub id of the base, for adapter_config.json."""
-    to, record = converted.target, checkpoint.read_record(folder)
+    to, record = converted.target, output_folder.read_record(folder)
     config_files.write_json(staging / CONFIG, converted.config(name))
     own = export_config.settings_of(folder)
     settings = export_config.generation_config(own, base, converted.layout, record) if own else export_config.settings_of(base)
     config_files.write_json(staging / "generation_config.json", settings)
     write_tokenizer(staging, base, to)
-    now = {"name": name, "folder": str(base.resolve()), "fingerprint": checkpoint.fingerprint(base)}
+    now = {"name": name, "folder": str(base.resolve()), "fingerprint": fingerprints.of_model(base)}
     source = {"from": str(folder.resolve()), "layout": converted.layout, "base": record.get("base")}
     source |= {"generation_config": own}
-    config_files.write_json(staging / checkpoint.RECORD, record | {"base": now, "exported": source})
+    config_files.write_json(staging / output_folder.RECORD, record | {"base": now, "exported": source})
     (staging / "README.md").write_text(adapter_folder.adapter_model_card(name), encoding="utf-8")
     hide_config_until_done(staging, CONFIG)
     save_file(converted.stored(), staging / WEIGHTS, metadata={"format": "pt"})
-    record = config_files.read_json(staging / checkpoint.RECORD)
+    record = config_files.read_json(staging / output_folder.RECORD)
     output_folder.write_record(staging, record)
 
 
@@ -132,7 +132,7 @@ def write_tokenizer(staging: Path, base: Path, to: str) -> None:
 def prove(staging: Path, base: Path, adapter: formulas.Adapter, original: ConvertedTensors) -> float:
     """Compares base + adapter before the export with both after it; returns the largest difference between two logits."""
     config, to = unquantized_config(base), OTHER[original.layout]
-    record = checkpoint.read_record(base)
+    record = output_folder.read_record(base)
     with PlainWeights(base) as after:
         before = copy.copy(after)
         before.shards = original  # the same weights by the names that the adapter was trained with

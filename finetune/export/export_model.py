@@ -9,11 +9,11 @@ from transformers import AutoConfig
 import qwen_model
 
 from ..errors import UserError, note
-from ..folders import checkpoint, config_files, model_folder, model_writer, quant_settings
-from ..folders.new_folder import new_folder
+from ..folders import config_files, model_folder, model_writer, output_folder, quant_settings
 from ..folders.shards import Shards
 from ..model import loading, whole_base
 from ..quantized.plain_weights import PlainWeights
+from ..writing.new_folder import new_folder
 from . import export_config, export_proof, export_tokenizer
 from .export_checks import OTHER, QWEN, QWEN2
 from .layouts import ConvertedTensors
@@ -26,7 +26,7 @@ def export(folder: Path, out: Path, to: str, max_bytes: int) -> float:
     """
     qwen_model.register()
     whole_base.check(folder)
-    record = checkpoint.read_record(folder)
+    record = output_folder.read_record(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     note(f"exporting {folder} from the layout of {OTHER[to]} to that of {to}")
     with Shards(folder) as stored:

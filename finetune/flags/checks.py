@@ -14,7 +14,7 @@ from ..data_files.sources import sources_of
 from ..distributed import engines
 from ..errors import UserError, note, shortened, warn
 from ..folders import adapter_folder, config_files, meant, model_folder
-from ..folders.checkpoint import resume_point
+from ..folders.checkpoints import resume_point
 from ..model import kinds, optimizers, whole_base
 from . import going_on, method_checks, services, trials, values
 

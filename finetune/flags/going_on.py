@@ -6,11 +6,11 @@ A checkpoint's training.json has the flags that its run was given (flags_given).
 from pathlib import Path
 from typing import NamedTuple
 
-from ..folders import checkpoint, config_files
+from ..folders import checkpoints, config_files, output_folder
 
 RUN = "part of what the run is: another value is refused"
 APPLIED = "may change: the new value holds from the next step on, which is said and recorded"
-COMPARED = "what it leads to is compared (steps/going_on.py: KEPT), not the flag"
+COMPARED = "what it leads to is compared (lifecycle/resuming.py: KEPT), not the flag"
 FREE = "does not matter to the result"
 
 RULES = {
@@ -107,8 +107,8 @@ def value_of(name: str, given: dict, usual: dict):
 
 def same_command(out: Path, args) -> bool:
     """Whether the newest checkpoint in `out` is of this very command: every flag that matters to the result is as it was."""
-    every = checkpoint.checkpoints(out)
-    record = checkpoint.read_record(every[-1]) if every else {}
+    every = checkpoints.complete(out)
+    record = output_folder.read_record(every[-1]) if every else {}
     return isinstance(record.get("flags"), dict) and not any(changes(record, args, rule) for rule in (RUN, APPLIED))
 
 

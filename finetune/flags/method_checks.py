@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..distributed import engines
 from ..errors import note, warn
-from ..folders import adapter_files, adapter_folder, checkpoint, config_files, meant, model_folder, settings_files
+from ..folders import adapter_base, adapter_files, adapter_folder, config_files, meant, model_folder, settings_files
 from ..model import kinds, optimizers
 from ..quantized import quantized_model
 from . import methods
@@ -108,7 +108,7 @@ def adapter(args) -> Iterator[str]:
         if there and (model_folder.lfs_pointers(base) or model_folder.weight_problems(base)):
             return  # of the model, others speak
         if there:  # first: on a larger base than its own it would seem to lack tensors
-            checkpoint.check_base(folder, base, remedy="give that one with -m")
+            adapter_base.check(folder, base, remedy="give that one with -m")
         adapter_folder.check_adapter(folder, base if there else None, "--lora_weight_path")
         if ignored := adapter_folder.ignored_flags(args.lora):
             what = f"--lora_weight_path {folder}: its own settings hold ({adapter_folder.describe_adapter(config)})"

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import UserError
-from . import checkpoint, config_files
-from .new_folder import hide_config_until_done
+from ..writing.new_folder import hide_config_until_done
+from . import config_files, output_folder
 from .shards import ShardWriter
 
 
@@ -53,7 +53,7 @@ def write_frame(folder: Path, model, tokenizer, generation_config, dtype: torch.
     generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     text = json.dumps(config_files.finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / checkpoint.RECORD).write_text(text, encoding="utf-8")
+    (folder / output_folder.RECORD).write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
     hide_config_until_done(folder)
 

@@ -10,10 +10,11 @@ import os
 import shutil
 from pathlib import Path
 
-from ..errors import warn
+from ..errors import UserError, warn
 from ..hashing import sha256_of_file
-from . import config_files, durable, new_folder
-from .new_folder import MARK
+from ..writing import durable, new_folder
+from ..writing.new_folder import MARK
+from . import config_files, settings_files
 
 RECORD = "training.json"
 STAGING = ".unfinished"
@@ -48,7 +49,7 @@ def leftovers(out: Path) -> list[Path]:
     return [path for path in out.glob(f"{STAGING}*") if not path.is_symlink() and (path / MARK).is_file()]
 
 
-# ---- the files of a result
+# ---- the record, and the files of a result
 
 
 def write_record(folder: Path, record: dict | None) -> None:
@@ -59,6 +60,15 @@ def write_record(folder: Path, record: dict | None) -> None:
         files = {str(path.relative_to(folder)): digest for path, digest in zip(names, hashes)}
         text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (folder / RECORD).write_text(text, encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict:
+    """training.json, or {} for a folder that this toolkit did not write; without the hashes of the folder's own files."""
+    path = folder / RECORD
+    record = config_files.read_json(path) if path.is_file() else {}
+    if wrong := settings_files.value_problems(path, record, settings_files.OF_RECORD):
+        raise UserError(*wrong)
+    return {key: value for key, value in record.items() if key != "files" and not (key in settings_files.OF_RECORD and value is None)}
 
 
 def own_files(out: Path, staging: Path) -> dict[str, list[str]]:

@@ -4,9 +4,10 @@ import shlex
 from pathlib import Path
 
 from ..errors import Findings, UserError
-from ..folders import config_files, model_folder, new_folder, quant_settings
+from ..folders import config_files, model_folder, quant_settings
 from ..model import whole_base
 from ..quantized import quantized_model
+from ..writing import new_folder
 from .settings import FEW, MANY
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # that gptqmodel makes

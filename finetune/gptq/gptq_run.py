@@ -16,8 +16,8 @@ from gptqmodel.models.definitions.qwen import QwenQModel
 
 from ..compat import on_gptqmodel
 from ..folders import tensor_files
-from ..folders.new_folder import hide_config_until_done
 from ..folders.shards import Shards, ShardWriter
+from ..writing.new_folder import hide_config_until_done
 
 
 class FirstGeneration(QwenQModel):

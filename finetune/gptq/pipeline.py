@@ -17,10 +17,10 @@ from transformers import GenerationConfig
 from ..compare.agreement import Agreement
 from ..compat.on_gptqmodel import contained
 from ..errors import note, on_first_rank, warn
-from ..folders import checkpoint, model_writer, shards
+from ..folders import fingerprints, model_writer, output_folder, shards
+from ..memory.peak_memory import memory_gb
 from ..model import loading
 from ..quiet import errors_only
-from ..steps.peak_memory import memory_gb
 from . import gptq_tensors
 from .calibration import Calibration
 from .gptq_proof import WORSE, lines, proof
@@ -105,14 +105,14 @@ def write_frame(folder: Path, staging: Path, skeleton, settings: Settings, recor
 
 def record(folder: Path, calibration: Calibration, settings: Settings, dtype, made_from: dict | None) -> dict:
     """training.json: the source's, with how it was quantized."""
-    source = {"folder": str(folder.resolve()), "fingerprint": checkpoint.fingerprint(folder)}
+    source = {"folder": str(folder.resolve()), "fingerprint": fingerprints.of_model(folder)}
     made = {
         "from": made_from or source,
         "settings": asdict(settings) | {"dtype": str(dtype).removeprefix("torch.")},
         "calibration": calibration.record(),
         "versions": {package: importlib.metadata.version(package) for package in VERSIONS},
     }
-    return checkpoint.read_record(folder) | {"quantized": made}
+    return output_folder.read_record(folder) | {"quantized": made}
 
 
 def model_card(made: dict) -> str:

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 
 from ..errors import Options, UserError, note, run
-from ..folders import adapter_files, checkpoint, meant, model_folder, quant_settings
-from ..folders.new_folder import check_free, new_folder
+from ..folders import adapter_base, adapter_files, meant, model_folder, output_folder, quant_settings
 from ..folders.tensor_files import MAX_SHARD_SIZE, max_shard_bytes
 from ..gptq.settings import FEW, MANY, SAMPLES, SEED
 from ..model import packages
 from ..quantized import quantized_model
 from ..quiet import quiet
+from ..writing.new_folder import check_free, new_folder
 from . import requantize
 
 # Largest difference of a logit, computed in float32, as a share of the largest: of the sums before they are rounded, and what
@@ -84,7 +84,7 @@ def merge(
     """
     check_folders(adapter, out)
     max_bytes = max_shard_bytes(max_shard_size)
-    base_folder = checkpoint.find_base(adapter, base)
+    base_folder = adapter_base.find(adapter, base)
     check_free(out, "the merged model", base_folder, adapter)
     # --base means that model as it lies there; else it is what the adapter was trained over
     over = quantized_model.of_adapter(adapter) if base is None else None
@@ -124,7 +124,7 @@ def write(folder: Path, adapter: Path, base: Path, weights, to: str, max_bytes: 
     changes.check_places(tied=bool(merged.all_tied_weights_keys))
     expected = model_writer.tensor_shapes(merged)
     dtype = weights.dtype if to == "auto" else getattr(torch, to)
-    record = checkpoint.read_record(adapter)
+    record = output_folder.read_record(adapter)
     record |= {"merged": {"adapter": str(adapter.resolve()), "base": str(base.resolve())}}
     model_writer.write_frame(folder, merged, tokenizer, merged.generation_config, dtype, record, model_card(adapter, base))
     bar = tqdm(expected, desc="merging", unit=" tensors", delay=2, leave=False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, note
-from ..folders import checkpoint, quant_settings
+from ..folders import fingerprints, output_folder, quant_settings
 from ..folders.quant_settings import Quantization
 from ..gptq.settings import FEW, MANY, MAX_LENGTH, SAMPLES, SEED, Settings
 
@@ -21,7 +21,7 @@ class RequantizeOptions:
 
 def earlier(adapter: Path, base: Path) -> Quantization:
     """The GPTQ settings of the weights that the adapter was trained over. UserError where these were not GPTQ."""
-    kept = checkpoint.read_record(adapter).get("method", {}).get("quantization")
+    kept = output_folder.read_record(adapter).get("method", {}).get("quantization")
     found = quant_settings.of_folder(base) or (Quantization(**kept) if kept else None)
     if found is None or found.method != "gptq":
         over = "NF4, which is made while a model is loaded" if found else "weights that are not quantized"
@@ -57,5 +57,5 @@ def requantize(merged: Path, staging: Path, read, wish: RequantizeOptions, to: Q
     drawn = calibration.draw(read, loading.load_tokenizer(merged), wish.samples, wish.seed, max_length)
     for line in [*drawn.notes, *drawn.describe()]:
         note(line)
-    made_from = {"folder": name, "fingerprint": checkpoint.fingerprint(merged)}
+    made_from = {"folder": name, "fingerprint": fingerprints.of_model(merged)}
     pipeline.quantize(merged, staging, drawn, settings, made_from)

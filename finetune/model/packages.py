@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..compat import unused
-from ..folders import checkpoint, config_files, quant_settings
+from ..folders import config_files, output_folder, quant_settings
 from . import optimizers
 
 
@@ -49,5 +49,5 @@ def may_be_quantized(folder: Path) -> bool:
     """Whether a model, or an adapter's base, may be quantized. True for a model on a hub, of which nothing is known yet."""
     if not folder.is_dir():
         return True
-    over = (checkpoint.read_record(folder).get("method") or {}).get("quantization")
+    over = (output_folder.read_record(folder).get("method") or {}).get("quantization")
     return bool(over or quant_settings.of_folder(folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..compat import on_torch
 from ..compat.on_gptqmodel import contained
 from ..errors import UserError
-from ..folders import checkpoint, config_files, quant_settings
+from ..folders import config_files, output_folder, quant_settings
 from ..folders.quant_settings import NF4, Quantization
 from ..quiet import errors_only
 
@@ -69,7 +69,7 @@ def check_packages(quantization: Quantization) -> None:
 
 def of_adapter(adapter: Path) -> Quantization | None:
     """NF4 if an adapter's record says that it was trained over that. (A GPTQ base says so itself.)"""
-    over = (checkpoint.read_record(adapter).get("method") or {}).get("quantization") or {}
+    over = (output_folder.read_record(adapter).get("method") or {}).get("quantization") or {}
     return NF4 if over.get("method") == "nf4" else None
 
 

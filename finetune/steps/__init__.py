@@ -1,1 +1,1 @@
-"""A training run: preparation, step plan, memory, the trainer's steps, saving, and what a person sees of it."""
+"""The steps of training: preparation, step plan, batches, the trainer, its checks, saving, and what a person sees of it."""

@@ -3,9 +3,9 @@
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .memory_model import Estimate
-from .memory_plan import compare
-from .peak_memory import memory_gb
+from ..memory.memory_model import Estimate
+from ..memory.memory_plan import compare
+from ..memory.peak_memory import memory_gb
 
 
 def install(trainer, blocks: int | None, memory: Estimate) -> None:

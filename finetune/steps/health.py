@@ -9,7 +9,7 @@ from transformers import Trainer
 from qwen_model.compat import overrides
 
 from ..errors import note, warn
-from ..folders import checkpoint
+from ..folders import checkpoints
 
 SKIPPED_IN_A_ROW = 20  # steps that fp16's loss scaling may leave out before the run stops: by then the scale is 2^-20 of its start
 ZERO_NORMS = 10  # steps in a row without any gradient, before that is told
@@ -97,7 +97,7 @@ class WatchesNumbers:
         """The line for a step whose numbers are none: the step, what is wrong, the samples, the last good checkpoint, what to do."""
         if loss is not None:
             what += f" (its loss on this rank: {loss.item():.4g})"
-        every = checkpoint.checkpoints(Path(self.args.output_dir))
+        every = checkpoints.complete(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {every[-1]}" if every else "there is no checkpoint before it"
         begin = getattr(self, "_initial_global_step", 0)  # steps done before this start
         remedies = {
@@ -143,7 +143,7 @@ class WatchesNumbers:
         self.untidy = False
         if self.args.should_save:
             folder, limit = Path(self.args.output_dir), self.args.save_total_limit
-            checkpoint.keep_newest(folder, limit, self.state.best_model_checkpoint)
+            checkpoints.keep_newest(folder, limit, self.state.best_model_checkpoint)
 
 
 def in_short(numbers: list[int]) -> str:

@@ -9,13 +9,15 @@ from ..distributed import engines, ranks
 from ..distributed.ranks import meeting
 from ..errors import Findings, UserError, each_line_once, note, warn
 from ..flags import checks, definitions
-from ..folders import checkpoint, durable, hub, run_lock
+from ..folders import checkpoints, fingerprints, hub
+from ..lifecycle import resuming, run_record
 from ..lora import adapters
+from ..memory import memory_plan
+from ..memory.memory_model import Estimate
 from ..model import kinds, loading
 from ..samples import rendered_samples, selection
 from ..samples.rendered_samples import Samples
-from . import going_on, memory_plan, run_record
-from .memory_model import Estimate
+from ..writing import durable, run_lock
 from .plan import Plan
 
 
@@ -29,7 +31,7 @@ class Job(NamedTuple):
     plan: Plan
     eval_plan: Plan | None
     record: dict
-    way: going_on.Way
+    way: resuming.Way
     memory: Estimate
 
     @property
@@ -47,7 +49,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     Raises UserError with everything that is wrong. Writes nothing but the cache of rendered data.
     """
     training = args.training
-    if training.resume_from_checkpoint is None and checkpoint.of_launch(out, launches):
+    if training.resume_from_checkpoint is None and checkpoints.of_launch(out, launches):
         training.resume_from_checkpoint = "auto"
     folder = check_and_download(args)
     tokenizer = loading.load_tokenizer(folder)
@@ -59,7 +61,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     record = run_record.of_run(args.model.model_name_or_path, folder, args, samples, plan, eval_samples)
     if launches:
         record["launches"] = list(launches)
-    way = going_on.find_way(args, out, record, plan, restarted)
+    way = resuming.find_way(args, out, record, plan, restarted)
     return Job(folder, tokenizer, samples, eval_samples, plan, eval_plan, record, way, memory)
 
 
@@ -74,7 +76,7 @@ def begin(args, out: Path, launches: list[str]) -> None:
         if ranks.rank() == 0:
             run_lock.hold(out, launches)
     found = {}
-    for path in reversed(checkpoint.numbered(out)) if ranks.local_rank() == 0 else ():
+    for path in reversed(checkpoints.numbered(out)) if ranks.local_rank() == 0 else ():
         found[path.name] = durable.faults(path)
         if not found[path.name]:
             break
@@ -182,11 +184,11 @@ def plan_of(args, samples, max_tokens_per_pass: int) -> Plan:
 def consistency_record(args, job) -> dict:
     """What all ranks must have alike, for ranks.agree(): what decides which collective operations they meet in."""
     base, point, training = job.record["base"]["fingerprint"], job.resume_from, args.training
-    same = {"base model": checkpoint.short_print(base, base), "data as rendered": in_short(job.samples)}
+    same = {"base model": fingerprints.short(base, base), "data as rendered": in_short(job.samples)}
     if job.eval_samples is not None:
         same["evaluation data as rendered"] = in_short(job.eval_samples)
     if args.lora.lora_weight_path:
-        same["adapter of --lora_weight_path"] = checkpoint.hash_of_adapter(Path(args.lora.lora_weight_path))[:12]
+        same["adapter of --lora_weight_path"] = fingerprints.of_adapter(Path(args.lora.lora_weight_path))[:12]
     if training.deepspeed:
         same[DEEPSPEED] = training.deepspeed
     same |= {"engine": training.engine, CHECKPOINT: point and point.name, VERSIONS: job.record["versions"]}
@@ -212,7 +214,7 @@ def make_room(args, job, out: Path) -> None:
     Before a model is loaded: what dies there is started again, and this run's checkpoints must be the only ones then.
     """
     if job.resume_from is None and args.training.overwrite_output_dir and ranks.rank() == 0:
-        checkpoint.remove_all(out)
+        checkpoints.remove_all(out)
 
 
 def check_storage(args, out: Path) -> None:

@@ -10,7 +10,7 @@ from qwen_model.compat import overrides
 from ..compat import on_transformers
 from ..distributed import engines
 from ..distributed.ranks import meeting
-from ..folders import disk_full, durable, new_folder, output_folder
+from ..folders import output_folder
 from ..folders.adapter_folder import adapter_model_card
 from ..folders.model_writer import saved_tensors
 from ..folders.shards import read_tensors
@@ -18,6 +18,7 @@ from ..folders.tensor_files import MAX_SHARD_SIZE
 from ..lora import pissa
 from ..model import optimizers
 from ..model.loading import compute_dtype
+from ..writing import disk_full, durable, new_folder
 from .health import check_tensors
 
 

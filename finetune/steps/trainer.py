@@ -18,13 +18,14 @@ from qwen_model.compat import overrides
 from ..compat import on_accelerate, on_torch
 from ..distributed import engines
 from ..distributed.engines import size_of
+from ..lifecycle import changed_flags
+from ..lifecycle.stopping import Stopping
+from ..memory.peak_memory import memory_gb
 from ..model import optimizers
 from ..quantized import quantized_model
-from . import changed_flags, health, saving
+from . import health, saving
 from .batches import StepBatch, step_loader
-from .peak_memory import memory_gb
 from .plan import Plan
-from .stopping import Stopping
 
 
 class FollowEpoch(TrainerCallback):

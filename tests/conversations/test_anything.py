@@ -77,7 +77,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from finetune.conversations.reading import read
 from finetune.errors import UserError
-from finetune.steps.peak_memory import resident_gb
+from finetune.memory.peak_memory import resident_gb
 begin = time.process_time()
 try:
     read(sys.argv[2])

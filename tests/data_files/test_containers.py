@@ -296,7 +296,7 @@ def test_a_packed_file_takes_the_memory_of_its_samples(tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from finetune.conversations.reading import read
-from finetune.steps.peak_memory import resident_gb
+from finetune.memory.peak_memory import resident_gb
 before = resident_gb()
 assert len(read({str(path)!r})) == 100_000
 print((resident_gb() - before) * 1e3)

@@ -277,7 +277,7 @@ def test_a_number_of_any_length_is_no_obstacle(tmp_path):
 MEASURE = """
 import sys
 from finetune.conversations.reading import read
-from finetune.steps.peak_memory import resident_gb
+from finetune.memory.peak_memory import resident_gb
 before = resident_gb()
 conversations = read(sys.argv[1])
 print(len(conversations), resident_gb() - before, "torch" in sys.modules)

@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.export import __main__ as export
 from finetune.export import export_adapter, layouts
 from finetune.export.converted_adapter import ConvertedAdapter
-from finetune.folders import checkpoint
+from finetune.folders import adapter_base, fingerprints
 from finetune.merge import __main__ as merge
 from finetune.merge import formulas
 from finetune.model import loading
@@ -217,7 +217,7 @@ def adapter(bases, tmp_path_factory, tokenizer):
     lora = trained(bases["qwen"], target_modules=ALL["qwen"], use_dora=True, trainable_token_indices={"wte": ROWS})
     loading.set_chat_settings(lora, tokenizer)
     folder = tmp_path_factory.mktemp("adapter") / "lora"
-    base = {"name": str(bases["qwen"]), "fingerprint": checkpoint.fingerprint(bases["qwen"])}
+    base = {"name": str(bases["qwen"]), "fingerprint": fingerprints.of_model(bases["qwen"])}
     saving.save_final(lora, tokenizer, folder, record={"base": base, "seed": 7})
     return lora, folder
 
@@ -238,7 +238,7 @@ def test_the_whole_way_and_back(bases, adapter, tmp_path, capsys):
     torch.testing.assert_close(logits(there), logits(lora), atol=2e-5, rtol=1e-5)
     assert GenerationConfig.from_pretrained(out).eos_token_id == [151645, 151644, 151643]
     record = json.loads((out / "training.json").read_text())
-    assert record["base"]["fingerprint"] == checkpoint.fingerprint(bases["qwen2"]) and record["seed"] == 7
+    assert record["base"]["fingerprint"] == fingerprints.of_model(bases["qwen2"]) and record["seed"] == 7
     assert merge.merge(out, tmp_path / "merged") < 1e-4  # finds its base, and takes it for the right one
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), logits(lora), atol=1e-4, rtol=1e-4)
     export.export(out, back, "qwen", base=str(bases["qwen"]))
@@ -246,7 +246,7 @@ def test_the_whole_way_and_back(bases, adapter, tmp_path, capsys):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     settings = [json.loads((place / "generation_config.json").read_text()) for place in (folder, back)]
     assert settings[0] == settings[1] and settings[1]["chat_format"] == "chatml"
-    assert checkpoint.find_base(back) == bases["qwen"].resolve()
+    assert adapter_base.find(back) == bases["qwen"].resolve()
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_an_adapter_over_gptq_knows_its_exported_base(tmp_path, tokenizer, capsy
     qwen_model.register()
     published_gptq(tmp_path / "int", 4, twin=tmp_path / "twin")
     lora = trained(tmp_path / "twin", target_modules=["c_attn"])
-    base = {"name": str(tmp_path / "int"), "fingerprint": checkpoint.fingerprint(tmp_path / "int")}
+    base = {"name": str(tmp_path / "int"), "fingerprint": fingerprints.of_model(tmp_path / "int")}
     saving.save_final(lora, tokenizer, tmp_path / "lora", record={"base": base})
     for name in ("int", "twin"):
         export.export(tmp_path / name, tmp_path / f"{name}-q2", "qwen2")

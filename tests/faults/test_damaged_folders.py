@@ -16,7 +16,7 @@ from tiny import small_checkpoint, tiny_later_qwen
 
 from finetune.ask import __main__ as ask
 from finetune.export import __main__ as export
-from finetune.folders import checkpoint
+from finetune.folders import fingerprints
 from finetune.merge import __main__ as merge
 from finetune.model import loading
 from finetune.steps import saving
@@ -32,7 +32,7 @@ def make(place: Path, kind: str) -> tuple[Path, Path]:
     settings = LoraConfig(r=4, target_modules=LAYERS[kind], init_lora_weights=False, task_type="CAUSAL_LM")
     lora = get_peft_model(model, settings).eval()
     loading.set_chat_settings(lora, tokenizer)
-    record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}, "method": {}, "data": {"system": None}}
+    record = {"base": {"name": str(base), "fingerprint": fingerprints.of_model(base)}, "method": {}, "data": {"system": None}}
     saving.save_final(lora, tokenizer, place / "adapter", record=record)
     return base, place / "adapter"
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_later_qwen
 
 from finetune.errors import STOPPED
-from finetune.folders import durable
+from finetune.writing import durable
 
 ROOT = Path(__file__).parent.parent.parent
 FAULTY, TORCHRUN = Path(__file__).with_name("faulty.py"), ROOT / "finetune" / "distributed" / "torchrun.py"

@@ -12,7 +12,7 @@ import pytest
 import warm
 from test_faults import ROOT, place, runs  # noqa: F401 (fixtures)
 
-from finetune.folders import durable, run_lock
+from finetune.writing import durable, run_lock
 
 
 @pytest.mark.parametrize("engine", ["one", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("DDP", "ZeRO-2"))])

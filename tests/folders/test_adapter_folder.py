@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_qwen2
 
 from finetune.errors import UserError
-from finetune.folders import adapter_folder, checkpoint
+from finetune.folders import adapter_base, adapter_folder
 
 QWEN = ["c_attn", "c_proj", "w1", "w2"]
 CONFIGS = {
@@ -108,7 +108,7 @@ def test_the_message(tmp_path):
     adapter, base = saved(tiny_model, tmp_path, CONFIGS["all"])
     without(adapter, "wte", "lm_head")
     with pytest.raises(UserError) as error:
-        checkpoint.find_base(adapter, str(base))
+        adapter_base.find(adapter, str(base))
     (line,) = error.value.findings
     assert line.startswith(f"{adapter}: adapter misses wte, lm_head, which adapter_config.json lists")
     assert "(the published finetune.py's last save leaves embeddings out) - give a checkpoint-N of that run" in line

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.folders import checkpoint, output_folder
-from finetune.folders.new_folder import MARK
+from finetune.folders import checkpoints, output_folder
+from finetune.writing.new_folder import MARK
 
 ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": "adapter", "tokenizer.json": "t"}
 FULL = {"config.json": "{}", "model.safetensors": "full", "tokenizer.json": "t"}
@@ -110,5 +110,5 @@ def test_a_folder_of_a_user_called_checkpoint(tmp_path):
         output_folder.move_checkpoint(written, tmp_path / "checkpoint-4")
     assert (tmp_path / "checkpoint-4.old" / "notes").read_text() == "mine"
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text()) == "second"
-    checkpoint.remove_all(tmp_path)
+    checkpoints.remove_all(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4.old"]

@@ -8,7 +8,7 @@ import pytest
 from command_lines import write_adapter
 
 from finetune.errors import UserError
-from finetune.folders import checkpoint, hub
+from finetune.folders import adapter_base, hub
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_the_base_of_an_adapter_is_fetched_from_there(asked, tmp_path, monkeypat
     adapter = write_adapter(tmp_path / "adapter", base_model_name_or_path="Qwen/missing")
     why = r"\(ModelScope: OSError: .*No space left on device\)"
     with pytest.raises(UserError, match=f"its base Qwen/missing was not found {why} - give it with --base"):
-        checkpoint.find_base(adapter)
+        adapter_base.find(adapter)
     assert asked[0][:2] == ("ModelScope", "Qwen/missing")
 
 

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import qwen_model
 from finetune.folders import model_writer
-from finetune.folders.new_folder import new_folder
 from finetune.folders.shards import Shards, read_tensors
 from finetune.model import loading
 from finetune.steps import saving
+from finetune.writing.new_folder import new_folder
 
 
 @pytest.fixture(params=["qwen", "qwen2, tied"])

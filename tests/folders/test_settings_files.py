@@ -7,7 +7,7 @@ from command_lines import make_world, only, write_adapter, write_config
 from tiny import small_checkpoint, tiny_later_qwen
 
 from finetune.errors import UserError
-from finetune.folders import adapter_files, checkpoint, output_folder, settings_files
+from finetune.folders import adapter_base, adapter_files, output_folder, settings_files
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_link_to_nothing(world):
 def test_an_adapters_settings(world, tmp_path, change, said):
     adapter = write_adapter(tmp_path / "adapter", **change)
     with pytest.raises(UserError) as error:
-        checkpoint.find_base(adapter, str(world.model))
+        adapter_base.find(adapter, str(world.model))
     assert said in error.value.findings[0] and len(error.value.findings) == 1
     assert said in only(world, "--use_lora", "--lora_weight_path", str(adapter))
 
@@ -88,7 +88,7 @@ def test_hashes_of_an_adapter(world, tmp_path):
     ]  # fmt: skip
     (adapter / "README.md").write_text("another card")  # which changes nothing
     adapter_files.check(adapter)
-    assert checkpoint.read_record(adapter) == {"seed": 1}  # so no folder made of it inherits them
+    assert output_folder.read_record(adapter) == {"seed": 1}  # so no folder made of it inherits them
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     line = f"--lora_weight_path {adapter}: adapter_model.safetensors is not as it was written (another SHA-256 than in training.json) - "
@@ -102,4 +102,4 @@ def test_a_record_of_another_shape(tmp_path):
     adapter = write_adapter(tmp_path / "adapter")
     (adapter / "training.json").write_text('{"base": [1]}')
     with pytest.raises(UserError, match="base is .1., not an object"):
-        checkpoint.read_record(adapter)
+        output_folder.read_record(adapter)

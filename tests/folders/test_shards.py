@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
 from finetune.folders.shards import Shards, ShardWriter
-from finetune.folders.tensor_files import size_in_bytes
+from finetune.folders.tensor_files import size_in_bytes, weight_files
 
 TENSORS = {name: torch.full((4, 8), float(i)) for i, name in enumerate("abcde")}  # 128 bytes each
 
@@ -55,3 +55,8 @@ def test_a_missing_shard(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(UserError, match="2.safetensors, which its index lists, is missing - download it again"):
         Shards(tmp_path)
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="no weights"):
+        weight_files(tmp_path)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import qwen_model
 from finetune.errors import UserError
 from finetune.flags.definitions import LoraArguments
-from finetune.folders import checkpoint
+from finetune.folders import fingerprints
 from finetune.lora import adapters
 from finetune.model import loading
 from finetune.steps import saving
@@ -71,7 +71,7 @@ def train(adapted, steps=3):
 
 def save(adapted, tokenizer, base, folder):
     loading.set_chat_settings(adapted, tokenizer)
-    record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}}
+    record = {"base": {"name": str(base), "fingerprint": fingerprints.of_model(base)}}
     saving.save_final(adapted, tokenizer, folder, record=record)
     return folder
 

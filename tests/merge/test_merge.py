@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import qwen_model
 from finetune.errors import UserError
 from finetune.flags.definitions import LoraArguments
-from finetune.folders import checkpoint, model_writer, shards
+from finetune.folders import fingerprints, model_writer, shards
 from finetune.lora import adapters
 from finetune.merge import __main__ as merge
 from finetune.merge import formulas, requantize
@@ -39,7 +39,7 @@ def trained(tmp_path_factory, tokenizer):
             if name.endswith("bias"):
                 parameter.add_(0.1)
     loading.set_chat_settings(lora, tokenizer)
-    record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}}
+    record = {"base": {"name": str(base), "fingerprint": fingerprints.of_model(base)}}
     saving.save_final(lora, tokenizer, place / "adapter", record=record)
     return lora, place / "adapter", base
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import later_config, later_model, packed, random_samples, tiny_later_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from finetune.folders import checkpoint, hub, shards
+from finetune.folders import adapter_base, hub, shards
 from finetune.merge import __main__ as merge
 from finetune.model import later_qwen, loading
 from finetune.steps import report, saving
@@ -227,7 +227,7 @@ def test_the_model_to_train_keeps_the_name_that_it_was_given(tmp_path, monkeypat
         assert written["base_model_name_or_path"] == stored
         assert len(written["target_modules"]) == 7
         monkeypatch.setattr(hub, "fetch", lambda name, cache_dir: folder if name == "Qwen/Qwen2-0B" else None)
-        assert checkpoint.find_base(tmp_path / "out") == folder
+        assert adapter_base.find(tmp_path / "out") == folder
 
 
 def test_layers_without_a_window_are_known():

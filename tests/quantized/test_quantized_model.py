@@ -19,7 +19,7 @@ import qwen_model
 from finetune.ask import __main__ as ask
 from finetune.errors import UserError
 from finetune.flags.definitions import LoraArguments
-from finetune.folders import checkpoint, model_folder, quant_settings
+from finetune.folders import adapter_base, fingerprints, model_folder, quant_settings
 from finetune.merge import __main__ as merge
 from finetune.model import loading
 from finetune.quantized import nf4, quantized_model
@@ -292,7 +292,7 @@ def saved(folders, tokenizer, tmp_path_factory):
         steps.one_process(trained)
         wish = SimpleNamespace(q_lora=True, quant=quant_of(kind))
         record = {
-            "base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)},
+            "base": {"name": str(base), "fingerprint": fingerprints.of_model(base)},
             "method": {"quantization": quant_settings.as_record(quantized_model.of_run(base, wish))},
         }
         saving.save_final(trained, tokenizer, out, record=record)
@@ -303,7 +303,7 @@ def saved(folders, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("kind", [4, "nf4"])
 def test_an_adapter_loads_again_over_what_it_was_trained_over(folders, saved, kind):
     trained, out = saved[kind]
-    again = loading.load_tuned(checkpoint.find_base(out), out, torch.float32)
+    again = loading.load_tuned(adapter_base.find(out), out, torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, trained(IDS).logits, atol=0, rtol=0)
         with trained.disable_adapter():
@@ -346,13 +346,13 @@ def test_an_nf4_adapter_merges_into_the_weights_as_they_are_stored(folders, save
 
 
 def test_an_adapter_of_a_plain_base_does_not_go_onto_another(folders, tmp_path):
-    made_for = checkpoint.fingerprint(folders["nf4"][0])
+    made_for = fingerprints.of_model(folders["nf4"][0])
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "training.json").write_text(json.dumps({"base": {"fingerprint": made_for}}))
     for other in (folders[4][0], folders[4][1]):
         with pytest.raises(UserError, match="made for another base"):
-            checkpoint.check_base(adapter, other)
+            adapter_base.check(adapter, other)
 
 
 # ---- what is refused

@@ -8,7 +8,7 @@ from tiny import small_checkpoint
 
 from finetune.errors import UserError
 from finetune.flags import args as arguments
-from finetune.folders import checkpoint, hub
+from finetune.folders import hub, output_folder
 from finetune.model import loading
 from finetune.steps import preparation
 
@@ -42,7 +42,7 @@ def leave_checkpoint(out, step: int, record: dict, launches: list[str], adapter:
     """As behind so many of three steps. state: more of transformers' state."""
     folder = write_checkpoint(out / f"checkpoint-{step}", adapter)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 3, **state}))
-    (folder / checkpoint.RECORD).write_text(json.dumps(record | {"launches": launches}))
+    (folder / output_folder.RECORD).write_text(json.dumps(record | {"launches": launches}))
     return folder
 
 

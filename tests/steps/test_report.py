@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
 from finetune import errors
+from finetune.memory.memory_model import Estimate
 from finetune.steps import report
-from finetune.steps.memory_model import Estimate
 from finetune.steps.plan import Plan
 
 LINE = {

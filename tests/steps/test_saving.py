@@ -13,9 +13,10 @@ from tiny import small_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import qwen_model
-from finetune.folders import checkpoint, durable, tensor_files
+from finetune.folders import fingerprints, output_folder, tensor_files
 from finetune.model import loading
 from finetune.steps import saving
+from finetune.writing import durable
 
 PROMPT = torch.tensor([[151644, 8948, 198, 9707, 151645]])
 
@@ -33,7 +34,7 @@ def adapter(base, tokenizer, tmp_path):
         load(base), LoraConfig(r=4, target_modules=["c_attn", "c_proj", "w1", "w2"], init_lora_weights=False)
     )
     loading.set_chat_settings(lora, tokenizer)
-    record = {"base": {"name": str(base), "fingerprint": checkpoint.fingerprint(base)}}
+    record = {"base": {"name": str(base), "fingerprint": fingerprints.of_model(base)}}
     saving.save_final(lora, tokenizer, tmp_path / "adapter", record=record)
     return lora.eval(), tmp_path / "adapter"
 
@@ -72,7 +73,7 @@ def test_every_published_form_of_weights(base, tmp_path, form):
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     found = load(folder).state_dict()
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
-    assert checkpoint.fingerprint(folder) == checkpoint.fingerprint(base)
+    assert fingerprints.of_model(folder) == fingerprints.of_model(base)
 
 
 def test_full_model_is_complete(base, tokenizer, tmp_path):
@@ -143,7 +144,7 @@ def test_adapter_folder_is_complete_and_opens_with_plain_peft(base, adapter):
     again = PeftModel.from_pretrained(load(base), folder).eval()
     torch.testing.assert_close(again(PROMPT).logits, lora(PROMPT).logits)
     assert GenerationConfig.from_pretrained(folder).chat_format == "chatml"
-    assert checkpoint.read_record(folder)["base"]["name"] == str(base)
+    assert output_folder.read_record(folder)["base"]["name"] == str(base)
 
 
 def test_verify_finds_a_changed_a_missing_and_a_foreign_tensor(adapter):
@@ -181,15 +182,15 @@ def test_a_new_result_takes_the_place_of_an_old_one(base, tokenizer, adapter):
 
 def test_adapters_are_told_apart_by_tensors_and_settings(adapter):
     lora, folder = adapter
-    before = checkpoint.hash_of_adapter(folder)
+    before = fingerprints.of_adapter(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
-    assert checkpoint.hash_of_adapter(folder) == before
+    assert fingerprints.of_adapter(folder) == before
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
-    assert checkpoint.hash_of_adapter(folder) != before
+    assert fingerprints.of_adapter(folder) != before
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with torch.no_grad():
         next(p for name, p in lora.named_parameters() if "lora_A" in name).add_(1)
     lora.save_pretrained(folder, save_embedding_layers=False)
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    assert checkpoint.hash_of_adapter(folder) != before
+    assert fingerprints.of_adapter(folder) != before

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from ..errors import UserError, note, warn
 from ..flags import checks
 from ..flags import going_on as flags
-from ..folders import checkpoint, config_files, durable, output_folder
+from ..folders import checkpoints, config_files, fingerprints, output_folder
+from ..writing import durable
 from . import best
 
 START, GO_ON, RESULT, NOTHING = "start", "go on", "only write the result", "nothing to do"
@@ -39,15 +40,15 @@ class Way(NamedTuple):
 def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
     """What is to be done, and says so. Completes `record`, and gives `plan` the front that the run began with."""
     wish = flags.wish_of(args, out)
-    point, total = checkpoint.resume_point(out, wish), plan.total_steps(args.training.num_train_epochs, args.training.max_steps)
+    point, total = checkpoints.resume_point(out, wish), plan.total_steps(args.training.num_train_epochs, args.training.max_steps)
     tell_incomplete(out, wish, point)
     record["first_steps"] = list(plan.front)
     if point is None:
         if restarted:
             note("started again after a failure, from the beginning: there is no complete checkpoint yet")
         return Way(total=total)
-    checkpoint.tell_of(point, wish)
-    checkpoint.check_trusted(point, args.training.engine, args.training.trust_checkpoint)
+    checkpoints.tell_of(point, wish)
+    checkpoints.check_trusted(point, args.training.engine, args.training.trust_checkpoint)
     before = check_same_run(point, record, args)
     if before:  # without a record, the likeliest front is that of the same layout
         plan.front = tuple(before.get("first_steps", ()))  # which are the largest depends on the layout, which may change
@@ -97,10 +98,10 @@ def changed(before: dict, record: dict, args) -> tuple[flags.Change, ...]:
 
 def is_written(out: Path, record: dict, args, total: int) -> bool:
     """Whether `out` holds the whole result of this run, with these flags, as it was written."""
-    kept = checkpoint.read_record(out)
+    kept = output_folder.read_record(out)
     if kept.get("result", {}).get("of_steps") != total or differences(kept, record, args) or flags.changes(kept, args, flags.APPLIED):
         return False
-    written = output_folder.files_of_records(out / checkpoint.RECORD)
+    written = output_folder.files_of_records(out / output_folder.RECORD)
     written.pop("README.md", None)  # which is for people
     return bool(written) and all(durable.matches(out / name, digest) for name, (digest,) in written.items())
 
@@ -120,9 +121,9 @@ def tell(way: Way, out: Path, asked: bool) -> None:
 
 
 def tell_incomplete(out: Path, wish: str | None, point: Path | None) -> None:
-    """Says which checkpoints without a manifest are passed over; of one that has it, checkpoint.tell_of() says what is damaged."""
+    """Says which checkpoints without a manifest are passed over; of one that has it, checkpoints.tell_of() says what is damaged."""
     newest = str(wish).lower() in ("auto", "true")
-    whole = checkpoint.checkpoints(out) if newest else []
+    whole = checkpoints.complete(out) if newest else []
     behind = number(point) if newest and point else -1
     there = [path for path in checks.checkpoints_in(out) if not durable.has_manifest(path)] if newest else []
     passed = [path.name for path in there if path not in whole and number(path) > behind]
@@ -147,7 +148,7 @@ def tell_lacking(way: Way, ranks: int) -> None:
     if lacking:
         warn(f"{way.point}: has no {lacking[0]}: dropout goes on with other random numbers than without the interruption")
     if not way.before:
-        warn(f"{way.point}: has no {checkpoint.RECORD}: whether it is of this base, these data and these flags cannot be told")
+        warn(f"{way.point}: has no {output_folder.RECORD}: whether it is of this base, these data and these flags cannot be told")
 
 
 # ---- of this run?
@@ -192,7 +193,7 @@ def differences(before: dict, now: dict, args=None) -> list[str]:
     for name, of in KEPT.items():
         one, other = of(before), of(now)
         if name == "base model":
-            one, other = checkpoint.short_print(one, other), checkpoint.short_print(other, one)
+            one, other = fingerprints.short(one, other), fingerprints.short(other, one)
         if one != other and one is not None:
             why = name == "data as rendered" and args and [
                 str(change) for change in flags.changes(before, args, flags.COMPARED) if change.flag in OF_DATA
@@ -203,7 +204,7 @@ def differences(before: dict, now: dict, args=None) -> list[str]:
 
 def check_same_run(path: Path, now: dict, args=None) -> dict:
     """The record of a checkpoint ({} without one). Refuses that of another base, other data, or flags that make another run."""
-    before = checkpoint.read_record(path)
+    before = output_folder.read_record(path)
     if before and (found := differences(before, now, args)):
         raise UserError(
             f"{path}: is of another run ({'; '.join(found)}) - give the flags and files that it was started with, or another "

@@ -16,11 +16,11 @@ from transformers import TrainerCallback
 
 from ..data_files.sample_files import SampleFile
 from ..flags.going_on import SECRETS, flags_given
-from ..folders import checkpoint, quant_settings
+from ..folders import fingerprints, quant_settings
+from ..memory.peak_memory import memory_gb
 from ..model import loading, optimizers
 from ..quantized import quantized_model
 from . import best
-from .peak_memory import memory_gb
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +32,8 @@ def of_run(name: str, folder: Path, args, samples, plan, eval_samples=None) -> d
         "base": {
             "name": name,
             "folder": str(folder.resolve()),
-            "fingerprint": checkpoint.fingerprint(folder),
-            "adapter": checkpoint.hash_of_adapter(Path(adapter))[:12] if adapter else "none",
+            "fingerprint": fingerprints.of_model(folder),
+            "adapter": fingerprints.of_adapter(Path(adapter))[:12] if adapter else "none",
         },
         # without the path of the adapter, which may move
         "method": vars(args.lora)

@@ -10,8 +10,8 @@ from test_trainer import losses, make_trainer
 from transformers import TrainerCallback
 
 from finetune.distributed import ranks
-from finetune.steps import stopping
-from finetune.steps.stopping import Stopping
+from finetune.lifecycle import stopping
+from finetune.lifecycle.stopping import Stopping
 
 
 class At(TrainerCallback):

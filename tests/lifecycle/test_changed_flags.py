@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from finetune.errors import UserError
 from finetune.flags.going_on import Change
-from finetune.steps.changed_flags import take_schedule
-from finetune.steps.going_on import GO_ON, RESULT, Way
+from finetune.lifecycle.changed_flags import take_schedule
+from finetune.lifecycle.resuming import GO_ON, RESULT, Way
 from finetune.steps.plan import Plan
 from finetune.steps.trainer import PlannedTrainer
 

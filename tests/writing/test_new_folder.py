@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.folders.new_folder import MARK, check_free, hide_config_until_done, new_folder, remove
+from finetune.writing.new_folder import MARK, check_free, hide_config_until_done, new_folder, remove
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -41,7 +41,7 @@ def test_an_error_leaves_nothing(tmp_path):
 def test_a_kill_leaves_nothing_that_loads(tmp_path):
     code = """
 import pathlib, sys, time
-from finetune.folders.new_folder import hide_config_until_done, new_folder
+from finetune.writing.new_folder import hide_config_until_done, new_folder
 with new_folder(pathlib.Path(sys.argv[1])) as folder:
     (folder / "config.json").write_text("{}")
     hide_config_until_done(folder)

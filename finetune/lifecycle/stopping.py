@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from ..distributed import ranks
 from ..distributed.ranks import meeting
 from ..errors import on_first_rank
-from ..folders import checkpoint
+from ..folders import checkpoints
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SAME_SECONDS = 1  # a Ctrl-C reaches the launcher, too, which hands it on: within that time it is the same one
@@ -81,7 +81,7 @@ class Stopping(TrainerCallback):
             return None
         saved = out / f"checkpoint-{self.stopped_at}"
         how = "the same command goes on from it"
-        if not checkpoint.is_complete(saved):
+        if not checkpoints.is_complete(saved):
             how = "it holds no state of the optimizer (--save_only_model), so no run can go on from it"
         return f"{self.stop['why']}: stopped behind step {self.stopped_at}, with {saved}; {how}"
 

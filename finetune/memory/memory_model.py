@@ -4,7 +4,7 @@ What stands all the time: weights, gradients, the optimizer's state. What a pass
 keeps for the backward pass, or, of a block that is computed again (gradient checkpointing), its input alone. On top, what is at
 work for a moment: the tensors of one block's backward pass and a piece of the head's logits.
 
-The formulas count what this toolkit's layers keep (qwen_model/fused.py, low_rank.py); tests/steps/test_memory_model.py counts the same
+The formulas count what this toolkit's layers keep (qwen_model/fused.py, low_rank.py); tests/memory/test_memory_model.py counts the same
 with autograd's own hooks. Later Qwens compute with transformers' layers, which keep more: `plain` below.
 
 All in bytes unless a name says otherwise; s: bytes of a number in the pass's precision.

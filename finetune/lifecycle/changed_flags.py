@@ -11,7 +11,7 @@ from qwen_model.compat import overrides
 
 from ..errors import UserError, note
 from ..flags.going_on import SCHEDULE
-from .going_on import Way
+from .resuming import Way
 
 OF_A_GROUP = ("initial_lr", "weight_decay", "betas", "eps")  # what flags decide of an optimizer's groups, as torch names it
 

@@ -8,8 +8,8 @@ import torch
 from test_memory_model import QWEN_7B
 
 from finetune.flags import args as arguments
-from finetune.steps import memory_plan, ways_to_fit
-from finetune.steps.memory_model import Run, Sizes, estimate
+from finetune.memory import memory_plan, ways_to_fit
+from finetune.memory.memory_model import Run, Sizes, estimate
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a run writes about itself. (That a changed run is refused by it: tests/steps/test_ways_to_go_on.py.)"""
+"""What a run writes about itself. (That a changed run is refused by it: test_resuming.py.)"""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 
 from finetune.flags import args as arguments
 from finetune.folders import quant_settings
-from finetune.steps import run_record
+from finetune.lifecycle import run_record
 
 
 @pytest.mark.parametrize("flags, quantization, more", [

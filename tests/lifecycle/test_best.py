@@ -3,7 +3,7 @@
 import pytest
 from test_trainer import Samples, make_trainer
 
-from finetune.steps import best
+from finetune.lifecycle import best
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 

@@ -8,7 +8,8 @@ import safetensors
 
 from finetune import errors
 from finetune.errors import DiskFull
-from finetune.folders import disk_full, output_folder
+from finetune.folders import output_folder
+from finetune.writing import disk_full
 
 FULL = {
     "Python": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.folders import run_lock
+from finetune.writing import run_lock
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """

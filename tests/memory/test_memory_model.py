@@ -9,7 +9,7 @@ from tiny import packed
 
 from finetune.compat.on_peft import unquantized
 from finetune.lora import low_rank
-from finetune.steps.memory_model import Estimate, Run, Sizes, estimate, kept_by_block, standing
+from finetune.memory.memory_model import Estimate, Run, Sizes, estimate, kept_by_block, standing
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.modeling_qwen import QWenLMHeadModel
 

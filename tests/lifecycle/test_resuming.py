@@ -7,8 +7,9 @@ import pytest
 from test_preparation import asked, base, leave_checkpoint, write_talks  # noqa: F401
 
 from finetune.errors import UserError
-from finetune.folders import checkpoint
-from finetune.steps import going_on, preparation
+from finetune.folders import output_folder
+from finetune.lifecycle import resuming
+from finetune.steps import preparation
 
 # ---- of this run?
 
@@ -20,13 +21,13 @@ def test_going_on_from_another_run_is_refused(tmp_path):
         "samples_per_step": 16,
         "seed": 1,
     }
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
-    going_on.check_same_run(tmp_path, record)
+    (tmp_path / output_folder.RECORD).write_text(json.dumps(record))
+    resuming.check_same_run(tmp_path, record)
     changed = record | {"data": {"fingerprint": "c" * 64}, "samples_per_step": 8}
     with pytest.raises(
         UserError, match="data as rendered: bbbbbbbbbbbb, now cccccccccccc; samples per step: 16, now 8"
     ):
-        going_on.check_same_run(tmp_path, changed)
+        resuming.check_same_run(tmp_path, changed)
 
 
 def test_going_on_with_other_tensors_is_refused(tmp_path):
@@ -37,13 +38,13 @@ def test_going_on_with_other_tensors_is_refused(tmp_path):
         "seed": 1,
         "method": {"use_lora": True, "train_embeddings": "chat_rows", "train_tokens": [], "use_dora": False},
     }
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
-    going_on.check_same_run(tmp_path, record)
+    (tmp_path / output_folder.RECORD).write_text(json.dumps(record))
+    resuming.check_same_run(tmp_path, record)
     changed = record | {"method": record["method"] | {"train_embeddings": "all", "use_dora": True}}
     with pytest.raises(
         UserError, match="what trains: train_embeddings chat_rows, now train_embeddings all, use_dora True"
     ):
-        going_on.check_same_run(tmp_path, changed)
+        resuming.check_same_run(tmp_path, changed)
 
 
 def test_going_on_with_another_optimizer_or_precision_is_refused(tmp_path):
@@ -55,14 +56,14 @@ def test_going_on_with_another_optimizer_or_precision_is_refused(tmp_path):
         "precision": "bfloat16",
     }
     now = record | {"optim": "adamw_torch_fused", "bf16_weights": False}
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(record))
-    going_on.check_same_run(tmp_path, now)  # of before there was a record of these
-    (tmp_path / checkpoint.RECORD).write_text(json.dumps(now))
-    going_on.check_same_run(tmp_path, now)
+    (tmp_path / output_folder.RECORD).write_text(json.dumps(record))
+    resuming.check_same_run(tmp_path, now)  # of before there was a record of these
+    (tmp_path / output_folder.RECORD).write_text(json.dumps(now))
+    resuming.check_same_run(tmp_path, now)
     changed = now | {"precision": "float32", "optim": "adamw_torch_8bit", "bf16_weights": True}
     line = "precision: bfloat16, now float32; --bf16_weights: False, now True; --optim: adamw_torch_fused, now adamw_to"
     with pytest.raises(UserError, match=line):
-        going_on.check_same_run(tmp_path, changed)
+        resuming.check_same_run(tmp_path, changed)
 
 
 def test_flags_that_make_another_run_are_refused(asked, tmp_path):  # noqa: F811
@@ -88,7 +89,7 @@ def test_other_data_name_the_flags_that_made_them(asked, tmp_path):  # noqa: F81
 def test_an_adapter_gone_on_from_must_be_the_same():
     before = {"base": {"fingerprint": {"sha256": "a"}, "adapter": "123"}, "data": {"fingerprint": "b"}, "samples_per_step": 1, "seed": 1}
     now = before | {"base": before["base"] | {"adapter": "none"}}
-    assert going_on.differences(before, now) == ["adapter of --lora_weight_path: 123, now none"]
+    assert resuming.differences(before, now) == ["adapter of --lora_weight_path: 123, now none"]
 
 
 def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):  # noqa: F811
@@ -96,7 +97,7 @@ def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):  
     record = preparation.prepare(asked(), out).record
     leave_checkpoint(out, 1, record, [])
     job = preparation.prepare(asked(*auto, "--learning_rate", "1e-5"), out)
-    assert job.way.kind == going_on.GO_ON and [change.flag for change in job.way.changes] == ["learning_rate"]
+    assert job.way.kind == resuming.GO_ON and [change.flag for change in job.way.changes] == ["learning_rate"]
     first = {"after_step": 1, "flag": "learning_rate", "before": "5e-05", "now": "1e-05"}
     assert job.record["changes"] == [first] and job.record["flags"]["learning_rate"] == 1e-5
     leave_checkpoint(out, 2, job.record, [])
@@ -131,7 +132,7 @@ def test_the_same_command_goes_on_by_itself(asked, tmp_path, capsys):  # noqa: F
     out = tmp_path / "out"
     own = leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     job = preparation.prepare(asked("--logging_dir", "elsewhere"), out)  # which does not matter
-    assert job.resume_from == own and job.way.kind == going_on.GO_ON
+    assert job.resume_from == own and job.way.kind == resuming.GO_ON
     assert f"continuing from {own} (its run had this command; --overwrite_output_dir begins anew)" in capsys.readouterr().err
 
 
@@ -155,7 +156,7 @@ def test_the_same_command_over_other_data_is_refused(asked, tmp_path):  # noqa: 
 def test_overwriting_begins_anew(asked, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
-    assert preparation.prepare(asked("--overwrite_output_dir"), out).way == going_on.Way(total=3)
+    assert preparation.prepare(asked("--overwrite_output_dir"), out).way == resuming.Way(total=3)
 
 
 # ---- what is left to do: four samples in one step an epoch, three epochs
@@ -172,7 +173,7 @@ def test_a_run_at_its_end_has_its_result_to_write(asked, tmp_path, capsys):  # n
     out = tmp_path / "out"
     last = leave_checkpoint(out, 3, preparation.prepare(asked(), out).record, [])
     job = preparation.prepare(asked(), out)
-    assert job.way.kind == going_on.RESULT and job.way.is_trained
+    assert job.way.kind == resuming.RESULT and job.way.is_trained
     assert f"nothing left to train: {last} is the end of this run (3 steps)" in capsys.readouterr().err
 
 
@@ -181,14 +182,14 @@ def leave_result(out, record):
     (out / "config.json").write_text("{}")
     (out / "model.safetensors").write_text("weights")
     hashes = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")}
-    (out / checkpoint.RECORD).write_text(json.dumps(record | {"result": {"step": 3, "of_steps": 3}, "files": hashes}))
+    (out / output_folder.RECORD).write_text(json.dumps(record | {"result": {"step": 3, "of_steps": 3}, "files": hashes}))
 
 
 @pytest.mark.parametrize("damage, kind", [
-    (None, going_on.NOTHING),
-    (lambda out: (out / "config.json").unlink(), going_on.RESULT),
-    (lambda out: (out / "model.safetensors").write_text("weightz"), going_on.RESULT),
-    (lambda out: (out / checkpoint.RECORD).unlink(), going_on.RESULT),
+    (None, resuming.NOTHING),
+    (lambda out: (out / "config.json").unlink(), resuming.RESULT),
+    (lambda out: (out / "model.safetensors").write_text("weightz"), resuming.RESULT),
+    (lambda out: (out / output_folder.RECORD).unlink(), resuming.RESULT),
 ], ids=["whole", "no config", "a flipped bit", "no record"])  # fmt: skip
 def test_a_finished_run_has_nothing_to_do(asked, tmp_path, damage, kind, capsys):  # noqa: F811
     out = tmp_path / "out"
@@ -207,7 +208,7 @@ def test_a_result_of_fewer_steps_is_gone_on_from(asked, tmp_path):  # noqa: F811
     leave_checkpoint(out, 3, record, [])
     leave_result(out, record)
     way = preparation.prepare(asked("--num_train_epochs", "5", "--resume_from_checkpoint", "auto"), out).way
-    assert (way.kind, way.done, way.total, way.planned_before) == (going_on.GO_ON, 3, 5, 3)
+    assert (way.kind, way.done, way.total, way.planned_before) == (resuming.GO_ON, 3, 5, 3)
 
 
 def test_a_run_that_stopped_early_is_at_its_end(asked, tmp_path):  # noqa: F811
@@ -215,7 +216,7 @@ def test_a_run_that_stopped_early_is_at_its_end(asked, tmp_path):  # noqa: F811
     flags = ["--eval_data_path", held_out, "--eval_strategy", "epoch", "--early_stopping_patience", "1"]
     log = [{"step": 1, "eval_loss": 1.0}, {"step": 2, "eval_loss": 2.0}]
     leave_checkpoint(out, 2, preparation.prepare(asked(*flags), out).record, [], log_history=log)
-    assert preparation.prepare(asked(*flags), out).way.kind == going_on.RESULT
+    assert preparation.prepare(asked(*flags), out).way.kind == resuming.RESULT
 
 
 # ---- what is missing
@@ -226,7 +227,7 @@ def test_incomplete_checkpoints_are_named(asked, tmp_path, capsys):  # noqa: F81
     record = preparation.prepare(asked(), out).record
     (leave_checkpoint(out, 2, record, []) / "optimizer.pt").unlink()
     auto = ["--resume_from_checkpoint", "auto"]
-    assert preparation.prepare(asked(*auto), out).way.kind == going_on.START
+    assert preparation.prepare(asked(*auto), out).way.kind == resuming.START
     assert "checkpoint-2: not whole, " in (said := capsys.readouterr().err) and "starting from the beginning" in said
     whole = leave_checkpoint(out, 1, record, [])
     assert preparation.prepare(asked(*auto), out).resume_from == whole
@@ -241,11 +242,11 @@ def test_what_a_checkpoint_lacks_is_told(asked, tmp_path, capsys):  # noqa: F811
     (point / "rng_state.pth").write_text("")
     preparation.prepare(asked(*auto), out)
     assert "has no" not in capsys.readouterr().err
-    (point / checkpoint.RECORD).unlink()
+    (point / output_folder.RECORD).unlink()
     job = preparation.prepare(asked(*auto), out)
     assert "has no training.json: whether it is of this base" in capsys.readouterr().err
     assert job.plan.front == tuple(job.record["first_steps"]) != ()
 
 
 def test_a_folder_without_a_number_has_no_place_in_the_order(tmp_path):
-    assert [going_on.number(tmp_path / name) for name in ("checkpoint-12", "kept", "checkpoint-x")] == [12, -1, -1]
+    assert [resuming.number(tmp_path / name) for name in ("checkpoint-12", "kept", "checkpoint-x")] == [12, -1, -1]

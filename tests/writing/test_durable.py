@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from finetune.distributed import engines
 from finetune.errors import UserError
-from finetune.folders import checkpoint, durable, signing
+from finetune.folders import checkpoints
+from finetune.writing import durable, signing
 
 FILES = (
     "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
@@ -61,8 +62,8 @@ def made(tmp_path_factory):
 
 def gone_on_from(out: Path) -> Path:
     """As preparation.prepare() does it."""
-    path = checkpoint.resume_point(out, "auto")
-    checkpoint.tell_of(path, "auto")
+    path = checkpoints.resume_point(out, "auto")
+    checkpoints.tell_of(path, "auto")
     return path
 
 
@@ -79,13 +80,13 @@ def test_every_damage_of_every_file_is_named(tmp_path, made, capsys, name, damag
     printed = capsys.readouterr().err
     assert expected in printed and "going on from checkpoint-2" in printed and printed.count("\n") == 1
     with pytest.raises(UserError, match=f"{expected}.* - give another of checkpoint-N"):
-        checkpoint.resume_point(tmp_path, str(tmp_path / "checkpoint-10"))
+        checkpoints.resume_point(tmp_path, str(tmp_path / "checkpoint-10"))
 
 
 def test_where_none_is_whole(tmp_path):
     flip(write_checkpoint(tmp_path / "checkpoint-4") / "optimizer.pt")
     with pytest.raises(UserError, match="no checkpoint is whole .checkpoint-4: optimizer.pt is damaged. - give another --output_dir"):
-        checkpoint.resume_point(tmp_path, "auto")
+        checkpoints.resume_point(tmp_path, "auto")
 
 
 def test_one_of_an_older_version_is_taken_and_that_is_said(tmp_path, capsys):
@@ -100,11 +101,11 @@ def test_the_only_good_one_is_never_removed(tmp_path, capsys):
     for step in (1, 2, 3):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     flip(tmp_path / "checkpoint-3" / "optimizer.pt")
-    checkpoint.keep_newest(tmp_path, 1)
-    assert len(checkpoint.numbered(tmp_path)) == 3 and "checkpoint-3: optimizer.pt is damaged" in capsys.readouterr().err
+    checkpoints.keep_newest(tmp_path, 1)
+    assert len(checkpoints.numbered(tmp_path)) == 3 and "checkpoint-3: optimizer.pt is damaged" in capsys.readouterr().err
     os.truncate(tmp_path / "checkpoint-3" / "optimizer.pt", 3)  # now it counts as none
-    checkpoint.keep_newest(tmp_path, 1)
-    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    checkpoints.keep_newest(tmp_path, 1)
+    assert [path.name for path in checkpoints.numbered(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
 # ---- whose it is
@@ -112,19 +113,19 @@ def test_the_only_good_one_is_never_removed(tmp_path, capsys):
 
 def test_what_is_not_this_users_is_not_unpickled(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "checkpoint-4")
-    checkpoint.check_trusted(folder, engines.ZERO2, trusted=False)
+    checkpoints.check_trusted(folder, engines.ZERO2, trusted=False)
     planted = folder / "global_step2" / "more_optim_states.pt"
     planted.write_bytes(b"cos\nsystem\n")
     with pytest.raises(UserError, match="ZeRO-2 reads it by unpickling, which can run any code.*--trust_checkpoint"):
-        checkpoint.check_trusted(folder, engines.ZERO2, trusted=False)
+        checkpoints.check_trusted(folder, engines.ZERO2, trusted=False)
     planted.unlink()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state of somebody else"))
     for engine in (engines.ZERO2, engines.ZERO3, engines.FSDP):
         with pytest.raises(UserError, match=f"{engine} reads it by unpickling"):
-            checkpoint.check_trusted(folder, engine, trusted=False)
-        checkpoint.check_trusted(folder, engine, trusted=True)
+            checkpoints.check_trusted(folder, engine, trusted=False)
+        checkpoints.check_trusted(folder, engine, trusted=True)
     for engine in (engines.ONE, engines.DDP):
-        checkpoint.check_trusted(folder, engine, trusted=False)
+        checkpoints.check_trusted(folder, engine, trusted=False)
 
 
 def test_a_manifest_made_anew_does_not_pass(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 from test_memory_model import QWEN_7B
 
 from finetune.distributed.engines import DDP, ONE, ZERO2, ZERO3
-from finetune.steps import ways_to_fit
-from finetune.steps.memory_model import Run, Sizes, estimate
+from finetune.memory import ways_to_fit
+from finetune.memory.memory_model import Run, Sizes, estimate
 
 SIZES = Sizes.of(QWEN_7B)
 
