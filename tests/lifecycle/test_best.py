@@ -1,7 +1,7 @@
 """The best checkpoint is the one with the least, what was delivered is said, and a run that gets no better stops."""
 
 import pytest
-from test_trainer import Samples, make_trainer
+from trainers import Samples, make_trainer
 
 from finetune.lifecycle import best
 

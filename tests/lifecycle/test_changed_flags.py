@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_trainer import NoTokenizer, Samples, losses, make_trainer, stop_after, tiny_model
+from trainers import NoTokenizer, Samples, losses, make_trainer, stop_after, tiny_model
 from transformers import TrainingArguments
 
 from finetune.errors import UserError

@@ -1,10 +1,12 @@
 """What is found in the output folder before a run: whose it is, what is left to do, and what is missing there."""
 
+# ruff: noqa: F401, F811  (fixtures that are imported)
+
 import hashlib
 import json
 
 import pytest
-from test_preparation import asked, base, leave_checkpoint, write_talks  # noqa: F401
+from prepared import asked, base, leave_checkpoint, write_talks
 
 from finetune.errors import UserError
 from finetune.folders import output_folder
@@ -14,59 +16,39 @@ from finetune.steps import preparation
 # ---- of this run?
 
 
-def test_going_on_from_another_run_is_refused(tmp_path):
-    record = {
-        "base": {"fingerprint": {"sha256": "a" * 64}},
-        "data": {"fingerprint": "b" * 64},
-        "samples_per_step": 16,
-        "seed": 1,
-    }
-    (tmp_path / output_folder.RECORD).write_text(json.dumps(record))
-    resuming.check_same_run(tmp_path, record)
-    changed = record | {"data": {"fingerprint": "c" * 64}, "samples_per_step": 8}
-    with pytest.raises(
-        UserError, match="data as rendered: bbbbbbbbbbbb, now cccccccccccc; samples per step: 16, now 8"
-    ):
-        resuming.check_same_run(tmp_path, changed)
+RECORD = {"base": {"fingerprint": {"sha256": "a" * 64}}, "data": {"fingerprint": "b" * 64}, "samples_per_step": 16, "seed": 1}
+METHOD = {"use_lora": True, "train_embeddings": "chat_rows", "train_tokens": [], "use_dora": False}
+OPTIMIZER = {"precision": "bfloat16", "optim": "adamw_torch_fused", "bf16_weights": False}
 
 
-def test_going_on_with_other_tensors_is_refused(tmp_path):
-    record = {
-        "base": {"fingerprint": {"sha256": "a" * 64}},
-        "data": {"fingerprint": "b" * 64},
-        "samples_per_step": 16,
-        "seed": 1,
-        "method": {"use_lora": True, "train_embeddings": "chat_rows", "train_tokens": [], "use_dora": False},
-    }
-    (tmp_path / output_folder.RECORD).write_text(json.dumps(record))
-    resuming.check_same_run(tmp_path, record)
-    changed = record | {"method": record["method"] | {"train_embeddings": "all", "use_dora": True}}
-    with pytest.raises(
-        UserError, match="what trains: train_embeddings chat_rows, now train_embeddings all, use_dora True"
-    ):
-        resuming.check_same_run(tmp_path, changed)
-
-
-def test_going_on_with_another_optimizer_or_precision_is_refused(tmp_path):
-    record = {
-        "base": {"fingerprint": {"sha256": "a" * 64}},
-        "data": {"fingerprint": "b" * 64},
-        "samples_per_step": 16,
-        "seed": 1,
-        "precision": "bfloat16",
-    }
-    now = record | {"optim": "adamw_torch_fused", "bf16_weights": False}
-    (tmp_path / output_folder.RECORD).write_text(json.dumps(record))
-    resuming.check_same_run(tmp_path, now)  # of before there was a record of these
-    (tmp_path / output_folder.RECORD).write_text(json.dumps(now))
-    resuming.check_same_run(tmp_path, now)
-    changed = now | {"precision": "float32", "optim": "adamw_torch_8bit", "bf16_weights": True}
-    line = "precision: bfloat16, now float32; --bf16_weights: False, now True; --optim: adamw_torch_fused, now adamw_to"
+@pytest.mark.parametrize("before, changed, line", [
+    (
+        {}, {"data": {"fingerprint": "c" * 64}, "samples_per_step": 8},
+        "data as rendered: bbbbbbbbbbbb, now cccccccccccc; samples per step: 16, now 8",
+    ),
+    (
+        {"method": METHOD}, {"method": METHOD | {"train_embeddings": "all", "use_dora": True}},
+        "what trains: train_embeddings chat_rows, now train_embeddings all, use_dora True",
+    ),
+    (
+        OPTIMIZER, {"precision": "float32", "optim": "adamw_torch_8bit", "bf16_weights": True},
+        "precision: bfloat16, now float32; --bf16_weights: False, now True; --optim: adamw_torch_fused, now adamw_torch_8bit",
+    ),
+], ids=["data and batch", "other tensors", "optimizer and precision"])  # fmt: skip
+def test_going_on_from_another_run_is_refused(tmp_path, before, changed, line):
+    before = RECORD | before
+    (tmp_path / output_folder.RECORD).write_text(json.dumps(before))
+    resuming.check_same_run(tmp_path, before)
     with pytest.raises(UserError, match=line):
-        resuming.check_same_run(tmp_path, changed)
+        resuming.check_same_run(tmp_path, before | changed)
 
 
-def test_flags_that_make_another_run_are_refused(asked, tmp_path):  # noqa: F811
+def test_what_an_older_record_does_not_say_is_not_compared(tmp_path):
+    (tmp_path / output_folder.RECORD).write_text(json.dumps(RECORD | {"precision": "bfloat16"}))
+    resuming.check_same_run(tmp_path, RECORD | OPTIMIZER)
+
+
+def test_flags_that_make_another_run_are_refused(asked, tmp_path):
     """With the flags, their values then and now, and the way out."""
     out, lora = tmp_path / "out", ["--use_lora", "--resume_from_checkpoint", "auto"]
     record = preparation.prepare(asked("--use_lora"), out).record
@@ -79,7 +61,7 @@ def test_flags_that_make_another_run_are_refused(asked, tmp_path):  # noqa: F811
     assert "give the flags and files that it was started with, or another --output_dir" in line
 
 
-def test_other_data_name_the_flags_that_made_them(asked, tmp_path):  # noqa: F811
+def test_other_data_name_the_flags_that_made_them(asked, tmp_path):
     out = tmp_path / "out"
     leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     with pytest.raises(UserError, match=r"data as rendered: \w+, now \w+ \(--supervise: assistant, now chatml\)"):
@@ -92,7 +74,7 @@ def test_an_adapter_gone_on_from_must_be_the_same():
     assert resuming.differences(before, now) == ["adapter of --lora_weight_path: 123, now none"]
 
 
-def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):  # noqa: F811
+def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):
     out, auto = tmp_path / "out", ["--resume_from_checkpoint", "auto"]
     record = preparation.prepare(asked(), out).record
     leave_checkpoint(out, 1, record, [])
@@ -105,7 +87,7 @@ def test_flags_that_may_change_are_recorded_over_all_resumes(asked, tmp_path):  
     assert job.record["changes"] == [first, {"after_step": 2, "flag": "weight_decay", "before": "0.0", "now": "0.1"}]
 
 
-def test_other_data_to_evaluate_on(asked, tmp_path):  # noqa: F811
+def test_other_data_to_evaluate_on(asked, tmp_path):
     """May be, where nothing follows the evaluations."""
     out, auto = tmp_path / "out", ["--resume_from_checkpoint", "auto"]
     one, other = (["--eval_data_path", write_talks(tmp_path / f"{n}.json", count=n), "--eval_strategy", "epoch"] for n in (2, 3))
@@ -116,7 +98,7 @@ def test_other_data_to_evaluate_on(asked, tmp_path):  # noqa: F811
         preparation.prepare(asked(*auto, *other, "--early_stopping_patience", "2", "--save_strategy", "epoch"), out)
 
 
-def test_a_curve_that_follows_the_loss_cannot_change(asked, tmp_path):  # noqa: F811
+def test_a_curve_that_follows_the_loss_cannot_change(asked, tmp_path):
     out, held_out = tmp_path / "out", write_talks(tmp_path / "held_out.json", count=3)
     flags = ["--eval_data_path", held_out, "--eval_strategy", "epoch"]  # which it follows
     leave_checkpoint(out, 1, preparation.prepare(asked(*flags), out).record, [])
@@ -128,7 +110,7 @@ def test_a_curve_that_follows_the_loss_cannot_change(asked, tmp_path):  # noqa: 
 # ---- the same command, typed again
 
 
-def test_the_same_command_goes_on_by_itself(asked, tmp_path, capsys):  # noqa: F811
+def test_the_same_command_goes_on_by_itself(asked, tmp_path, capsys):
     out = tmp_path / "out"
     own = leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     job = preparation.prepare(asked("--logging_dir", "elsewhere"), out)  # which does not matter
@@ -137,14 +119,14 @@ def test_the_same_command_goes_on_by_itself(asked, tmp_path, capsys):  # noqa: F
 
 
 @pytest.mark.parametrize("flags", [["--learning_rate", "1"], ["--data_seed", "3"], ["--resume_from_checkpoint", "False"]], ids=" ".join)
-def test_another_command_does_not(asked, tmp_path, flags):  # noqa: F811
+def test_another_command_does_not(asked, tmp_path, flags):
     out = tmp_path / "out"
     leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     with pytest.raises(UserError, match="has checkpoint-1 - continue with --resume_from_checkpoint auto"):
         preparation.prepare(asked(*flags), out)
 
 
-def test_the_same_command_over_other_data_is_refused(asked, tmp_path):  # noqa: F811
+def test_the_same_command_over_other_data_is_refused(asked, tmp_path):
     out = tmp_path / "out"
     leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     args = asked()
@@ -153,7 +135,7 @@ def test_the_same_command_over_other_data_is_refused(asked, tmp_path):  # noqa: 
         preparation.prepare(args, out)
 
 
-def test_overwriting_begins_anew(asked, tmp_path):  # noqa: F811
+def test_overwriting_begins_anew(asked, tmp_path):
     out = tmp_path / "out"
     leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     assert preparation.prepare(asked("--overwrite_output_dir"), out).way == resuming.Way(total=3)
@@ -162,14 +144,14 @@ def test_overwriting_begins_anew(asked, tmp_path):  # noqa: F811
 # ---- what is left to do: four samples in one step an epoch, three epochs
 
 
-def test_fewer_steps_than_are_done_are_refused(asked, tmp_path):  # noqa: F811
+def test_fewer_steps_than_are_done_are_refused(asked, tmp_path):
     out = tmp_path / "out"
     leave_checkpoint(out, 2, preparation.prepare(asked(), out).record, [])
     with pytest.raises(UserError, match="checkpoint-2: has done 2 steps, and this run would have 1 - give more with --num_train_epochs"):
         preparation.prepare(asked("--num_train_epochs", "1", "--resume_from_checkpoint", "auto"), out)
 
 
-def test_a_run_at_its_end_has_its_result_to_write(asked, tmp_path, capsys):  # noqa: F811
+def test_a_run_at_its_end_has_its_result_to_write(asked, tmp_path, capsys):
     out = tmp_path / "out"
     last = leave_checkpoint(out, 3, preparation.prepare(asked(), out).record, [])
     job = preparation.prepare(asked(), out)
@@ -191,7 +173,7 @@ def leave_result(out, record):
     (lambda out: (out / "model.safetensors").write_text("weightz"), resuming.RESULT),
     (lambda out: (out / output_folder.RECORD).unlink(), resuming.RESULT),
 ], ids=["whole", "no config", "a flipped bit", "no record"])  # fmt: skip
-def test_a_finished_run_has_nothing_to_do(asked, tmp_path, damage, kind, capsys):  # noqa: F811
+def test_a_finished_run_has_nothing_to_do(asked, tmp_path, damage, kind, capsys):
     out = tmp_path / "out"
     record = preparation.prepare(asked(), out).record
     leave_checkpoint(out, 3, record, [])
@@ -202,7 +184,7 @@ def test_a_finished_run_has_nothing_to_do(asked, tmp_path, damage, kind, capsys)
     assert ("nothing to do: " in capsys.readouterr().err) == (damage is None)
 
 
-def test_a_result_of_fewer_steps_is_gone_on_from(asked, tmp_path):  # noqa: F811
+def test_a_result_of_fewer_steps_is_gone_on_from(asked, tmp_path):
     out = tmp_path / "out"
     record = preparation.prepare(asked(), out).record
     leave_checkpoint(out, 3, record, [])
@@ -211,7 +193,7 @@ def test_a_result_of_fewer_steps_is_gone_on_from(asked, tmp_path):  # noqa: F811
     assert (way.kind, way.done, way.total, way.planned_before) == (resuming.GO_ON, 3, 5, 3)
 
 
-def test_a_run_that_stopped_early_is_at_its_end(asked, tmp_path):  # noqa: F811
+def test_a_run_that_stopped_early_is_at_its_end(asked, tmp_path):
     out, held_out = tmp_path / "out", write_talks(tmp_path / "held_out.json", count=3)
     flags = ["--eval_data_path", held_out, "--eval_strategy", "epoch", "--early_stopping_patience", "1"]
     log = [{"step": 1, "eval_loss": 1.0}, {"step": 2, "eval_loss": 2.0}]
@@ -222,7 +204,7 @@ def test_a_run_that_stopped_early_is_at_its_end(asked, tmp_path):  # noqa: F811
 # ---- what is missing
 
 
-def test_incomplete_checkpoints_are_named(asked, tmp_path, capsys):  # noqa: F811
+def test_incomplete_checkpoints_are_named(asked, tmp_path, capsys):
     out = tmp_path / "out"
     record = preparation.prepare(asked(), out).record
     (leave_checkpoint(out, 2, record, []) / "optimizer.pt").unlink()
@@ -234,7 +216,7 @@ def test_incomplete_checkpoints_are_named(asked, tmp_path, capsys):  # noqa: F81
     assert f"going on from {whole}" in capsys.readouterr().err
 
 
-def test_what_a_checkpoint_lacks_is_told(asked, tmp_path, capsys):  # noqa: F811
+def test_what_a_checkpoint_lacks_is_told(asked, tmp_path, capsys):
     out, auto = tmp_path / "out", ["--resume_from_checkpoint", "auto"]
     point = leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     preparation.prepare(asked(*auto), out)

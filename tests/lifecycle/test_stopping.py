@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from test_trainer import losses, make_trainer
+from trainers import losses, make_trainer
 from transformers import TrainerCallback
 
 from finetune.distributed import ranks

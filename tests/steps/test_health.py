@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trainer import Samples, make_trainer
 from tiny import tiny_model
+from trainers import Samples, make_trainer
 
 from finetune.steps import health
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import losses, make_trainer
 from tiny import tiny_model
+from trainers import losses, make_trainer
 
 from finetune.errors import Failed
 from finetune.steps import self_tests

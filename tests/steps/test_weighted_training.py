@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_trainer import Samples, losses, make_trainer
 from tiny import tiny_model
+from trainers import Samples, losses, make_trainer
 
 IGNORE = -100
 

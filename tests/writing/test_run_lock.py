@@ -21,7 +21,7 @@ PROGRAM = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from finetune.errors import run
-from finetune.folders import run_lock
+from finetune.writing import run_lock
 from pathlib import Path
 def main():
     run_lock.hold(Path(sys.argv[2]), sys.argv[3:])
