@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..compat import on_peft
 from ..errors import UserError
-from ..folders import adapter_folder, config_files, model_folder
+from ..folders import adapter_folder, config_files, finite, model_folder
 from . import pissa
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -62,7 +62,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     """
     from peft import PeftConfig, PeftModel
 
-    check_finite(folder)
+    finite.check_files(folder, "take an earlier checkpoint of its run")
     try:
         own = PeftConfig.from_pretrained(folder)
     except Exception as error:  # whatever a value of the file makes of peft's classes
@@ -81,15 +81,6 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
         pissa.take_out_of_base(adapted, pissa.read_start(folder))
         own.init_lora_weights = init
     return adapted if is_trainable else adapted.requires_grad_(False)  # biases too, which peft would leave
-
-
-def check_finite(folder: Path) -> None:
-    """UserError for an adapter with weights that are infinite or no number, naming the first."""
-    from ..folders.shards import read_tensors
-
-    for name, tensor in read_tensors(folder):
-        if not tensor.isfinite().all():
-            raise UserError(f"{folder}: {name} holds infinities, or what is no number - take an earlier checkpoint of its run")
 
 
 def apply_peft(make):

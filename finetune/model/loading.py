@@ -11,7 +11,7 @@ import qwen_model
 from qwen_model.generation_qwen import MAX_WINDOW_SIZE
 
 from ..errors import UserError, note
-from ..folders import model_folder, quant_settings
+from ..folders import finite, model_folder, quant_settings
 from ..folders.config_files import shortened
 from ..folders.model_folder import LATER_TYPES
 from ..lora import adapters
@@ -19,6 +19,8 @@ from ..quantized import quantized_model
 from ..samples import lossless
 from ..samples.rendering import PROBE
 from . import later_qwen, whole_base
+
+NOT_FINITE = "download it again, or take an earlier checkpoint"  # what to do about such a base
 
 
 def load_tokenizer(folder: Path):
@@ -95,9 +97,9 @@ def load_weights(folder: Path, dtype, half_on_cuda: bool, quantization=None, dev
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **attention)
     if is_deepspeed_zero3_enabled() or quantization and quantization.method == "nf4":
-        whole_base.check_finite_files(folder)
+        finite.check_files(folder, NOT_FINITE, shared_out=True)  # in memory they are in shards, or packed
     else:
-        whole_base.check_finite(model, folder)
+        finite.check_model(model, folder, NOT_FINITE)
     return later_qwen.prepare(model, half_on_cuda) if model.config.model_type in LATER_TYPES else model
 
 

@@ -7,7 +7,6 @@ before weights are loaded: of safetensors the headers are read, and of .bin file
 import math
 from pathlib import Path
 
-from ..distributed import ranks
 from ..errors import UserError
 from ..folders import config_files, model_folder, quant_settings
 from ..folders.config_files import shortened
@@ -117,40 +116,3 @@ def check_rows(tokenizer, folder: Path) -> None:
     if type(rows) is int and most >= rows:
         what = f"{folder}: the tokenizer's ids go up to {most:,}, and the model has {rows:,} rows"
         raise UserError(f"{what} - take both from the same checkpoint")
-
-
-# ---- numbers that are none
-
-
-def check_finite(model, folder: Path) -> None:
-    """UserError for a loaded model with weights that are infinite or no number, naming the first tensor.
-
-    Each tensor is summed up once, in float32: what memory can deliver, some GB a second on a CPU, and no copy.
-    """
-    import torch
-
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensor = tensor.detach()
-        if tensor.device.type == "meta" or not tensor.is_floating_point() or not tensor.numel() or tensor.element_size() == 1:
-            continue
-        total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-        if not total.isfinite() and not tensor.isfinite().all():  # the sum of finite numbers may be too large
-            raise not_finite(folder, name)
-
-
-def check_finite_files(folder: Path) -> None:
-    """The same from the files, for weights that are quantized or shared out while they are loaded: reads all of them once more.
-
-    Of several ranks each reads its share.
-    """
-    from ..folders.shards import Shards
-
-    with Shards(folder) as shards:
-        for name in list(shards)[ranks.rank() :: ranks.count()]:
-            tensor = shards[name]
-            if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
-                raise not_finite(folder, name)
-
-
-def not_finite(folder: Path, name: str) -> UserError:
-    return UserError(f"{folder}: {name} holds infinities, or what is no number - download it again, or take an earlier checkpoint")

@@ -9,7 +9,7 @@ from transformers import Trainer
 from qwen_model.compat import overrides
 
 from ..errors import note, warn
-from ..folders import checkpoints
+from ..folders import checkpoints, finite
 
 SKIPPED_IN_A_ROW = 20  # steps that fp16's loss scaling may leave out before the run stops: by then the scale is 2^-20 of its start
 ZERO_NORMS = 10  # steps in a row without any gradient, before that is told
@@ -152,12 +152,6 @@ def in_short(numbers: list[int]) -> str:
 
 
 def check_tensors(tensors) -> None:
-    """Raises FloatingPointError for the first of (name, tensor) that is not finite. One pass over each."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise FloatingPointError(f"{name} is not finite: nothing of it is saved - lower --learning_rate, and start again")
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Sums first, which allocates nothing; what overflows there is looked at number by number."""
-    return math.isfinite(tensor.detach().sum(dtype=torch.float32)) or bool(torch.isfinite(tensor).all())
+    """Raises FloatingPointError for the first of (name, tensor) that is not finite."""
+    if (name := finite.first_not_finite(tensors)) is not None:
+        raise FloatingPointError(f"{name} is not finite: nothing of it is saved - lower --learning_rate, and start again")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import small_checkpoint, tiny_gptq, tiny_later_qwen
 
 from finetune.errors import UserError
+from finetune.folders import finite
 from finetune.model import loading, whole_base
 
 FILE = "model.safetensors"
@@ -112,7 +113,7 @@ def test_numbers_that_are_none_are_told_with_their_tensor(later, value):
     with pytest.raises(UserError, match=wanted):
         loading.load_weights(later[True], torch.float32, False)
     with pytest.raises(UserError, match=wanted):
-        whole_base.check_finite_files(later[True])
+        finite.check_files(later[True], loading.NOT_FINITE)
 
 
 def test_finite_numbers_whose_sum_is_not_are_no_fault(later):
