@@ -8,14 +8,19 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from qwen_model.versions import too_old
 
 NEEDED = ("torch", "transformers", "accelerate", "peft", "tiktoken")  # and launch.sh's `needed`: the same
+# a run in training that gets one of these saves and ends with STOPPED
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SAME_SECONDS = 1  # a Ctrl-C reaches the launcher and its processes, to which the launcher hands it on: within that time it is one
 STOPPED = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # a line's end and a tab are text
 LONGEST = 3000  # characters of a line that is printed
@@ -116,6 +121,11 @@ def shortened(value, most: int = 100) -> str:
     """A value of a file, a flag or another program for a line that is printed: on one line, of at most `most` characters."""
     text = " ".join(printable(str(value)).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def listed(items: Sequence, most: int, what: str = "more") -> str:
+    """The first `most` of some names or numbers for a line that is printed, and how many there are beside them: "a, b and 3 more"."""
+    return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} {what}" if len(items) > most else "")
 
 
 said: set[str] | None = None  # within each_line_once()

@@ -23,7 +23,6 @@ import json
 import re
 from itertools import zip_longest
 
-from .chatml import render_prompt as chatml_prompt
 from .react_text import (
     FORMAT,
     HEAD,
@@ -40,7 +39,7 @@ from .react_text import (
     without_label,
 )
 
-__all__ = ["function_of", "observation_spans", "parse", "parse_answer", "render", "render_asked", "render_prompt"]
+__all__ = ["function_of", "observation_spans", "parse", "parse_answer", "render", "render_asked"]
 
 # Plain text in this form, as the published example for fine-tuning has it: the question has these words.
 MARKED = ("Observation: the result of the action", "Begin!")
@@ -78,13 +77,6 @@ def render(messages: list[dict], tools: list[dict] = ()) -> list[dict]:
             what = 'its text would be read back as something else (a line "Action:" or "Thought:", for example)'
             raise ValueError(f"message {number} ({messages[number - 1]['role']}): {what}")
     return laid_out
-
-
-def render_prompt(
-    tokenizer, messages: list[dict], tools: list[dict] = (), *, max_window_size: int | None = None
-) -> list[int]:
-    """The ids of the prompt for the next answer: a new turn after a question, the last turn continued after a result."""
-    return chatml_prompt(tokenizer, render_asked(messages, tools), max_window_size=max_window_size)
 
 
 def render_asked(messages: list[dict], tools: list[dict] = ()) -> list[dict]:

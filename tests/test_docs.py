@@ -7,7 +7,6 @@ import pytest
 
 from finetune import errors
 from finetune.distributed import agent
-from finetune.lifecycle import stopping
 from finetune.steps import self_tests
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +41,7 @@ def test_every_line_is_said_somewhere(line):
 def test_the_exit_codes():
     told = {int(code): row[1] for row in rows("Exit codes") for code in row[0].split(", ")}
     assert errors.STOPPED in told and agent.USER_ERROR in told
-    signals = {128 + number for number in stopping.SIGNALS}
+    signals = {128 + number for number in errors.STOP_SIGNALS}
     assert signals <= set(told) and {0, 1, 137} <= set(told)
 
 

@@ -21,6 +21,11 @@ def checkpoints_into(trainer, folder: Path):
         del trainer._get_output_dir  # the method of the class is there again
 
 
+def word(choice) -> str:
+    """The text of a flag's value that transformers keeps as an enum; of a plain text, itself."""
+    return str(getattr(choice, "value", choice))
+
+
 def training_flags(base: type) -> type | None:
     """A dataclass with the fields of TrainingArguments over those of `base`, read from the source, since its import takes seconds.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..errors import listed
 from . import keys
 
 MAX_UNREAD = 1000  # different keys remembered; a file that uses ids as keys could have millions
@@ -180,12 +181,12 @@ def _repeated(prompts: np.ndarray, wholes: np.ndarray) -> list[str]:
 
 
 def _unread(unread: dict[str, Seen]) -> str:
-    listed = []
-    for key, seen in sorted(unread.items())[:SHOWN_UNREAD]:
+    found = []
+    for key, seen in sorted(unread.items()):
         guess = [] if key in keys.ALL else difflib.get_close_matches(key.lower(), keys.ALL, 1, 0.75)
         meant = f'; did you mean "{guess[0]}"?' if guess else ""
-        listed.append(f'"{shown(key)}" ({counted(seen.samples)}, first: {seen.first}{meant})')
-    return ", ".join(listed) + (f" and {len(unread) - SHOWN_UNREAD} more" if len(unread) > SHOWN_UNREAD else "")
+        found.append(f'"{shown(key)}" ({counted(seen.samples)}, first: {seen.first}{meant})')
+    return listed(found, SHOWN_UNREAD)
 
 
 def counted(samples: int) -> str:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from ..compat.on_transformers import word
 from ..distributed import engines
 from ..flags import checks
 from ..folders import config_files
@@ -120,7 +121,7 @@ def checkpoints(args, folder: Path, total: int) -> list[tuple[str, str]]:
 
 def saved(training, total: int) -> int:
     """How many checkpoints a run of `total` steps writes."""
-    strategy = str(getattr(training.save_strategy, "value", training.save_strategy))
+    strategy = word(training.save_strategy)
     if strategy == "steps":
         every = training.save_steps if training.save_steps >= 1 else max(1, round(total * training.save_steps))
         return int(total // every)

@@ -27,13 +27,11 @@ from pathlib import Path
 from torch.distributed import DistError, TCPStore
 
 from ..compat import on_torch
-from ..errors import STOPPED, UserError, note, tell, warn
+from ..errors import SAME_SECONDS, STOP_SIGNALS, STOPPED, UserError, note, tell, warn
 from .network import Job, own_address, wait_for_master
 
 elastic = on_torch.elastic()
 USER_ERROR = 2  # the exit code of a worker whose user has to change something
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as in lifecycle/stopping.py
-SAME_SECONDS = 1  # within which a second Ctrl-C is the first one, that came by another way
 STORE_SECONDS = 60  # for an answer of the store
 GRACE_SECONDS = 3  # in which what several processes find wrong at the same time is told by rank 0
 LEAVING_SECONDS = 10  # in which machine 0 lets the others read why the run has ended
@@ -175,7 +173,7 @@ class Agent(elastic.LocalElasticAgent):
         self.finished_at = None
         self.hears = False
         super()._initialize_workers(group)
-        for number in SIGNALS:  # torch's own handlers, set as the workers start, end the workers within 30 s
+        for number in STOP_SIGNALS:  # torch's own handlers, set as the workers start, end the workers within 30 s
             signal.signal(number, self.hand_on)
         self.hears = True
 

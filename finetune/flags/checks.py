@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..compat.on_transformers import word
 from ..data_files.sample_files import SampleFile
 from ..data_files.sources import sources_of
 from ..distributed import engines
 from ..errors import UserError, note, shortened, warn
-from ..folders import adapter_folder, config_files, meant, model_folder
-from ..folders.checkpoints import resume_point
+from ..folders import adapter_folder, checkpoints, config_files, meant, model_folder
 from ..model import kinds, optimizers, whole_base
 from . import going_on, method_checks, services, trials, values
 
@@ -76,7 +76,7 @@ def data_files(args) -> Iterator[str]:
     if data.eval_data_path and not evaluates:
         yield "--eval_data_path is set but evaluation is off (--eval_strategy no) - give --eval_strategy steps or epoch, or leave out both"
     if evaluates and not (data.eval_data_path or data.eval_split):
-        strategy = method_checks.word(args.training.eval_strategy)
+        strategy = word(args.training.eval_strategy)
         asked = "eval_on_start" if strategy == "no" else f"eval_strategy {strategy}"
         yield f"--{asked} needs conversations to evaluate on - give --eval_data_path, or leave it out"
     if data.eval_split and data.eval_data_path:
@@ -146,12 +146,12 @@ def output_folder(args) -> Iterator[str]:
     if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
         yield f"--output_dir {out}: {root} cannot be written to - give another folder"
         return
-    checkpoints, resumes = checkpoints_in(out), wants_resume(going_on.wish_of(args, out))
-    if training.overwrite_output_dir or (resumes and checkpoints):
+    there = checkpoints.numbered(out)
+    if training.overwrite_output_dir or (there and checkpoints.wants_one(going_on.wish_of(args, out))):
         return
-    if checkpoints:
+    if there:
         remedy = "continue with --resume_from_checkpoint auto, or give another folder or --overwrite_output_dir"
-        yield f"--output_dir {out}: has {checkpoints[-1].name} - {remedy}"
+        yield f"--output_dir {out}: has {there[-1].name} - {remedy}"
     elif any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
         yield f"--output_dir {out}: holds a finished model - give another folder, or --overwrite_output_dir"
 
@@ -159,9 +159,9 @@ def output_folder(args) -> Iterator[str]:
 def resuming(args) -> Iterator[str]:
     """The checkpoint exists and was made with this run's method."""
     wish, lora = going_on.wish_of(args, out_of(args)), args.lora
-    if not wants_resume(wish):
+    if not checkpoints.wants_one(wish):
         return
-    point = resume_point(out_of(args), wish)
+    point = checkpoints.resume_point(out_of(args), wish)
     if point is None:
         if str(wish).lower() == "true":
             remedy = "give its folder, or auto to begin anew where there is none"
@@ -247,17 +247,6 @@ LATER = (values_of_config, services.reporting, services.pushing, trials.optimize
 
 def out_of(args) -> Path:
     return Path(args.training.output_dir).expanduser()
-
-
-def wants_resume(wish: str | None) -> bool:
-    """Whether a value of --resume_from_checkpoint asks for one."""
-    return str(wish or "").lower() not in ("", "false", "none")
-
-
-def checkpoints_in(out: Path) -> list[Path]:
-    """Folders called checkpoint-N, complete or not, oldest first."""
-    found = [path for path in out.glob("checkpoint-*") if path.name.split("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def existing(path: Path) -> Path:

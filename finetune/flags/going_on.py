@@ -54,9 +54,6 @@ RULES = {
     }.items()
     for name in names.split()
 }  # fmt: skip
-# what says when something is written or looked at: a run may go on from a checkpoint that came another way
-CADENCE = {"save_strategy", "save_steps", "save_total_limit", "save_only_model", "eval_strategy", "eval_steps", "eval_delay",
-           "eval_on_start", "logging_strategy", "logging_steps"}  # fmt: skip
 # what decides the learning rate of each step
 SCHEDULE = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps"}
 # curves that follow the loss: their state cannot be computed from the number of a step

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..compat.on_transformers import word
 from ..distributed import engines
 from ..errors import note, warn
 from ..folders import adapter_base, adapter_files, adapter_folder, config_files, meant, model_folder, settings_files
@@ -118,8 +119,3 @@ def adapter(args) -> Iterator[str]:
 
 
 # ---- small things
-
-
-def word(choice) -> str:
-    """The text of one of transformers' enums; a plain text as it is."""
-    return getattr(choice, "value", choice)

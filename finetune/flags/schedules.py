@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ..compat.on_transformers import word
 from ..errors import shortened
 from . import values
 
@@ -44,17 +45,16 @@ BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # they look at the evaluated
 
 def problems(training: dict) -> Iterator[str]:
     """What is wrong with --lr_scheduler_type and its settings. training: the values of the training flags."""
-    given = training["lr_scheduler_type"]
-    name = getattr(given, "value", given)
+    name = word(training["lr_scheduler_type"])
     if name not in KEYS or any(values.object_problems("lr_scheduler_kwargs", training["lr_scheduler_kwargs"], None)):
         return  # said elsewhere
-    settings, evaluates = values.json_object(training["lr_scheduler_kwargs"]), training["eval_strategy"]
+    settings = values.json_object(training["lr_scheduler_kwargs"])
     if unknown := [key for key in settings if key not in KEYS[name]]:
         yield f"--lr_scheduler_kwargs: {shortened(name)} takes no {shortened(', '.join(unknown))} - {advice(name)}"
     needed = NEEDED.get(name, ())
     if needed and not any(settings.get(key) is not None for key in needed):
         yield f"--lr_scheduler_type {name}: needs {' or '.join(needed)} - add --lr_scheduler_kwargs '{EXAMPLES[name]}'"
-    if name in BY_EVALUATION and getattr(evaluates, "value", evaluates) == "no":
+    if name in BY_EVALUATION and word(training["eval_strategy"]) == "no":
         yield f"--lr_scheduler_type {name}: follows the evaluated loss - add --eval_data_path or --eval_split, or give another one"
 
 

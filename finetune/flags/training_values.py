@@ -2,6 +2,7 @@
 
 import re
 
+from ..compat.on_transformers import word
 from ..distributed import deepspeed_file, engines
 from ..errors import note
 from . import schedules
@@ -56,7 +57,7 @@ def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
     values["greater_is_better"] = False
     wanting = [name for name in ("early_stopping_patience", "load_best_model_at_end") if values[name]]
     wanting += ["save_strategy best"] if str(values["save_strategy"]).lower().endswith("best") else []
-    strategy = str(getattr(strategy, "value", strategy))
+    strategy = word(strategy)
     if wanting and strategy == "no":
         findings.append(f"--{wanting[0]}: nothing is evaluated - give --eval_data_path or --eval_split, and --eval_strategy steps or epoch")
     elif wanting and values["save_strategy"] == usual["save_strategy"] and values["save_steps"] == usual["save_steps"]:

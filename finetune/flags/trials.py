@@ -7,9 +7,10 @@ import copy
 import math
 from collections.abc import Iterator
 
+from ..compat.on_transformers import word
 from ..errors import shortened
 from ..model import optimizers
-from . import method_checks, schedules, values
+from . import schedules, values
 
 STEPS = 20  # of the trial: warm-up, what lies between, and the end
 SHAPE = (64, 128)  # of the layer: large enough that bitsandbytes holds its state in 8 bits
@@ -18,7 +19,7 @@ SHAPE = (64, 128)  # of the layer: large enough that bitsandbytes holds its stat
 def optimizer(args) -> Iterator[str]:
     """A step of --optim with --optim_args."""
     training = args.training
-    name = method_checks.word(training.optim)
+    name = word(training.optim)
     if args.findings or name not in values.WORDS["optim"] or any(optimizers.problems(training)) or optimizers.is_slow_to_try(name):
         return
     try:
@@ -41,7 +42,7 @@ def schedule(args) -> Iterator[str]:
     import torch
     from transformers import get_scheduler
 
-    name, given = method_checks.word(training.lr_scheduler_type), values.json_object(training.lr_scheduler_kwargs)
+    name, given = word(training.lr_scheduler_type), values.json_object(training.lr_scheduler_kwargs)
     toy = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=training.learning_rate)
     try:
         made = get_scheduler(name, toy, training.get_warmup_steps(STEPS), STEPS, given)

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import UserError, shortened
+from ..errors import UserError, listed, shortened
 from . import config_files, model_folder
 
 PREFIX = "base_model.model."
@@ -16,8 +16,7 @@ def check_adapter(folder: Path, base: Path | None = None, flag: str = "") -> Non
     """Raises UserError where tensors are missing. flag: the one that names the folder, for the message."""
     missing = missing_tensors(folder, base)
     if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        what = f"{flag} {folder}: adapter misses {', '.join(map(shortened, missing[:4]))}{more}".strip()
+        what = f"{flag} {folder}: adapter misses {listed([shortened(name) for name in missing], 4)}".strip()
         embeddings = set(missing) <= EMBEDDINGS
         published = " (the published finetune.py's last save leaves embeddings out)" if embeddings else ""
         base_too = "" if base is None or embeddings else "its own base, or "
@@ -131,7 +130,7 @@ def halves(config: dict, names: list[str]) -> list[tuple[str, str]]:
     """Beside each of an adapter's matrices the other one, and with DoRA the magnitudes."""
     found = dict.fromkeys(name.rsplit(".lora_", 1)[0].removeprefix(PREFIX) for name in names if ".lora_" in name)
     magnitude = ["lora_magnitude_vector"] * bool(config.get("use_dora"))
-    return [listed(layer, part) for layer in found for part in [*matrices(layer), *magnitude]]
+    return [of_layer(layer, part) for layer in found for part in [*matrices(layer), *magnitude]]
 
 
 def matrices(layer: str) -> tuple[str, str]:
@@ -146,12 +145,12 @@ def everywhere(config: dict, names: list[str]) -> list[tuple[str, str]]:
     targets = config.get("target_modules")
     found = {name.rsplit(".lora_", 1)[0].split(".")[-1] for name in names if ".lora_" in name}
     kinds = targets if isinstance(targets, list) else []
-    return [listed(kind, matrices(kind)[0]) for kind in kinds if kind.split(".")[-1] not in found]
+    return [of_layer(kind, matrices(kind)[0]) for kind in kinds if kind.split(".")[-1] not in found]
 
 
 def layers(config: dict, base: Path) -> list[tuple[str, str]]:
     """An adapter for each layer of the base that the config means."""
-    return [listed(layer, matrices(layer)[0]) for layer in adapted_layers(config, base)]
+    return [of_layer(layer, matrices(layer)[0]) for layer in adapted_layers(config, base)]
 
 
 def biases(config: dict, base: Path) -> list[tuple[str, str]]:
@@ -161,7 +160,7 @@ def biases(config: dict, base: Path) -> list[tuple[str, str]]:
     there = [name.removesuffix(".bias") for name in model_folder.shapes(base) if name.endswith(".bias")]
     adapted = set(adapted_layers(config, base))
     wanted = {"all": there, "lora_only": [name for name in there if name in adapted]}
-    return [listed(name, "bias") for name in wanted.get(config.get("bias"), [])]
+    return [of_layer(name, "bias") for name in wanted.get(config.get("bias"), [])]
 
 
 def adapted_layers(config: dict, base: Path) -> list[str]:
@@ -177,7 +176,7 @@ def adapted_layers(config: dict, base: Path) -> list[str]:
     return [layer for layer in found if any(f".{layer}".endswith(f".{target}") for target in targets)]
 
 
-def listed(layer: str, part: str) -> tuple[str, str]:
+def of_layer(layer: str, part: str) -> tuple[str, str]:
     return f"{layer}.{part.removesuffix('.weight')}", f".{layer}.{part}"
 
 
@@ -195,6 +194,6 @@ def adapter_model_card(base: str) -> str:
 def describe_adapter(config: dict) -> str:
     """An adapter's settings: "r=64 alpha=16 on c_attn, c_proj, w1, w2, bias none"."""
     targets = config.get("target_modules") or []
-    listed = shortened(targets if isinstance(targets, str) else ", ".join(sorted(targets)), 200)
+    named = shortened(targets if isinstance(targets, str) else ", ".join(sorted(targets)), 200)
     rank, alpha, bias = (shortened(config.get(name, usual), 30) for name, usual in (("r", None), ("lora_alpha", None), ("bias", "none")))
-    return f"r={rank} alpha={alpha} on {listed}, bias {bias}"
+    return f"r={rank} alpha={alpha} on {named}, bias {bias}"

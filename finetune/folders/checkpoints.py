@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 from ..distributed import engines
-from ..errors import UserError, note, warn
+from ..errors import UserError, listed, note, warn
 from ..writing import durable
 from . import output_folder
+
+SHOWN = 3  # of the damaged files of a checkpoint
 
 
 def complete(output_dir: Path) -> list[Path]:
@@ -40,7 +42,7 @@ def keep_newest(output_dir: Path, limit: int | None, best: str | None = None) ->
     removable = [path for path in every[:-1] if best is None or path.resolve() != Path(best).resolve()]
     removable = removable[: max(0, len(every) - limit)]
     if removable and (wrong := durable.faults(every[-1])):
-        warn(f"{every[-1]}: {in_short(wrong)}; the checkpoints before it are kept, and the disk should be looked at")
+        warn(f"{every[-1]}: {listed(wrong, SHOWN)}; the checkpoints before it are kept, and the disk should be looked at")
         return
     for path in removable:
         output_folder.discard(path)
@@ -54,18 +56,28 @@ def remove_all(output_dir: Path) -> None:
         shutil.rmtree(path)
 
 
+def wants_one(wish: str | None) -> bool:
+    """Whether a value of --resume_from_checkpoint asks for a checkpoint."""
+    return str(wish or "").lower() not in ("", "false", "none")
+
+
+def wants_newest(wish: str | None) -> bool:
+    """Whether it asks for the newest whole one."""
+    return str(wish).lower() in ("auto", "true")
+
+
 def resume_point(output_dir: Path, wish: str | None) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means: None, the newest whole one ("auto", "True"), or a path.
 
     Of damaged ones, the one before is taken, which tell_of() says. UserError where a path, or all there are, cannot be gone on from.
     """
-    if wish is None or str(wish).lower() in ("", "false", "none"):
+    if not wants_one(wish):
         return None
-    if str(wish).lower() in ("auto", "true"):
+    if wants_newest(wish):
         return newest_whole(output_dir)
     path = Path(wish)
     if wrong := durable.faults(path):
-        raise UserError(f"--resume_from_checkpoint {wish}: {in_short(wrong)} - give another of checkpoint-N, or auto for the newest whole one")
+        raise UserError(f"--resume_from_checkpoint {wish}: {listed(wrong, SHOWN)} - give another of checkpoint-N, or auto for the newest whole one")
     if not is_complete(path):
         raise UserError(
             f"--resume_from_checkpoint {wish}: no complete checkpoint there - give one of checkpoint-N, or auto"
@@ -78,7 +90,7 @@ def newest_whole(output_dir: Path) -> Path | None:
     damaged = []
     for path in reversed(numbered(output_dir)):
         if wrong := durable.faults(path):
-            damaged.append(f"{path.name}: {in_short(wrong)}")
+            damaged.append(f"{path.name}: {listed(wrong, SHOWN)}")
         elif is_complete(path):
             return path
     if damaged:
@@ -89,22 +101,22 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 def tell_of(path: Path, wish: str) -> None:
     """Says what is to be known of resume_point()'s answer: which newer ones are damaged, and whether it could be checked at all."""
-    for newer in numbered(path.parent) if str(wish).lower() in ("auto", "true") else ():
-        if int(newer.name.split("-")[1]) > int(path.name.split("-")[1]) and (wrong := durable.faults(newer)):
-            warn(f"{newer}: {in_short(wrong)}; going on from {path.name}, the newest that is whole")
+    for newer in numbered(path.parent) if wants_newest(wish) else ():
+        if number(newer) > number(path) and (wrong := durable.faults(newer)):
+            warn(f"{newer}: {listed(wrong, SHOWN)}; going on from {path.name}, the newest that is whole")
     if not durable.has_manifest(path):
         note(f"{path}: is of an older version, without a manifest, so whether its files are as they were written is not known")
 
 
-def in_short(wrong: list[str]) -> str:
-    """What is wrong with a checkpoint, in one line."""
-    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-
-
 def numbered(output_dir: Path) -> list[Path]:
     """Folders called checkpoint-N, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted((path for path in output_dir.glob("checkpoint-*") if number(path) >= 0 and path.is_dir()), key=number)
+
+
+def number(path: Path) -> int:
+    """N of checkpoint-N; -1 for another name, as --resume_from_checkpoint may give."""
+    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(found[1]) if found else -1
 
 
 def check_trusted(path: Path, engine: str, trusted: bool) -> None:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ..compat import on_transformers
-from ..errors import UserError, shortened, warn
+from ..errors import UserError, listed, shortened, warn
 from . import config_files, meant, quant_settings, settings_files, tensor_files
 from .headers import tensors_of
 
@@ -125,9 +125,8 @@ def weight_problems(folder: Path) -> list[str]:
     files = tensor_files.weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         there = len(files) - len(missing)
-        return [f"{folder}: missing {listed} (index lists {len(files)} shards, {there} present) - download them again"]
+        return [f"{folder}: missing {listed(missing, 3)} (index lists {len(files)} shards, {there} present) - download them again"]
     findings = []
     for path in files:
         try:

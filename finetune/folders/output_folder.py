@@ -13,10 +13,10 @@ from pathlib import Path
 from ..errors import UserError, warn
 from ..hashing import sha256_of_file
 from ..writing import durable, new_folder
+from ..writing.durable import RECORD
 from ..writing.new_folder import MARK
 from . import config_files, settings_files
 
-RECORD = "training.json"
 STAGING = ".unfinished"
 CONFIGS = ("adapter_config.json", "config.json")  # without these nothing loads
 # what a version without a list of files wrote of these was its own

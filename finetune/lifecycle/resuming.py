@@ -6,8 +6,8 @@ Raises UserError where a checkpoint is of another run. Which flags may have chan
 from pathlib import Path
 from typing import NamedTuple
 
+from ..compat.on_transformers import word
 from ..errors import UserError, note, warn
-from ..flags import checks
 from ..flags import going_on as flags
 from ..folders import checkpoints, config_files, fingerprints, output_folder
 from ..writing import durable
@@ -61,7 +61,7 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
             f"{point}: has done {way.done} steps, and this run would have {total} - give more with --num_train_epochs or --max_steps, or "
             "another --output_dir"
         )
-    if is_written(out, record, args, total) and (over or str(wish).lower() in ("auto", "true")):
+    if is_written(out, record, args, total) and (over or checkpoints.wants_newest(wish)):
         way = way._replace(kind=NOTHING)
     elif over:
         way = way._replace(kind=RESULT)
@@ -86,8 +86,8 @@ def changed(before: dict, record: dict, args) -> tuple[flags.Change, ...]:
                 f"--eval_data_path: {old[:12]} as rendered, now {new[:12]}: evaluations on other data cannot be compared, and the best of "
                 "them is to be found - give the data that the run was started with, or another --output_dir"
             )
-    curves = {args.training.lr_scheduler_type, before.get("flags", {}).get("lr_scheduler_type")}
-    stateful = [str(getattr(curve, "value", curve)) for curve in curves if getattr(curve, "value", curve) in flags.STATEFUL]
+    curves = {word(args.training.lr_scheduler_type), before.get("flags", {}).get("lr_scheduler_type")}
+    stateful = [curve for curve in curves if curve in flags.STATEFUL]
     if stateful and (of_schedule := [change for change in found if change.flag in flags.SCHEDULE]):
         raise UserError(
             f"--lr_scheduler_type {stateful[0]}: follows the loss, so a run with it cannot go on with another schedule "
@@ -122,21 +122,15 @@ def tell(way: Way, out: Path, asked: bool) -> None:
 
 def tell_incomplete(out: Path, wish: str | None, point: Path | None) -> None:
     """Says which checkpoints without a manifest are passed over; of one that has it, checkpoints.tell_of() says what is damaged."""
-    newest = str(wish).lower() in ("auto", "true")
+    newest = checkpoints.wants_newest(wish)
     whole = checkpoints.complete(out) if newest else []
-    behind = number(point) if newest and point else -1
-    there = [path for path in checks.checkpoints_in(out) if not durable.has_manifest(path)] if newest else []
-    passed = [path.name for path in there if path not in whole and number(path) > behind]
+    behind = checkpoints.number(point) if newest and point else -1
+    there = [path for path in checkpoints.numbered(out) if not durable.has_manifest(path)] if newest else []
+    passed = [path.name for path in there if path not in whole and checkpoints.number(path) > behind]
     if passed:
         then = f"going on from {point}" if point else "starting from the beginning"
         what = "not whole, as a save that was interrupted, or --save_only_model, leaves it"
         warn(f"{out}: {', '.join(passed)}: {what}: {then}")
-
-
-def number(point: Path) -> int:
-    """N of checkpoint-N."""
-    last = point.name.rpartition("-")[2]
-    return int(last) if last.isdigit() else -1
 
 
 def tell_lacking(way: Way, ranks: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from ..compat.on_transformers import word
 from ..data_files.sample_files import SampleFile
 from ..flags.going_on import SECRETS, flags_given
 from ..folders import fingerprints, quant_settings
@@ -61,7 +62,7 @@ def of_run(name: str, folder: Path, args, samples, plan, eval_samples=None) -> d
         "ranks": training.world_size,
         "precision": str(loading.compute_dtype(training)).removeprefix("torch."),
         "bf16_weights": training.bf16_weights,
-        "optim": optim_of(training),
+        "optim": word(training.optim),
         "seed": training.seed,
         "schedule": schedule(training, plan),
         "max_length": training.model_max_length,
@@ -84,7 +85,7 @@ def schedule(training, plan) -> dict:
     steps = plan.total_steps(training.num_train_epochs, training.max_steps)
     return {
         "learning_rate": training.learning_rate,
-        "lr_scheduler_type": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
+        "lr_scheduler_type": word(training.lr_scheduler_type),
         "warmup_steps": training.get_warmup_steps(steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
@@ -92,11 +93,6 @@ def schedule(training, plan) -> dict:
         "steps": steps,
         "steps_per_epoch": plan.steps_per_epoch,
     }
-
-
-def optim_of(training) -> str:
-    """--optim, as the user writes it."""
-    return str(getattr(training.optim, "value", training.optim))
 
 
 def command() -> str:
@@ -110,11 +106,10 @@ def without_secrets(line: str) -> str:
     if not any(spelling in line for spelling in secret):
         return line  # as bash quotes it, which Python does not read everywhere
     words, before = [], None
-    for word in shlex.split(line):
-        name, equals, _ = word.partition("=")
-        hidden = "***" if before in secret else f"{name}=***" if equals and name in secret else word
-        words.append(hidden)
-        before = word
+    for given in shlex.split(line):
+        name, equals, _ = given.partition("=")
+        words.append("***" if before in secret else f"{name}=***" if equals and name in secret else given)
+        before = given
     return shlex.join(words)
 
 
@@ -135,7 +130,7 @@ def versions(training, quantization) -> dict[str, str]:
     packages = ["torch", "transformers", "peft", "accelerate", "tiktoken"]
     packages += ["deepspeed"] if training.deepspeed else []
     packages += quantized_model.PACKAGES.get(quantization.method, ()) if quantization else ()
-    optim = optim_of(training)
+    optim = word(training.optim)
     packages += ["torchao"] if optim in optimizers.ROUNDING else []
     packages += ["bitsandbytes"] if optimizers.is_of_bitsandbytes(optim) else []
     installed = filter(quantized_model.installed, dict.fromkeys(packages))

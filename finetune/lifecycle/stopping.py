@@ -13,11 +13,8 @@ from transformers import TrainerCallback
 
 from ..distributed import ranks
 from ..distributed.ranks import meeting
-from ..errors import on_first_rank
+from ..errors import SAME_SECONDS, STOP_SIGNALS, on_first_rank
 from ..folders import checkpoints
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-SAME_SECONDS = 1  # a Ctrl-C reaches the launcher, too, which hands it on: within that time it is the same one
 
 
 class Stopping(TrainerCallback):
@@ -43,7 +40,7 @@ class Stopping(TrainerCallback):
     @contextlib.contextmanager
     def listening(self):
         """A context in which signals are such wishes."""
-        before = {number: signal.signal(number, self.hear) for number in SIGNALS}
+        before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS}
         try:
             yield
         finally:

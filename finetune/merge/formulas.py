@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, listed
 from ..folders import config_files
 from ..folders.adapter_folder import PREFIX
 from ..folders.shards import Shards
@@ -131,10 +131,7 @@ class Adapter:
         """Raises UserError if the base had no place for one of the adapter's tensors."""
         left = sorted(self.unused)
         if left:
-            what = f"{self.folder}: the base has no place for {left[0]}" + f" and {len(left) - 1} more" * (
-                len(left) > 1
-            )
-            raise UserError(f"{what} - give the base that the adapter was trained on with --base")
+            raise UserError(f"{self.folder}: the base has no place for {listed(left, 1)} - give the base that the adapter was trained on with --base")
 
 
 def plain(name: str) -> str:

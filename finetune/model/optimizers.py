@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
+from ..compat.on_transformers import word
 from ..errors import shortened
 
 # of transformers' --optim: torchao's AdamW, with a state of 8 or 4 bits, that can round stochastically
@@ -48,7 +49,7 @@ ARGS = {
 
 def problems(training) -> Iterator[str]:
     """What is wrong with --optim and what it needs, as far as names tell. Without torch."""
-    name = str(getattr(training.optim, "value", training.optim))
+    name = word(training.optim)
     if why := REFUSED.get(name):
         yield f"--optim {name}: {why} - {OTHER_ONE}"
         return
@@ -107,7 +108,7 @@ def prepare(training) -> None:
 
 def state_bytes(optim) -> float:
     """Bytes of an optimizer's state a parameter. optim: of --optim. Paged ones may lie in main memory, and count all the same."""
-    name = str(getattr(optim, "value", optim))
+    name = word(optim)
     return 1 if "4bit" in name else 2 if "8bit" in name else 8 if "adam" in name else 4
 
 

@@ -7,9 +7,8 @@ before weights are loaded: of safetensors the headers are read, and of .bin file
 import math
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, listed, shortened
 from ..folders import config_files, model_folder, quant_settings
-from ..folders.config_files import shortened
 
 
 def check(folder: Path) -> None:
@@ -29,8 +28,7 @@ def check(folder: Path) -> None:
     wrong |= {name: f"is {found[name]}, not {shape}" for name, shape in expected.items() if found.get(name, shape) != shape}
     missing = [name for name in expected if name not in found and name not in wrong]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{folder}: misses {', '.join(missing[:3])}{more} of {len(expected)} tensors - download it again")
+        raise UserError(f"{folder}: misses {listed(missing, 3)} of {len(expected)} tensors - download it again")
     if wrong:
         name, fault = next(iter(wrong.items()))
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

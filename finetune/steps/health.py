@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from qwen_model.compat import overrides
 
-from ..errors import note, warn
+from ..errors import listed, note, warn
 from ..folders import checkpoints, finite
 
 SKIPPED_IN_A_ROW = 20  # steps that fp16's loss scaling may leave out before the run stops: by then the scale is 2^-20 of its start
@@ -115,7 +115,7 @@ class WatchesNumbers:
         found: dict[str, list[int]] = {}
         for path, number in sorted(self.samples.origin(i) for members in passes for i in members):
             found.setdefault(path, []).append(number)
-        return "; ".join(f"{path} {in_short(numbers)}" for path, numbers in found.items())
+        return "; ".join(f"{path} {listed(numbers, SAMPLES_TOLD)}" for path, numbers in found.items())
 
     def check_log(self, logs: dict) -> dict:
         """A line of the log in which every number is one. Raises FloatingPointError for a loss that is none."""
@@ -144,11 +144,6 @@ class WatchesNumbers:
         if self.args.should_save:
             folder, limit = Path(self.args.output_dir), self.args.save_total_limit
             checkpoints.keep_newest(folder, limit, self.state.best_model_checkpoint)
-
-
-def in_short(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - SAMPLES_TOLD} more" if len(numbers) > SAMPLES_TOLD else ""
-    return ", ".join(map(str, numbers[:SAMPLES_TOLD])) + more
 
 
 def check_tensors(tensors) -> None:

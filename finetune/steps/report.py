@@ -16,7 +16,7 @@ from qwen_model.attention import is_ampere, torch_has_varlen
 
 from ..distributed import engines, ranks
 from ..distributed.engines import size_of
-from ..errors import note, on_first_rank, warn
+from ..errors import listed, note, on_first_rank, warn
 from ..folders import adapter_folder
 from ..lora import pissa
 from ..model import later_qwen
@@ -125,8 +125,7 @@ def kinds(trained) -> str:
             part for part in name.split(".") if part not in ("base_model", "model", "transformer", "default", "weight")
         ]
         found[".".join("*" if part.isdigit() else part for part in parts)] = None
-    names = list(found)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more kinds" if len(names) > 6 else "")
+    return listed(list(found), 6, "more kinds")
 
 
 class Report(TrainerCallback):

@@ -17,7 +17,7 @@ from ..hashing import sha256_of_file
 from . import signing
 
 MANIFEST = "manifest.json"
-NAMED_IN = "training.json"  # a checkpoint's record says that it has a manifest: one without is not older than they are
+RECORD = "training.json"  # a checkpoint's record says that it has a manifest: one without is not older than they are
 THREADS = 8  # hashing lets other threads run, and a disk answers several at a time
 HARMLESS = (".md", ".txt", ".json", ".jsonl", ".log")  # nobody unpickles a file of this name
 
@@ -146,7 +146,7 @@ def has_manifest(folder: Path) -> bool:
     if (folder / MANIFEST).exists():
         return True
     try:
-        return b'"manifest"' in (folder / NAMED_IN).read_bytes()
+        return b'"manifest"' in (folder / RECORD).read_bytes()
     except OSError:
         return False
 

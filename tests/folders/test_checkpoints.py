@@ -40,3 +40,7 @@ def test_keep_newest_spares_the_best(tmp_path):
     assert len(checkpoints.complete(tmp_path)) == 4
     checkpoints.keep_newest(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
     assert [path.name for path in checkpoints.complete(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
+
+
+def test_a_folder_without_a_number_has_no_place_in_the_order(tmp_path):
+    assert [checkpoints.number(tmp_path / name) for name in ("checkpoint-12", "kept", "kept-3", "checkpoint-x")] == [12, -1, -1, -1]

@@ -228,7 +228,3 @@ def test_what_a_checkpoint_lacks_is_told(asked, tmp_path, capsys):
     job = preparation.prepare(asked(*auto), out)
     assert "has no training.json: whether it is of this base" in capsys.readouterr().err
     assert job.plan.front == tuple(job.record["first_steps"]) != ()
-
-
-def test_a_folder_without_a_number_has_no_place_in_the_order(tmp_path):
-    assert [resuming.number(tmp_path / name) for name in ("checkpoint-12", "kept", "checkpoint-x")] == [12, -1, -1]

@@ -10,6 +10,7 @@ from trainers import losses, make_trainer
 from transformers import TrainerCallback
 
 from finetune.distributed import ranks
+from finetune.errors import STOP_SIGNALS
 from finetune.lifecycle import stopping
 from finetune.lifecycle.stopping import Stopping
 
@@ -31,16 +32,16 @@ def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("saving", ["no", "epoch"])
 def test_a_signal_ends_it_behind_the_step_and_the_rest_is_the_same(tmp_path, number, saving):
     whole = make_trainer(tmp_path / "whole")
     whole.train()
-    before = [signal.getsignal(one) for one in stopping.SIGNALS]
+    before = [signal.getsignal(one) for one in STOP_SIGNALS]
     first = make_trainer(tmp_path / "out", save_strategy=saving)
     first.add_callback(At(2, send(number)))
     first.train()
-    assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
+    assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
     assert first.state.global_step == 2 and first.stopping.stopped_at == 2
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     line = first.stopping.describe(tmp_path / "out")

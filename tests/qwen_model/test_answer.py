@@ -27,7 +27,7 @@ def test_a_call_and_its_answer(model, tokenizer):  # noqa: F811
     first, rest = text.split(" 22°C\nThought:")
     message, said = dictated(model, tokenizer, first, ASKED, end=())
     assert message == CALLED
-    assert said.prompts == [react.render_prompt(tokenizer, ASKED, [WEATHER])]
+    assert said.prompts == [render_prompt(tokenizer, react.render_asked(ASKED, [WEATHER]))]
     assert said.steps == len(tokenizer.encode_ordinary(first))
     message, said = dictated(model, tokenizer, rest, [*ASKED, CALLED, RESULT])
     assert message == ANSWERED
@@ -58,7 +58,7 @@ def test_settings(model, tokenizer):  # noqa: F811
     assert dictated(model, tokenizer, "I should look.", ASKED, stop_words_ids=words)[0]["content"] == "I should"
     earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     _, said = dictated(model, tokenizer, "x", [ASKED[0], *earlier, *ASKED[1:], CALLED, RESULT], max_window_size=8)
-    assert said.prompts == [react.render_prompt(tokenizer, [*ASKED, CALLED, RESULT], [WEATHER])]
+    assert said.prompts == [render_prompt(tokenizer, react.render_asked([*ASKED, CALLED, RESULT], [WEATHER]))]
     with pytest.raises(ValueError, match="a prompt ends with a message by the user"):
         model.answer(tokenizer, [*ASKED, ANSWERED], [WEATHER])
     with pytest.raises(ValueError, match="about a call, but there are no tools"):

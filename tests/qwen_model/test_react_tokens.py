@@ -7,7 +7,7 @@ import pytest
 from test_react import ANSWER, ASKED, EARLIER, INPUT, PARIS, ROME, ROME_INPUT, TALK, WEATHER, call, result, says, user
 
 from qwen_model import chatml, react
-from qwen_model.react import by_question, parse_answer, render, render_prompt, stop_sequences
+from qwen_model.react import by_question, parse_answer, render, render_asked, stop_sequences
 
 
 def learned(tokenizer, rendered) -> list[str]:
@@ -83,7 +83,7 @@ def test_samples_are_prompts_and_what_is_generated_after_them(tokenizer, edge):
     stop = stop_sequences(tokenizer)[1]
     begins = [i for i in range(1, len(ids)) if labels[i] != chatml.IGNORE and labels[i - 1] == chatml.IGNORE]
     for begin, end in zip(begins, (1, 3, 5), strict=True):
-        prompt = render_prompt(tokenizer, messages[:end], [WEATHER])
+        prompt = chatml.render_prompt(tokenizer, render_asked(messages[:end], [WEATHER]))
         assert ids[:begin] == prompt
         answer_end = next((i for i in range(begin, len(ids)) if labels[i] == chatml.IGNORE), len(ids))
         generated = ids[begin:answer_end]
@@ -97,12 +97,12 @@ def test_samples_are_prompts_and_what_is_generated_after_them(tokenizer, edge):
 
 def test_prompts_in_a_window(tokenizer):
     messages = [*EARLIER, *ASKED]
-    whole = render_prompt(tokenizer, messages, [WEATHER])
+    whole = chatml.render_prompt(tokenizer, render_asked(messages, [WEATHER]))
     assert tokenizer.decode(whole).endswith("Observation: 22°C\nThought:")
-    short = render_prompt(tokenizer, messages, [WEATHER], max_window_size=8)
-    assert short == render_prompt(tokenizer, [EARLIER[0], *ASKED], [WEATHER])
+    short = chatml.render_prompt(tokenizer, render_asked(messages, [WEATHER]), max_window_size=8)
+    assert short == chatml.render_prompt(tokenizer, render_asked([EARLIER[0], *ASKED], [WEATHER]))
     with pytest.raises(ValueError, match="ends with a message by the user, or with the result of a tool"):
-        render_prompt(tokenizer, TALK, [WEATHER])
+        render_asked(TALK, [WEATHER])
 
 
 def test_one_sample_for_each_question(tokenizer):
@@ -112,5 +112,5 @@ def test_one_sample_for_each_question(tokenizer):
     assert last == [talk[0], talk[1], says("Hello!", weight=0), talk[3], talk[4], *TALK]
     for sample, end in ((first, 2), (last, 6)):
         ids = chatml.render(tokenizer, render(sample, [WEATHER])).ids.tolist()
-        prompt = render_prompt(tokenizer, talk[:end], [WEATHER])
+        prompt = chatml.render_prompt(tokenizer, render_asked(talk[:end], [WEATHER]))
         assert ids[: len(prompt)] == prompt
