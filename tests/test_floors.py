@@ -1,6 +1,8 @@
 """Every import goes down, as .importlinter has it: the contract holds, and breaks for an import that goes up."""
 
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,3 +75,24 @@ def test_files_lie_in_wings_and_stay_short():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert not {path.name: length for path, length in lengths.items() if length > 400}
     assert len((ROOT / "finetune.py").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def layers() -> list[str]:
+    """The floors of .importlinter, from the top."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / ".importlinter")
+    return settings["importlinter:contract:floors"]["layers"].split()
+
+
+def test_the_maps_show_every_floor():
+    contributing, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "README.md"))
+    assert " > ".join([*layers(), "qwen_model"]) in contributing
+    places = readme.split("## Where is what")[1].split("\n## ")[0]
+    assert not [name for name in layers() if f"`finetune/{name}/`" not in places and f"{name}/`" not in places and f"{name}.py`" not in places]
+
+
+def test_the_map_names_files_that_are_there():
+    """Paths in CONTRIBUTING.md's map are from the top, or from finetune/."""
+    places = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where things go")[1].split("\n## ")[0]
+    paths = re.findall(r"`([\w/.]+/[\w.]+\.\w+)`", places)
+    assert len(paths) > 40 and not [path for path in paths if not (ROOT / path).exists() and not (ROOT / "finetune" / path).exists()]

@@ -1,1 +1,1 @@
-"""What lies on disk: is it whole, what is it, and how it is written."""
+"""What lies on disk: is it whole, and what is it."""
