@@ -212,6 +212,13 @@ def test_a_worker_whose_agent_is_gone_does_not_start():
 # ---- real launches on one machine
 
 
+def signal_once_started(agent, number: int, worker) -> None:
+    """Sends an agent a signal when both workers run, with handlers of their own."""
+    wait_until(lambda: len(started(worker)) == 2)
+    time.sleep(0.5)
+    agent.send_signal(number)
+
+
 @pytest.mark.slow
 def test_two_processes(agents, worker):
     """They get the words as they are, a world, and an equal share of the cores; nothing else is printed."""
@@ -278,9 +285,7 @@ def test_a_killed_worker(agents, worker, restarts):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_goes_to_the_workers(agents, worker, number, code):
     agent = agents("--nproc_per_node", 2, "--max_restarts", 1, worker, "wait")
-    wait_until(lambda: len(started(worker)) == 2)
-    time.sleep(0.5)  # for the workers' own handlers
-    agent.send_signal(number)
+    signal_once_started(agent, number, worker)
     assert end_of(agent, 20) == (code, "")
     assert [(worker.parent / f"stopped-{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2
     assert not any(is_alive(note["pid"]) for note in started(worker))
@@ -289,18 +294,14 @@ def test_a_signal_goes_to_the_workers(agents, worker, number, code):
 @pytest.mark.slow
 def test_who_was_asked_to_stop_and_saved_is_not_started_again(agents, worker):
     agent = agents("--nproc_per_node", 2, "--max_restarts", 3, worker, "saves")
-    wait_until(lambda: len(started(worker)) == 2)
-    time.sleep(0.5)
-    agent.send_signal(signal.SIGUSR1)
+    signal_once_started(agent, signal.SIGUSR1, worker)
     assert end_of(agent, 20) == (75, "") and len(started(worker)) == 2
 
 
 @pytest.mark.slow
 def test_two_machines_end_alike_when_one_was_asked_to_stop(agents, worker):
     first, second = two(agents, free_port(), worker, "saves", max_restarts=3)
-    wait_until(lambda: len(started(worker)) == 2)
-    time.sleep(0.5)
-    second.send_signal(signal.SIGUSR1)
+    signal_once_started(second, signal.SIGUSR1, worker)
     codes = [end_of(agent, 30)[0] for agent in (first, second)]
     assert codes == [75, 75] and len(started(worker)) == 2
 
@@ -356,9 +357,7 @@ def test_a_user_error_on_two_machines(agents, worker):
 @pytest.mark.slow
 def test_ctrl_c_on_one_machine_ends_both(agents, worker):
     first, second = two(agents, free_port(), worker, "wait", max_restarts=3)
-    wait_until(lambda: len(started(worker)) == 2)
-    time.sleep(0.5)
-    second.send_signal(signal.SIGINT)
+    signal_once_started(second, signal.SIGINT, worker)
     code, told = end_of(second)
     assert code == 130 and told.splitlines()[-1].startswith("note: machine 1 of 2: waiting")
     code, told = end_of(first)

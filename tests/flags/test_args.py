@@ -10,18 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_lines import found, make_world, only
+from command_lines import found, only
 
 from finetune.flags import args as arguments
 from finetune.flags import definitions, training_args
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 # ---- reading flags

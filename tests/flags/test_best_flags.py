@@ -1,18 +1,12 @@
 """The flags of the best checkpoint and of stopping: what they mean together, and what cannot be."""
 
 import pytest
-from command_lines import make_world, only
+from command_lines import only
 
 from finetune.flags import args as arguments
 from finetune.flags import training_values
 
 EVALUATED = ["--eval_data_path", "e.json", "--eval_strategy", "steps", "--eval_steps", "20"]
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 def training_of(*words):

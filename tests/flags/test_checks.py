@@ -12,7 +12,6 @@ from command_lines import (
     POINTER,
     SHAPES,
     found,
-    make_world,
     only,
     read,
     write_adapter,
@@ -26,13 +25,6 @@ from finetune.errors import UserError
 from finetune.flags import args as arguments
 from finetune.flags import checks
 from finetune.folders import model_folder
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
-
 
 # ---- data
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_lines import make_world, read, write_config
+from command_lines import read, write_config
 
 from finetune.compat import on_transformers
 from finetune.conversations import reading
@@ -12,12 +12,6 @@ from finetune.flags import checks, first_look
 
 GOOD = {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
 BAD = {"conversations": [{"from": "user", "value": "a"}, {"from": "narrator", "value": "b"}]}
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 def usual(world, *flags: str) -> list[str]:

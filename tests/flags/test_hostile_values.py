@@ -3,18 +3,12 @@
 import json
 
 import pytest
-from command_lines import CONFIG, found, make_world, write_adapter, write_checkpoint
+from command_lines import CONFIG, found, write_adapter, write_checkpoint
 
 HOSTILE = "\x1b[2J\x07 end\nerror: " + "x" * 5000
 ADAPTER = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["c_attn"], "bias": "none", "base_model_name_or_path": "gone",
            "modules_to_save": None, "use_dora": False, "init_lora_weights": True, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}  # fmt: skip
 LIMIT = 700  # characters of a line about one value
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 def check(world, capfd, *flags: str) -> None:

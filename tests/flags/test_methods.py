@@ -3,14 +3,9 @@
 import itertools
 
 import pytest
-from command_lines import found, make_world, only, read, write_config
+from command_lines import found, only, read, write_config
 
 from finetune.flags import methods
-
-
-@pytest.fixture
-def world(tmp_path):
-    return make_world(tmp_path)
 
 
 def cells():

@@ -5,7 +5,6 @@ from collections import namedtuple
 import pytest
 from command_lines import (
     found,
-    make_world,
     only,
     read,
     write_adapter,
@@ -15,12 +14,6 @@ from command_lines import (
 from finetune.errors import UserError
 from finetune.flags import checks, definitions
 from finetune.steps import preparation
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 def test_output_over_an_input(world, tmp_path):

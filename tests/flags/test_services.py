@@ -4,16 +4,10 @@ import types
 
 import huggingface_hub
 import pytest
-from command_lines import found, make_world, only
+from command_lines import found, only
 from transformers.integrations import integration_utils
 
 from finetune.flags import services
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 def test_reporters_are_those_of_transformers():

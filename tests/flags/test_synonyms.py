@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from command_lines import make_world, only
+from command_lines import only
 
 from finetune.flags import args as arguments
 from finetune.flags import synonyms, values
@@ -13,12 +13,6 @@ from finetune.flags.training_args import TrainingArguments
 
 KINDS = (ModelArguments, DataArguments, LoraArguments, LookArguments, TrainingArguments)
 OURS = {field.name for kind in KINDS for field in dataclasses.fields(kind) if field.init}
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 def test_every_target_is_a_flag():

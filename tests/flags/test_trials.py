@@ -6,18 +6,25 @@ import json
 
 import pytest
 import torch
-from command_lines import found, make_world, only, read
+from command_lines import found, only, read
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 
 from finetune.flags import schedules, trials, values
 from finetune.model import optimizers
 
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CC", "cc")  # torchao's optimizers ask for a compiler
-    return make_world(tmp_path)
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """torchao's optimizers ask for one."""
+    monkeypatch.setenv("CC", "cc")
+
+
+def check(world, flags: str, line: str | None) -> None:
+    """The one finding begins with a line; None: there is none."""
+    if line is None:
+        assert found(world, *flags.split()) == []
+    else:
+        assert only(world, *flags.split()).startswith(line)
 
 
 # ---- optimizers
@@ -67,10 +74,7 @@ def test_the_trial_draws_no_random_number(world):
     ("--optim rmsprop --optim_args alpha=nan", "--optim rmsprop --optim_args alpha=nan: "),
 ])  # fmt: skip
 def test_settings_of_optimizers(world, flags, line):
-    if line is None:
-        assert found(world, *flags.split()) == []
-    else:
-        assert only(world, *flags.split()).startswith(line)
+    check(world, flags, line)
 
 
 def test_optimizers_of_low_rank_need_their_layers(world, monkeypatch):
@@ -151,10 +155,7 @@ def test_schedules_that_do_not_work(world, flags, line):
     ("--torch_compile_mode default --fsdp True", "--torch_compile_mode and --fsdp: what is compiled and shared out cannot be put "),
 ])  # fmt: skip
 def test_backends(world, flags, line):
-    if line is None:
-        assert found(world, *flags.split()) == []
-    else:
-        assert only(world, *flags.split()).startswith(line)
+    check(world, flags, line)
 
 
 def test_nccl_is_for_gpus(world, monkeypatch):

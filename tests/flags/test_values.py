@@ -6,7 +6,7 @@ import re
 from typing import get_origin, get_type_hints
 
 import pytest
-from command_lines import found, make_world, only
+from command_lines import found, only
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -24,12 +24,6 @@ FREE = {
     "gradient_checkpointing", "fsdp", "fsdp_config", "deepspeed", "accelerator_config", "torch_compile_backend", "ddp_backend", "debug",
     "include_num_input_tokens_seen", "stop_after",
 }  # fmt: skip
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return make_world(tmp_path)
 
 
 def flags_of(*types) -> set[str]:
