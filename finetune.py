@@ -82,12 +82,10 @@ def make_trainer(args, job):
         job.folder, job.tokenizer, args.lora, training, job.resume_from, args.model.model_name_or_path
     )
     report.show(report.summary(args, job, loaded))
-    kept = {
-        name: getattr(job, name) for name in ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record", "way")
-    }
-    callbacks = [*StopEarly.of(training), run_record.Clock(job.record, job.way.before)]
-    stop = {"stopping": Stopping.of(training), "callbacks": callbacks}
-    trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **stop, **kept)
+    names = ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record", "way")
+    parts = {name: getattr(job, name) for name in names} | {"stopping": Stopping.of(training)}
+    parts["callbacks"] = [*StopEarly.of(training), run_record.Clock(job.record, job.way.before)]
+    trainer = PlannedTrainer(loaded, training, loraplus_lr_ratio=args.lora.loraplus_lr_ratio, **parts)
     activation_checkpointing.install(trainer, training.recomputed_blocks, job.memory)
     set_seed(training.seed + training.process_index)  # from here on dropout draws: on each rank something else
     trainer.add_callback(SelfTests(trainer, loading.compute_dtype(training), training.skip_self_tests))

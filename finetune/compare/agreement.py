@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from qwen_model.chatml import IGNORE
 
-from ..errors import UserError
-from ..folders.config_files import shortened
+from ..errors import UserError, shortened
 from ..samples.time_limit import of_template
 from .opened import GREEDY
 

@@ -21,6 +21,7 @@ from . import going_on, method_checks, services, trials, values
 GB = 1e9
 GIVE_MODEL = "give a checkpoint's folder with -m, or its Hugging Face id (Qwen/Qwen-7B)"
 
+
 def check_flags(args) -> None:
     """Raises one UserError with all findings. args: of args.parse()."""
     check_parts(args, (*FIRST, *LATER))

@@ -4,7 +4,7 @@ import fnmatch
 import re
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..hashing import sha256_of_file
 from . import config_files, headers, settings_files, tensor_files
 from .output_folder import RECORD
@@ -25,7 +25,7 @@ def check(folder: Path, flag: str = "") -> None:
         raise UserError(*findings)
     config = config_files.read_json(folder / "adapter_config.json")
     if (kind := config.get("peft_type")) not in ("LORA", None):
-        raise UserError(f"{named}: an adapter of type {config_files.shortened(kind)}, not LoRA - merge it with peft")
+        raise UserError(f"{named}: an adapter of type {shortened(kind)}, not LoRA - merge it with peft")
     check_pattern(folder, config)
     for path in tensor_files.weight_files(folder):
         if not path.is_file():
@@ -41,7 +41,7 @@ def check_pattern(folder: Path, config: dict) -> None:
         try:
             re.compile(config[key] if isinstance(config.get(key), str) else "")
         except (re.error, RecursionError, OverflowError) as error:
-            what = f"{folder}/adapter_config.json: {key} {config_files.shortened(config[key])} is no pattern ({error})"
+            what = f"{folder}/adapter_config.json: {key} {shortened(config[key])} is no pattern ({error})"
             raise UserError(f"{what} - download it again") from error
 
 

@@ -4,8 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from ..errors import UserError
-from .config_files import shortened
+from ..errors import UserError, shortened
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 BITS = {

@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import UserError
-from .config_files import read_json, shortened
+from ..errors import UserError, shortened
+from .config_files import read_json
 
 MOST_LAYERS, MOST_WIDTH, MOST_ROWS, MOST_LENGTH = 10_000, 10_000_000, 100_000_000, 10**12  # far beyond what there is
 

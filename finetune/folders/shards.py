@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import UserError
-from . import config_files, headers, tensor_files
+from ..errors import UserError, shortened
+from . import headers, tensor_files
 
 
 class Shards:
@@ -62,7 +62,7 @@ def opened(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be opened ({config_files.shortened(error)}) - download it again") from error
+        raise UserError(f"{path}: cannot be opened ({shortened(error)}) - download it again") from error
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from . import config_files
 
 MAX_SHARD_SIZE = "2GB"  # of the files that are written
@@ -31,7 +31,7 @@ def shards_of(index: Path) -> list[str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: is no index of shards ({error!r}) - download it again") from error
     if outside or not names:
-        what = f"lists {config_files.shortened(outside[0])}, which is no file beside it" if outside else "lists no shards"
+        what = f"lists {shortened(outside[0])}, which is no file beside it" if outside else "lists no shards"
         raise UserError(f"{index}: {what} - download it again")
     return names
 

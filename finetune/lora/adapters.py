@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ..compat import on_peft
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..folders import adapter_folder, config_files, finite, model_folder
 from . import pissa
 
@@ -66,7 +66,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     try:
         own = PeftConfig.from_pretrained(folder)
     except Exception as error:  # whatever a value of the file makes of peft's classes
-        what = f"{folder}/adapter_config.json: cannot be used ({type(error).__name__}: {config_files.shortened(error)})"
+        what = f"{folder}/adapter_config.json: cannot be used ({type(error).__name__}: {shortened(error)})"
         raise UserError(f"{what} - copy the adapter's folder again") from error
     init = own.init_lora_weights
     if pissa.stored(folder):  # a checkpoint: its adapters are for a base that lacks what they began with
@@ -75,7 +75,7 @@ def load(model, folder: Path, is_trainable: bool = False, **settings):
     try:
         adapted = apply_peft(lambda: PeftModel.from_pretrained(model, folder, config=own, is_trainable=is_trainable, **settings))
     except (ValueError, KeyError, TypeError) as error:  # settings that mean no layer of the base, above all
-        what = f"{folder}: cannot be put onto its base ({config_files.shortened(error, 200)})"
+        what = f"{folder}: cannot be put onto its base ({shortened(error, 200)})"
         raise UserError(f"{what} - give the base that it was trained on") from error
     if pissa.stored(folder):
         pissa.take_out_of_base(adapted, pissa.read_start(folder))

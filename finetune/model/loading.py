@@ -10,9 +10,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 import qwen_model
 from qwen_model.generation_qwen import MAX_WINDOW_SIZE
 
-from ..errors import UserError, note
+from ..errors import UserError, note, shortened
 from ..folders import finite, model_folder, quant_settings
-from ..folders.config_files import shortened
 from ..folders.model_folder import LATER_TYPES
 from ..lora import adapters
 from ..quantized import quantized_model
