@@ -6,7 +6,7 @@ import numpy as np
 class Filled:
     def __init__(self, length: int, count: int, vocabulary: int):
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (count, length), dtype=np.int32)
-        self.lengths = np.full(count, length)
+        self.lengths, self.total_tokens = np.full(count, length), count * length
         self.supervised = self.weight_sums = np.full(count, length - 1)  # nothing predicts the first
 
     def __len__(self) -> int:
