@@ -95,10 +95,10 @@ def packed_attention(query, key, value, cu_seq_lens, max_length: int, bounds: li
     # torch's variable-length kernel has no dropout; the loop below has
     if dropout == 0.0 and is_half_on_cuda(query) and torch_has_varlen():
         return varlen_attention(query, key, value, cu_seq_lens, max_length, scaling)
-    pieces = []
-    for start, end in zip(bounds, bounds[1:]):
-        sample = (x[:, :, start:end] for x in (query, key, value))
-        pieces.append(scaled_dot_product_attention(*sample, dropout_p=dropout, is_causal=True, scale=scaling))
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    # split, not slices: each slice's backward pass would fill a row of zeros around its gradient
+    samples = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    pieces = [scaled_dot_product_attention(*one, dropout_p=dropout, is_causal=True, scale=scaling) for one in samples]
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 

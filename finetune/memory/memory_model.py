@@ -27,7 +27,8 @@ HEAP = 1.17  # the same of the C library on the CPU, measured: benchmarks/dry_ru
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: queries and keys are widths (heads x head size), width the MLP's; plain: transformers' layers."""
+    """Of a model: queries and keys are widths (heads x head size), width the MLP's; plain: transformers' layers; normed_heads: a norm
+    on each head's queries and keys (Qwen3)."""
 
     layers: int
     hidden: int
@@ -38,6 +39,7 @@ class Sizes:
     vocabulary: int
     tied: bool
     plain: bool
+    normed_heads: bool = False
 
     @classmethod
     def of(cls, config: dict):
@@ -55,7 +57,8 @@ class Sizes:
         head = config.get("head_dim") or hidden // heads
         keys = head * (config.get("num_key_value_heads") or heads)
         tied, width = bool(config.get("tie_word_embeddings")), config["intermediate_size"]
-        return cls(**shared, queries=heads * head, keys=keys, width=width, tied=tied, plain=True)
+        normed = config["model_type"] == "qwen3"
+        return cls(**shared, queries=heads * head, keys=keys, width=width, tied=tied, plain=True, normed_heads=normed)
 
     def matrices(self) -> list[tuple[int, int]]:
         """(out, in) of a block's linear layers: query with key and value, output, and the three of the MLP."""
@@ -84,7 +87,7 @@ class Run:
 
     rank: of LoRA, 0 for full-parameter; embeddings: both train whole beside LoRA; packed: bytes a frozen block weight takes where
     it is quantized; half: passes in 16 bit; half_weights: --bf16_weights; state: bytes of the optimizer's state a parameter;
-    ranks: processes; on_gpu: kernels of a GPU do attention; offload: what DeepSpeed or FSDP2 keeps in main memory, "",
+    ranks: processes; on_gpu: kernels of a GPU do attention; kernels: ours run there, too (Ampere and newer); offload: what DeepSpeed or FSDP2 keeps in main memory, "",
     "optimizer" (with the gradients and the masters) or "all" (the weights, too); step_tokens: of the largest step of a
     process: where a pass holds less, a step has several.
     """
@@ -98,6 +101,7 @@ class Run:
     engine: str = ONE
     ranks: int = 1
     on_gpu: bool = True
+    kernels: bool = True
     offload: str = ""
     step_tokens: float = math.inf
 
@@ -109,7 +113,8 @@ class Run:
 @dataclass(frozen=True)
 class Estimate:
     """Bytes on each GPU, or in main memory on the CPU. tokens: of the largest pass; recomputed: blocks that are computed
-    again, of `layers`; libraries: what the process has before it loads a model; host: bytes of main memory, of each process.
+    again, of `layers`; libraries: what the process has before it loads a model; host: bytes of main memory, of each process;
+    overlap: bytes of gradients that come only as activations go.
     """
 
     weights: float
@@ -121,35 +126,50 @@ class Estimate:
     layers: int
     libraries: float = 0.0
     host: float = 0.0
+    overlap: float = 0.0
 
     @property
     def peak(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.libraries
+        return self.weights + self.gradients + self.optimizer + self.activations + self.libraries - self.overlap
 
     def describe(self) -> str:
         """The estimate as one line of text."""
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
         parts |= {"libraries": self.libraries} if self.libraries else {}
+        late = f", {self.overlap / 1e9:.1f} of them not at the same time" if self.overlap >= 0.05e9 else ""
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
         again = f"{self.recomputed} of {self.layers} blocks computed again" if self.recomputed else "no block computed again"
         return (
-            f"about {self.peak / 1e9:.1f} GB ({listed}, a pass of {self.tokens:,} tokens {self.activations / 1e9:.1f}; {again})"
+            f"about {self.peak / 1e9:.1f} GB ({listed}, a pass of {self.tokens:,} tokens {self.activations / 1e9:.1f}{late}; {again})"
         )
 
 
 def estimate(sizes: Sizes, run: Run, tokens: int, recomputed: int = 0) -> Estimate:
     """tokens: of the largest pass; recomputed: how many blocks keep their input alone."""
     weights, gradients, optimizer = on_device(sizes, run)
-    kept = kept_by_block(sizes, run)
     # the first blocks are those that are computed again: when their turn comes, what the others kept is gone
-    whole = max(sizes.layers - recomputed, 1) * kept
-    by_token = whole + recomputed * sizes.hidden * run.s + at_work_in_block(sizes, run) + kept_by_head(sizes, run)
-    activations = tokens * by_token + head_piece(sizes, run, tokens)
-    activations += unpacked(sizes, run)
+    whole = max(sizes.layers - recomputed, 1) * kept_by_block(sizes, run)
+    kept = whole + recomputed * sizes.hidden * run.s
+    activations = tokens * kept + at_work(sizes, run, tokens) + unpacked(sizes, run)
     activations *= SLACK if run.on_gpu else HEAP
     activations += second_gradients(sizes, run, tokens)
     found = Estimate(weights, gradients, optimizer, activations, tokens, recomputed, sizes.layers, CUDA if run.on_gpu else PYTHON)
+    found = dataclasses.replace(found, overlap=overlap(sizes, run, found))
     return dataclasses.replace(found, host=in_main_memory(sizes, run) if run.on_gpu else found.peak)
+
+
+def overlap(sizes: Sizes, run: Run, found: Estimate) -> float:
+    """Bytes of gradients that come only as activations go: where a step has one pass, nothing of them stands before it.
+
+    When the backward pass begins, all activations are there and the head's gradient; when it ends, all gradients and one block's
+    activations. DeepSpeed's gradients lie in buffers that stay; on the CPU, the C library keeps what was freed.
+    """
+    if not run.on_gpu or run.offload or run.engine not in (ONE, DDP, FSDP) or run.step_tokens > found.tokens:
+        return 0.0
+    each = (2.0 if run.half_weights else 4.0) / (run.ranks if run.engine == FSDP else 1)
+    first = each * sizes.vocabulary * sizes.hidden if run.embeddings or not run.rank else 0.0
+    last = found.tokens * (kept_by_block(sizes, run) + at_work_in_block(sizes, run)) * SLACK
+    return max(0.0, min(each * trained(sizes, run) - first, found.activations - last))
 
 
 # ---- what stands all the time
@@ -169,7 +189,8 @@ def standing(sizes: Sizes, run: Run) -> tuple[float, float, float]:
         frozen = sizes.blocks * (run.packed or run.s) + sizes.embeddings * run.s
     if run.half_weights:
         return count * 2.0, count * 2.0, count * float(run.state)
-    cast = 2 if run.half and not run.rank and run.engine in (ONE, DDP, FSDP) else 0  # autocast's copies
+    cast = 2 if casts(run) else 0
+    looked_up = 0 if sizes.tied else sizes.vocabulary * sizes.hidden  # the embedding, of which autocast makes no copy
     if run.engine in (ZERO1, ZERO2, ZERO3):
         # the passes' copy; float32 masters with the state; gradients in float32
         copy, masters, gradients = run.s, 4 + run.state, 4
@@ -178,7 +199,12 @@ def standing(sizes: Sizes, run: Run) -> tuple[float, float, float]:
         return frozen + count * copy / share[0], count * gradients / share[1], count * masters / run.ranks
     ways = run.ranks if run.engine == FSDP else 1
     buckets = 4 if run.engine == DDP and run.ranks > 1 else 0
-    return (frozen + count * 4) / ways + count * cast, count * (4 + buckets) / ways, count * run.state / ways
+    return (frozen + count * 4) / ways + (count - looked_up) * cast, count * (4 + buckets) / ways, count * run.state / ways
+
+
+def casts(run: Run) -> bool:
+    """Whether autocast keeps copies of the weights in half precision while a pass lasts."""
+    return run.half and not run.rank and not run.half_weights and run.engine in (ONE, DDP, FSDP)
 
 
 def on_device(sizes: Sizes, run: Run) -> tuple[float, float, float]:
@@ -212,18 +238,38 @@ def in_main_memory(sizes: Sizes, run: Run) -> float:
 def kept_by_block(sizes: Sizes, run: Run) -> float:
     """Bytes that each token keeps from the forward to the backward pass."""
     s, hidden = run.s, sizes.hidden
-    norms = 2 * (hidden * s + 4)
     inputs = 2 * hidden * s  # what the norms return, for the gradients of the layers that read it
     attention = (sizes.queries + 2 * sizes.keys) * s + 4 * sizes.heads + sizes.queries * s
     mlp = 3 * sizes.width * s  # up, gate, and their product
     low = len(sizes.matrices()) * run.rank * s
-    kept = norms + inputs + attention + mlp + low
+    kept = norms(sizes, run) + inputs + attention + mlp + low
     if not run.on_gpu:  # the outputs of samples, and the row that they are put together to
         kept += sizes.queries * s
-    if sizes.plain:
-        # float32 copies in the norms; the activated gate; keys and values repeated for the queries that share them
-        kept += 2 * hidden * 4 + sizes.width * s + 2 * (sizes.queries - sizes.keys) * s
+    if sizes.plain:  # the activated gate; keys and values repeated for the queries that share them
+        kept += sizes.width * s + 2 * (sizes.queries - sizes.keys) * s
     return kept
+
+
+def norms(sizes: Sizes, run: Run) -> float:
+    """Bytes that each token keeps for a block's norms: their inputs and factors; transformers' keep what is normed, in float32, too."""
+    s, hidden = run.s, sizes.hidden
+    if not sizes.plain:
+        return 2 * (hidden * s + 4)
+    # where norms train, also what is multiplied with their weights: as precise as their input, which float32 weights make float32
+    wide = 0 if run.rank else s if run.half_weights else 4
+    kept = 2 * (hidden * (4 + wide) + 4)
+    if sizes.normed_heads:
+        kept += (sizes.queries + sizes.keys) * (4 + (0 if run.rank else s))
+    return kept
+
+
+def at_work(sizes: Sizes, run: Run, tokens: int) -> float:
+    """Bytes beside what the blocks keep: of the head, or, when that is done, of the last block's backward pass.
+
+    The sum of both where operators are not fused: those have more at work than is counted here.
+    """
+    block, head = tokens * at_work_in_block(sizes, run), tokens * kept_by_head(sizes, run) + head_piece(sizes, run, tokens)
+    return max(block, head) if run.on_gpu and run.kernels and not sizes.plain else block + head
 
 
 def at_work_in_block(sizes: Sizes, run: Run) -> float:
@@ -237,13 +283,13 @@ def kept_by_head(sizes: Sizes, run: Run) -> float:
 
 
 def head_piece(sizes: Sizes, run: Run, tokens: int) -> float:
-    """Bytes of the logits that exist at one time; with a trained head in 16 bit, also of its copy."""
+    """Bytes of the logits that exist at one time; with a trained head in 16 bit, also of its copy, where autocast has none."""
     # a piece's gradient of the weight, too, unless the weight itself is in 16 bit
-    copies = (1 if run.half_weights else 2) if run.half and (run.embeddings or not run.rank) else 0
+    copies = (1 if run.half_weights or casts(run) else 2) if run.half and (run.embeddings or not run.rank) else 0
     copy = copies * sizes.vocabulary * sizes.hidden * run.s
     rows = min(tokens, (2**26 if run.on_gpu else 2**24) // sizes.vocabulary)
     # the kernel works where the logits lie; plain torch adds them in float32, and the exponentials
-    return rows * sizes.vocabulary * (run.s if run.on_gpu else 2 * run.s + 4) + copy
+    return rows * sizes.vocabulary * (run.s if run.on_gpu and run.kernels else 2 * run.s + 4) + copy
 
 
 def second_gradients(sizes: Sizes, run: Run, tokens: int) -> float:

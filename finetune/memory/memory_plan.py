@@ -7,6 +7,8 @@ passes become as large as fits. Neither changes a result.
 import math
 from pathlib import Path
 
+from qwen_model import on_triton
+
 from ..distributed import engines
 from ..errors import note, warn
 from ..folders import config_files
@@ -119,6 +121,7 @@ def run_of(args, config: dict, step_tokens: float = math.inf) -> Run:
         engine=training.engine,
         ranks=training.world_size,
         on_gpu=training.device.type == "cuda" or bool(args.look.gpu_memory),
+        kernels=training.device.type != "cuda" or not on_triton.refusal(training.device),
         offload=engines.offloaded(training),
         step_tokens=step_tokens,
     )

@@ -1,7 +1,6 @@
 """What a run on the fake device does, by phase: operators and kernels with bytes and FLOP, waits of the host, memory that lives."""
 
 import collections
-import sys
 import traceback
 import weakref
 from dataclasses import dataclass
@@ -54,7 +53,9 @@ class Recorder(TorchDispatchMode):
             work = self.work[self.phase, name]
             work.launches += 1
             work.bytes += bytes_of(outs) + (0 if name in FILLS else bytes_of(outs) if name in ("index", "embedding") else bytes_of(given))
-            if count := flop_registry.get(function.overloadpacket):
+            # in place, a product is not in torch's table
+            packet = torch.ops.aten.addmm if name == "addmm_" else function.overloadpacket
+            if count := flop_registry.get(packet):
                 work.flop += count(*args, **(kwargs or {}), out_val=out)
             # non_blocking is the third of copy_'s words, and a keyword of _to_copy
             self.check_copies(name, outs, given, [*args[2:], (kwargs or {}).get("non_blocking")])

@@ -1,9 +1,10 @@
-"""Three steps on the fake device: python tests/fake_cuda/steps.py LIBRARY '{"size": "7B", "flags": "--use_lora --bf16", ...}'
+"""Three steps on the fake device, for each of some cases: python tests/fake_cuda/steps.py LIBRARY '[{"size": "7B", ...}, ...]'
 
-A process of its own: what device.install() does to torch cannot be undone. Prints what was recorded, as JSON. Keys of the case:
+A process of its own, since what device.install() does to torch cannot be undone; it forks for each case. Prints what was recorded, a
+line of JSON for each. Keys of a case:
 
 family    qwen (the bundled model), qwen2, qwen3
-size      of benchmarks/cells.py
+size      of benchmarks/cells.py; layers: where not all of them
 flags     of finetune.py
 length, samples, tokens     of a sample, of a step, of a pass (tokens may be "auto")
 stored    plain or gptq
@@ -14,6 +15,7 @@ varlen    false: as if this torch had no variable-length attention
 import ctypes
 import importlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -22,27 +24,57 @@ from types import SimpleNamespace
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[2] / "benchmarks"), str(HERE.parent)]
-USUAL = {"family": "qwen", "size": "7B", "length": 2048, "samples": 8, "tokens": "auto", "stored": "plain", "gpu": [9, 0], "varlen": True}
+USUAL = {
+    "family": "qwen", "size": "7B", "layers": None, "length": 2048, "samples": 8, "tokens": 8192, "stored": "plain", "gpu": [9, 0],
+    "varlen": True,
+}  # fmt: skip
 EVERY = "--max_steps 3 --save_strategy no --disable_tqdm True --logging_steps 100 --report_to none"
 # they look for a GPU as they are imported, and must find none: what they do with one goes behind torch's back
-BEFORE = ("transformers.trainer", "peft", "accelerate", "bitsandbytes")
+BEFORE = ("transformers.trainer", "peft", "accelerate", "bitsandbytes", "qwen_model")
 GROUP = 128  # of GPTQ
 
 
-def main(library: str, case: dict) -> dict:
+def main(library: str, cases: list[dict]) -> None:
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # before torch, which keeps the first hooks of CUDA that it finds
+    for package in BEFORE:
+        importlib.import_module(package)
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            if (child := os.fork()) == 0:
+                leave_result(Path(folder), USUAL | case)
+            os.waitpid(child, 0)
+            result = Path(folder, "result")
+            print(result.read_text() if result.exists() else json.dumps({"failed": case}), flush=True)
+
+
+def leave_result(folder: Path, case: dict) -> None:
+    """In the fork, which ends here."""
+    code = 1
+    try:
+        os.dup2(2, 1)  # what the run prints is not the result
+        (folder / "result").write_text(json.dumps(record(folder, case)))
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def record(folder: Path, case: dict) -> dict:
     from device import install
     from recorder import Recorder
 
-    for package in (*BEFORE, *(["gptqmodel"] if case["stored"] == "gptq" else [])):
-        importlib.import_module(package)
+    if case["stored"] == "gptq":
+        importlib.import_module("gptqmodel")
     recorder = Recorder()
     mode = install(tuple(case["gpu"]), recorder.wait)
     recorder.watch_tensors()
     recorder.watch_kernels()
     trust_the_kernels(case)
-    with tempfile.TemporaryDirectory() as folder, mode, recorder:
-        return run(Path(folder), case, recorder)
+    with mode, recorder:
+        return run(folder, case, recorder)
 
 
 def trust_the_kernels(case: dict) -> None:
@@ -63,6 +95,7 @@ def run(folder: Path, case: dict, recorder) -> dict:
 
     from finetune.flags import args as arguments
     from finetune.memory import memory_plan
+    from finetune.memory.memory_model import Sizes
     from finetune.model import loading
     from finetune.steps import activation_checkpointing, preparation, report
     from finetune.steps.trainer import PlannedTrainer
@@ -85,10 +118,13 @@ def run(folder: Path, case: dict, recorder) -> dict:
     trainer.add_callback(phases(recorder))
     trainer.train()
     told = {"attention": report.attention(model, args.training), "kernels": report.kernels(model, args.training.device)}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = Sizes.of(json.loads((folder / "base" / "config.json").read_text()))
+    counts = {"matrices": sizes.blocks, "head": sizes.vocabulary * sizes.hidden}
+    counts["adapters"] = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    counts["first"] = (sizes.matrices()[0][0] + args.lora.lora_r * (3 if sizes.plain else 1)) * sizes.hidden  # what reads the embeddings
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
-    sizes = {"live": after_loading, "computed": vars(memory) | {"peak": memory.peak}, "passes": len(plan.step(0, 0).passes[0])}
-    return recorder.as_json() | told | sizes | {"trained": trained, "frozen with gradient": frozen}
+    counts |= {"live": after_loading, "computed": vars(memory) | {"peak": memory.peak}, "passes": len(plan.step(0, 0).passes[0]), "layers": config.num_hidden_layers}
+    return recorder.as_json() | told | counts | {"frozen with gradient": frozen}
 
 
 def phases(recorder):
@@ -120,6 +156,7 @@ def write_base(folder: Path, case: dict):
 
     folder.mkdir()
     config = checkpoints.config_of(case["size"]) if case["family"] == "qwen" else later(case)
+    config.num_hidden_layers = case["layers"] or config.num_hidden_layers
     settings = json.loads(config.to_json_string())
     if case["stored"] == "gptq":
         settings["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
@@ -184,4 +221,4 @@ def pack(model, dtype):
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], USUAL | json.loads(sys.argv[2]))))
+    main(sys.argv[1], json.loads(sys.argv[2]))

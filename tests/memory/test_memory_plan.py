@@ -18,6 +18,11 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def a_gpu_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(memory_plan.on_triton, "refusal", lambda device: "")
+
+
 def decided(folder, *flags, free_gb: float, longest=512, step_tokens=30_000, on_gpu=True):
     """(estimate, max_tokens_per_pass, blocks computed again, transformers' flag)"""
     args = arguments.parse(["--use_lora", "--bf16", *flags])
@@ -60,8 +65,8 @@ def test_too_little_memory_is_said_with_what_would_help(folder, capsys):
     found, tokens, again, flag = decided(folder, free_gb=12)
     assert (tokens, again, flag) == (512, 32, True)
     said = capsys.readouterr().err
-    assert said.startswith("warning: this run needs about 18.9 GB") and "12.0 GB are free" in said
-    assert said.endswith("it will hardly fit - give --q_lora --quant nf4 (9.4 GB)\n")  # fewer tokens would not do
+    assert said.startswith("warning: this run needs about 18.8 GB") and "12.0 GB are free" in said
+    assert said.endswith("it will hardly fit - give --q_lora --quant nf4 (9.3 GB)\n")  # fewer tokens would not do
     _, _, again, _ = decided(folder, "--q_lora", "--quant", "nf4", free_gb=12)
     assert 0 < again <= 32 and capsys.readouterr().err == ""
 
@@ -87,3 +92,11 @@ def test_a_note_where_the_measured_peak_is_another(capsys):
     assert capsys.readouterr().err == ""
     memory_plan.compare(found, found.peak * 0.5)
     assert "GB at the peak, where" in capsys.readouterr().err
+
+
+def test_a_gpu_without_our_kernels_takes_more(folder, monkeypatch):
+    fast, *_ = decided(folder, "--max_tokens_per_pass", "2048", free_gb=140)
+    monkeypatch.setattr(memory_plan.on_triton, "refusal", lambda device: "they need an Ampere GPU (sm_80) or newer")
+    slow, *_ = decided(folder, "--max_tokens_per_pass", "2048", free_gb=140)
+    rows = 2**26 // QWEN_7B["vocab_size"]
+    assert slow.peak - fast.peak > rows * QWEN_7B["vocab_size"] * 6
