@@ -248,6 +248,9 @@ def test_unknown_layers(world):
     assert what == "--lora_target_modules w3 q_proj: no such layer"
     assert remedy == "this model has c_attn, c_proj, w1, w2; separate them by blanks"
     assert found(world, "--use_lora", "--lora_target_modules", "attn.c_proj", "w2") == []
+    for name in ("mlp.c_attn", "attn.w1", "self_attn.c_proj", "h.7.attn.c_attn", "_attn", ""):  # the others in the list would hide it
+        assert f"--lora_target_modules {name}: no such layer" in only(world, "--use_lora", "--lora_target_modules", "c_attn", name)
+    assert found(world, "--use_lora", "--lora_target_modules", "h.0.attn.c_attn", "mlp.c_proj") == []
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
