@@ -241,4 +241,4 @@ def tell(*findings: str) -> None:
         print("error:", line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": "; ".join(lines)}, file)
+            json.dump({"message": "; ".join(lines)}, file, allow_nan=False)

@@ -6,12 +6,11 @@ share of equal greedy tokens, and a few answers side by side. One model at a tim
 """
 
 import importlib.metadata
-import json
 import random
 from pathlib import Path
 
+from .. import json_text
 from ..errors import Options, UserError, note, run, visible
-from ..folders import config_files
 from ..model import packages
 from ..quiet import quiet
 from . import opened, side_by_side
@@ -198,7 +197,7 @@ def write_json(options, results: list, questions: list[str], dtype) -> None:
     settings["dtype"] = str(dtype or "as stored").removeprefix("torch.")
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     whole = {"models": models, "answers": answers, "settings": settings, "versions": versions}
-    options.json.write_text(json.dumps(config_files.finite(whole), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    json_text.write(options.json, whole)
 
 
 if __name__ == "__main__":

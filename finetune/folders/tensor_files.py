@@ -30,12 +30,12 @@ def shards_of(index: Path) -> list[str]:
         names = sorted(set(values["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or name == ".." or len(name.encode()) > 255]
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
-        raise UserError(f"{index}: is no index of shards ({config_files.shortened(repr(error))}) - download it again") from error
+        raise UserError(f"{index}: is no index of shards ({shortened(repr(error))}) - download it again") from error
     if outside or not names:
         what = f"lists {shortened(outside[0])}, which is no file beside it" if outside else "lists no shards"
         raise UserError(f"{index}: {what} - download it again")
     if others := [name for name in names if not name.endswith(ending)]:
-        raise UserError(f"{index}: lists {config_files.shortened(others[0])}, which is no {ending} file - download it again")
+        raise UserError(f"{index}: lists {shortened(others[0])}, which is no {ending} file - download it again")
     if not isinstance(values.get("metadata"), dict):
         raise UserError(f'{index}: has no "metadata", without which transformers reads no index - add "metadata": {{}} to it')
     return names

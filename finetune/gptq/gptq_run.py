@@ -14,6 +14,7 @@ from gptqmodel import DEVICE_THREAD_POOL, QuantizeConfig
 from gptqmodel.models.auto import MODEL_MAP
 from gptqmodel.models.definitions.qwen import QwenQModel
 
+from .. import json_text
 from ..compat import on_gptqmodel
 from ..folders import tensor_files
 from ..folders.shards import Shards, ShardWriter
@@ -111,4 +112,4 @@ def without_code(file: Path, place: Path) -> None:
     """Copies a JSON file without its auto_map."""
     values = json.loads(file.read_text(encoding="utf-8"))
     values.pop("auto_map", None)
-    (place / file.name).write_text(json.dumps(values), encoding="utf-8")
+    json_text.write(place / file.name, values)

@@ -7,10 +7,9 @@ no layer of this base, or fewer than the file has tensors for: these peft would 
 import re
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..folders import config_files, model_folder
 from ..folders.adapter_folder import PREFIX
-from ..folders.config_files import shortened
 from ..lora import adapters
 from . import whole_base
 
