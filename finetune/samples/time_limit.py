@@ -92,4 +92,4 @@ def without_panic(name: str):
 
 def of_texts(tokenizer, texts: list[str]):
     """The limit for encoding texts."""
-    return of_tokenizer(tokenizer.name_or_path, FIRST + sum(map(len, texts)) / PACE)
+    return of_tokenizer(getattr(tokenizer, "name_or_path", ""), FIRST + sum(map(len, texts)) / PACE)
