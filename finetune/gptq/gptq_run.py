@@ -50,6 +50,7 @@ def run(source: Path, made: Path, samples: list, settings, dtype, device, layer_
     settings: Settings. layer_done is called after each block.
     """
     on_gptqmodel.keep_to(made / "logs")
+    failures = on_gptqmodel.failures_of_threads()
     config = QuantizeConfig(
         bits=settings.bits,
         group_size=settings.group_size,
@@ -70,11 +71,20 @@ def run(source: Path, made: Path, samples: list, settings, dtype, device, layer_
     kind = json.loads((source / "config.json").read_text(encoding="utf-8"))["model_type"]
     definition = FirstGeneration if kind == "qwen" else MODEL_MAP[kind]
     model = definition.from_pretrained(str(source), quantize_config=config, dtype=dtype, attn_implementation="sdpa")
-    model.layer_callback = lambda layer_idx, submodule_finalized: None if submodule_finalized else layer_done()
+
+    def called_back(layer_idx, submodule_finalized) -> None:
+        if failures:
+            raise failures[0]
+        if not submodule_finalized:
+            layer_done()
+
+    model.layer_callback = called_back
     try:
         model.quantize([row(ids) for ids, _ in samples], batch_size=1, calibration_data_min_length=1)
     finally:
         DEVICE_THREAD_POOL.wait()  # after Ctrl-C, too: Python cannot end while its threads are at work
+    if failures:
+        raise failures[0]
 
 
 def row(ids) -> dict[str, torch.Tensor]:

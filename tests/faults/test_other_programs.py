@@ -161,7 +161,7 @@ def test_in_the_middle_of_writing(world, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program,few", [("export", 5), ("compare", 2), ("quantize", 2)])
+@pytest.mark.parametrize("program,few", [("export", 3), ("compare", 2), ("quantize", 2)])
 @pytest.mark.parametrize("kind", ["SIGKILL", "ENOSPC"])
 def test_at_any_operation(world, program, kind, few):
     _, operations = whole(world, program)
