@@ -14,7 +14,7 @@ import pytest
 import warm
 from quantizing import DATA, arguments
 from quantizing import model_to_quantize as quantizable
-from test_damaged_folders import go_over, later, make, quick_damages  # noqa: F401 (fixture)
+from test_damaged_folders import go_over, later, make, outcome, quick_damages  # noqa: F401 (fixture)
 from tiny import small_checkpoint
 
 import run_gptq
@@ -52,6 +52,7 @@ class Program:
 def test_comparing_what_is_damaged(later, damages, only):  # noqa: F811
     base, adapter = later
     words = [adapter, base, "--base", base, "--answers", 1, "--max_new_tokens", 1]
+    assert outcome(compare, words)[0] == 0
     for folder in (base, adapter):
         assert go_over(folder, damages, compare, words, lambda path: only is None or path.name in only) == []
 
@@ -62,6 +63,7 @@ def test_exporting_an_adapter_of_or_for_what_is_damaged(tmp_path, damaged):
     base, adapter = make(tmp_path, "qwen")
     export.main([str(base), str(tmp_path / "exported"), "--to", "qwen2"])
     program, words = Program(export, tmp_path / "out"), [adapter, tmp_path / "out", "--to", "qwen2", "--base", tmp_path / "exported"]
+    assert outcome(program, words)[0] == 0
     damages = quick_damages if ALL or damaged == "adapter" else early
     assert go_over(tmp_path / damaged, damages, program, words) == []
 
@@ -78,6 +80,7 @@ def test_quantizing_what_is_damaged(to_quantize, tmp_path, monkeypatch, damages,
 
     monkeypatch.setattr(pipeline, "run", begins)
     words = arguments(to_quantize, tmp_path / "out", samples=4)
+    assert outcome(run_gptq, words)[1].count("error: it would begin now") == 1
     said = go_over(to_quantize, damages, Program(run_gptq, tmp_path / "out"), words, lambda path: only is None or path.name in only)
     assert said == [] and not (tmp_path / "out").exists()
 
