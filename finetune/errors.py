@@ -206,12 +206,26 @@ def wrong_python() -> str | None:
     return f"{sys.executable} has no {missing} - {remedy}"
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# safetensors says it in Rust's words, torch's writer only that a write failed
+WORDS_OF_FULL = ("No space left on device", "os error 28", "os error 122", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, says that a disk or a quota is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or any(word in str(error) for word in WORDS_OF_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def explained(error: Exception) -> str | None:
     """A line for what can go wrong in training without being a fault of the program; None for anything else."""
     if isinstance(error, (FloatingPointError, DiskFull, Failed)):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'a file'}: could not be written, the disk or its quota is full - make room, and start again"
+    if is_full(error):
+        return f"{getattr(error, 'filename', None) or 'a file'}: could not be written, the disk or its quota is full - make room, and start again"
     if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in str(error) for word in PEER_GONE):
         return f"the connection to another process is lost ({' '.join(str(error).split())[:120]}) - see what ended that one"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -241,4 +255,4 @@ def tell(*findings: str) -> None:
         print("error:", line, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": "; ".join(lines)}, file)
+            json.dump({"message": "; ".join(lines)}, file, allow_nan=False)

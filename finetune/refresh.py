@@ -7,7 +7,6 @@ ago, or published with the checkpoint, does not work on newer versions of transf
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from . import json_text
 from .errors import Findings, Options, UserError, note, run
 from .folders import meant
 from .folders.config_files import read_json
@@ -153,7 +153,7 @@ def with_auto_map(path: Path, auto_map: dict) -> bytes:
     if {name: stored.get(name) for name in auto_map} == auto_map:
         return path.read_bytes()
     settings["auto_map"] = stored | auto_map
-    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json_text.dumps(settings, indent=2) + "\n").encode()
 
 
 def content_of(path: Path) -> bytes | None:

@@ -51,12 +51,18 @@ def write_config(folder: Path, **changes) -> None:
 
 def write_adapter(folder: Path, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"r": 64, "lora_alpha": 16, "target_modules": ["w2", "w1", "c_proj", "c_attn"], "bias": "none"}
+    settings = {"peft_type": "LORA", "r": 64, "lora_alpha": 16, "target_modules": ["w2", "w1", "c_proj", "c_attn"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
-    layers = [name for name in SHAPES if name.endswith(("c_attn.weight", "c_proj.weight", "w1.weight", "w2.weight"))]
-    names = [f"base_model.model.{name[:-7]}.lora_{side}.weight" for name in layers for side in "AB"]
-    write_safetensors(folder / "adapter_model.safetensors", {name: [1, 1] for name in names})
+    write_safetensors(folder / "adapter_model.safetensors", factors((settings | changes)["r"]))
     return folder
+
+
+def factors(rank) -> dict[str, list]:
+    """{name: shape} of A and B for each layer of SHAPES."""
+    layers = {name[:-7]: shape for name, shape in SHAPES.items() if name.endswith(("c_attn.weight", "c_proj.weight", "w1.weight", "w2.weight"))}
+    rank = rank if type(rank) is int and 0 < rank < 1000 else 1  # of a hostile one, the settings speak
+    shapes = {name: {"A": [rank, inputs], "B": [outputs, rank]} for name, (outputs, inputs) in layers.items()}
+    return {f"base_model.model.{name}.lora_{side}.weight": both[side] for name, both in shapes.items() for side in "AB"}
 
 
 def write_checkpoint(folder: Path, adapter: dict | None = None) -> Path:

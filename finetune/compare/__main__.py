@@ -6,12 +6,12 @@ share of equal greedy tokens, and a few answers side by side. One model at a tim
 """
 
 import importlib.metadata
-import json
+import os
 import random
 from pathlib import Path
 
-from ..errors import Options, UserError, note, run, visible
-from ..folders import config_files
+from .. import json_text
+from ..errors import Options, UserError, is_full, note, run, visible
 from ..model import packages
 from ..quiet import quiet
 from . import opened, side_by_side
@@ -198,7 +198,16 @@ def write_json(options, results: list, questions: list[str], dtype) -> None:
     settings["dtype"] = str(dtype or "as stored").removeprefix("torch.")
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     whole = {"models": models, "answers": answers, "settings": settings, "versions": versions}
-    options.json.write_text(json.dumps(config_files.finite(whole), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    written = options.json.with_name(f"{options.json.name}.unfinished")
+    try:
+        json_text.write(written, whole)
+        os.replace(written, options.json)
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise UserError(f"--json {options.json}: cannot be written ({error.strerror}) - give a file that you may write") from error
+    finally:
+        written.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from qwen_model.chatml import IGNORE
 
 from ..errors import UserError, shortened
-from ..samples.time_limit import of_template
+from ..samples.time_limit import of_template, without_panic
 from .opened import GREEDY
 
 QUESTIONS = ("Who are you?", "你是谁？", "Write a Python function that adds two numbers.", "法国的首都是哪里？")
@@ -109,7 +109,7 @@ def question_prompts(tokenizer) -> list[list[int]]:
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
     what, remedy = f"{tokenizer.name_or_path}: its chat template", "take that of the published checkpoint"
     try:
-        with of_template(tokenizer, len(turns)):
+        with without_panic(tokenizer.name_or_path), of_template(tokenizer, len(turns)):
             prompts = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns]
     except UserError:
         raise

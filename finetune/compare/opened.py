@@ -21,10 +21,12 @@ class Opened:
     @functools.cached_property
     def tokenizer(self):
         """Opened when it is asked for, after all folders have been looked at: it takes the seconds of importing transformers."""
-        from ..model import loading, whole_base
+        from ..model import adapter_fits, loading, whole_base
 
         if problems := model_folder.value_problems(self.folder) or whole_base.problems(self.folder):
             raise UserError(*problems)
+        if self.adapter is not None:
+            adapter_fits.check(self.folder, self.adapter)
         return loading.load_tokenizer(self.folder)
 
     def load(self, dtype=None, device=None):

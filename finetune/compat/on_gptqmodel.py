@@ -38,3 +38,12 @@ def keep_to(folder: Path) -> None:
 
     patches.replace(loop_processor, "_PROJECT_LOG_DIR", folder)
     patches.replace(logger, "_suppress_live_renderables", lambda: True)
+
+
+def failures_of_threads() -> list[BaseException]:
+    """What its threads fail of from here on, in a list that grows: by itself it prints a traceback and ends the process without cleaning up."""
+    from gptqmodel.utils import threadx
+
+    failures: list[BaseException] = []
+    patches.replace(threadx._DeviceWorker, "_abort_process", lambda self, error: failures.append(error))
+    return failures

@@ -1,10 +1,10 @@
 """--write_fixed: the conversations of a file that can be read, in one form, in a new file."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from .. import json_text
 from ..conversations.messages import Conversation
 from ..errors import UserError
 
@@ -20,7 +20,7 @@ def write_fixed(conversations: Iterable[Conversation], sources: list[str], out: 
     try:
         with written.open("w", encoding="utf-8") as file:
             for conversation in conversations:
-                file.write(json.dumps(sample_of(conversation), ensure_ascii=False) + "\n")
+                file.write(json_text.dumps(sample_of(conversation)) + "\n")
                 count += 1
         os.replace(written, out)
     except OSError as error:

@@ -1,8 +1,8 @@
 """A look as one self-contained page: no file beside it, no network. What it shows lies in it as JSON; page.html draws it."""
 
-import json
 from pathlib import Path
 
+from .. import json_text
 from .look import Look
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -23,6 +23,6 @@ def html_of(look: Look) -> str:
             for shown in look.shown
         ],
     }
-    text = json.dumps(values, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    text = json_text.dumps(values).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
     return f"{before}{text}{after}"

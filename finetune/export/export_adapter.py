@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import qwen_model
 
+from .. import json_text
 from ..errors import UserError, note
 from ..folders import adapter_files, adapter_folder, config_files, fingerprints, output_folder, quant_settings
 from ..folders.shards import Shards
@@ -101,15 +102,15 @@ def original_fingerprint(base: Path, original: ConvertedTensors) -> dict:
 def write(staging: Path, folder: Path, base: Path, converted: ConvertedAdapter, name: str) -> None:
     """Writes the whole adapter folder. name: folder or hub id of the base, for adapter_config.json."""
     to, record = converted.target, output_folder.read_record(folder)
-    config_files.write_json(staging / CONFIG, converted.config(name))
+    json_text.write(staging / CONFIG, converted.config(name))
     own = export_config.settings_of(folder)
     settings = export_config.generation_config(own, base, converted.layout, record) if own else export_config.settings_of(base)
-    config_files.write_json(staging / "generation_config.json", settings)
+    json_text.write(staging / "generation_config.json", settings)
     write_tokenizer(staging, base, to)
     now = {"name": name, "folder": str(base.resolve()), "fingerprint": fingerprints.of_model(base)}
     source = {"from": str(folder.resolve()), "layout": converted.layout, "base": record.get("base")}
     source |= {"generation_config": own}
-    config_files.write_json(staging / output_folder.RECORD, record | {"base": now, "exported": source})
+    json_text.write(staging / output_folder.RECORD, record | {"base": now, "exported": source})
     (staging / "README.md").write_text(adapter_folder.adapter_model_card(name), encoding="utf-8")
     hide_config_until_done(staging, CONFIG)
     save_file(converted.stored(), staging / WEIGHTS, metadata={"format": "pt"})

@@ -10,6 +10,7 @@ from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.generation_qwen import MAX_NEW_TOKENS, MAX_WINDOW_SIZE
 from qwen_model.tokenization_qwen import N_RANKS
 
+from .. import json_text
 from ..errors import UserError, note
 from ..folders import config_files, model_folder
 from . import export_checks, layouts
@@ -147,7 +148,7 @@ class GenerationFile:
     settings: dict
 
     def save_pretrained(self, folder: Path) -> None:
-        config_files.write_json(folder / "generation_config.json", self.settings)
+        json_text.write(folder / "generation_config.json", self.settings)
 
 
 def generation_config(settings: dict, folder: Path, layout: str, record: dict) -> dict:

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 import qwen_model
 
+from .. import json_text
 from ..errors import UserError, note
 from ..folders import config_files, model_folder, model_writer, output_folder, quant_settings
 from ..folders.shards import Shards
@@ -91,7 +92,7 @@ def quantize_config(config, folder: Path, staging: Path, layout: str) -> None:
     config.quantization_config = {"quant_method": "gptq"} | export_config.quantization_config(settings, layout, folder)
     if (path := folder / "quantize_config.json").is_file():
         renamed = export_config.quantization_config(config_files.read_json(path), layout, folder)
-        config_files.write_json(staging / path.name, renamed)
+        json_text.write(staging / path.name, renamed)
 
 
 # ---- training.json and README.md

@@ -11,6 +11,7 @@ from ..errors import note
 from ..folders.config_files import config_of
 from ..folders.model_folder import trained_length
 from ..gptq.streamed import streamed
+from ..samples.time_limit import of_template
 from .export_tokenizer import PROBE_TEXTS
 
 CONVERSATION = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
@@ -57,5 +58,9 @@ def check_tokens(one, other) -> None:
             what = f"the two tokenizers differ on {text!r}"
             raise RuntimeError(f"{what}: this is a bug of the toolkit, and nothing was written")
     settings = {"add_generation_prompt": True, "tokenize": False}
-    if one.apply_chat_template(CONVERSATION, **settings) != other.apply_chat_template(CONVERSATION, **settings):
+    texts = []
+    for tokenizer in (one, other):
+        with of_template(tokenizer):
+            texts.append(tokenizer.apply_chat_template(CONVERSATION, **settings))
+    if texts[0] != texts[1]:
         note("the model's chat template is not plain ChatML: the export has plain ChatML in its place")

@@ -12,6 +12,7 @@ from pathlib import Path
 from qwen_model.tokenization_qwen import N_RANKS, PATTERN, SPECIAL_TOKENS, VOCABULARY_NAME, QWenTokenizer
 from qwen_model.vocabulary import VOCABULARY_SHA256
 
+from .. import json_text
 from ..errors import UserError
 from ..folders import config_files
 from ..model import kinds
@@ -39,8 +40,8 @@ class Qwen2Files:
 
     def save_pretrained(self, folder: Path) -> None:
         definition = tokenizer_json(self.tokenizer.mergeable_ranks, self.tokenizer.special_tokens)
-        config_files.write_json(folder / TOKENIZER_FILE, definition)
-        config_files.write_json(folder / TOKENIZER_CONFIG, tokenizer_config(self.tokenizer, self.chat))
+        json_text.write(folder / TOKENIZER_FILE, definition)
+        json_text.write(folder / TOKENIZER_CONFIG, tokenizer_config(self.tokenizer, self.chat))
 
 
 def tokenizer_json(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> dict:

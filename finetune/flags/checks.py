@@ -15,7 +15,7 @@ from ..data_files.sources import sources_of
 from ..distributed import engines
 from ..errors import UserError, note, shortened, warn
 from ..folders import adapter_folder, checkpoints, config_files, meant, model_folder
-from ..model import kinds, optimizers, whole_base
+from ..model import adapter_fits, kinds, optimizers, whole_base
 from . import going_on, method_checks, services, trials, values
 
 GB = 1e9
@@ -24,7 +24,7 @@ GIVE_MODEL = "give a checkpoint's folder with -m, or its Hugging Face id (Qwen/Q
 
 def check_flags(args) -> None:
     """Raises one UserError with all findings. args: of args.parse()."""
-    check_parts(args, (*FIRST, *LATER))
+    check_parts(args, (*FIRST, *LATER, *LAST))
 
 
 def check_first(args) -> None:
@@ -36,6 +36,8 @@ def check_parts(args, parts) -> None:
     """Raises one UserError with the findings of all parts."""
     findings = list(args.findings)
     for part in parts:
+        if findings and part in LAST:
+            continue
         try:
             for line in part(args):
                 findings.append(line)
@@ -127,6 +129,14 @@ def values_of_config(args) -> Iterator[str]:
         if not findings and trained and not model_folder.first_problems(folder, may_be_quantized=True):
             findings = whole_base.problems(folder)
         yield from findings
+
+
+def adapter_on_base(args) -> Iterator[str]:
+    """The adapter of --lora_weight_path fits the model, where both are whole."""
+    folder, adapter = Path(args.model.model_name_or_path or ""), args.lora.lora_weight_path
+    if adapter and (folder / "config.json").is_file():
+        adapter_fits.check(folder, Path(adapter))
+    yield from ()
 
 
 # ---- the output folder
@@ -241,6 +251,7 @@ def lora_layers(args, folder: Path) -> list[str]:
 
 FIRST = (ranges, look, data_files, base_model, method_checks.method, output_folder, resuming, disk_space)
 LATER = (values_of_config, services.reporting, services.pushing, trials.optimizer, trials.schedule, trials.backends)  # with torch
+LAST = (adapter_on_base,)  # where nothing else was found
 
 
 # ---- small things

@@ -6,7 +6,8 @@ A checkpoint's training.json has the flags that its run was given (flags_given).
 from pathlib import Path
 from typing import NamedTuple
 
-from ..folders import checkpoints, config_files, output_folder
+from .. import json_text
+from ..folders import checkpoints, output_folder
 
 RUN = "part of what the run is: another value is refused"
 APPLIED = "may change: the new value holds from the next step on, which is said and recorded"
@@ -79,7 +80,7 @@ def flags_given(args) -> dict:
 
 def plain(value):
     """A flag's value as JSON can hold it: infinite numbers as text."""
-    value = config_files.finite(getattr(value, "value", value))  # of an Enum
+    value = json_text.finite(getattr(value, "value", value))  # of an Enum
     return value if value is None or isinstance(value, (bool, int, float, str, list, dict)) else str(value)
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import math
 import os
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +15,7 @@ import transformers
 from qwen_model.compat import require
 
 from ..distributed import engines, ranks
-from ..errors import note, shortened
+from ..errors import UserError, note, shortened
 from . import training_values
 from .definitions import TrainingFlags
 
@@ -118,9 +120,21 @@ def build(values: dict):
     if not findings:
         try:
             return TrainingArguments(**values), []
+        except UserError as error:
+            findings = error.findings
         except (ValueError, TypeError, KeyError, OverflowError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+            if is_our_fault(error):
+                raise
             findings = [f"{shortened(error, 400)} - change or leave out the flag"]
     return SimpleNamespace(**values), findings
+
+
+def is_our_fault(error: Exception) -> bool:
+    """Whether our own code raised it, or what that called, and not transformers: then no flag is to blame."""
+    ours, theirs = Path(__file__).parents[1], Path(transformers.__file__).parent
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    at = next((file for file in reversed(files) if file.is_relative_to(ours) or file.is_relative_to(theirs)), ours)
+    return at.is_relative_to(ours)
 
 
 def precision(values: dict) -> list[str]:

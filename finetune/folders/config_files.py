@@ -1,7 +1,6 @@
 """A checkpoint's config.json and the other JSON files beside it."""
 
 import json
-import math
 from pathlib import Path
 
 from ..errors import UserError, shortened
@@ -18,19 +17,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, found a {type(value).__name__} - download it again")
     return value
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def finite(value):
-    """The same where every number is one that JSON knows: nan and infinite ones become text."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def config_of(folder: Path) -> dict:

@@ -15,6 +15,10 @@ TRAINED_TYPES = ("qwen", *LATER_TYPES)
 # The linear layers of a block, which LoRA adapts. First-generation Qwen's c_proj is attention's and the MLP's.
 LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLOCK_LAYERS = {"qwen": ("c_attn", "c_proj", "w1", "w2")} | dict.fromkeys(LATER_TYPES, LATER_LAYERS)
+LATER_PLACES = tuple(f"{'mlp' if name in LATER_LAYERS[4:] else 'self_attn'}.{name}" for name in LATER_LAYERS)
+# The same with their places, and what block N is called.
+PLACES = {"qwen": ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")} | dict.fromkeys(LATER_TYPES, LATER_PLACES)
+BLOCKS = {"qwen": "transformer.h"} | dict.fromkeys(LATER_TYPES, "model.layers")
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 # Of first-generation Qwen, above the ranks of qwen.tiktoken: as many as tokenization_qwen.py lists, whose import takes seconds.
 SPECIAL_TOKENS = 208
@@ -207,9 +211,11 @@ def adaptable_layers(folder: Path) -> list[str]:
 
 
 def unknown_layers(folder: Path, targets: list[str]) -> list[str]:
-    """Those of `targets` that name no layer. A name may be qualified: attn.c_proj."""
-    if list(targets) == ["auto"]:
+    """Those of `targets` that name no layer of a block. A name may be qualified, as peft reads it: attn.c_proj, h.0.attn.c_proj."""
+    config = config_files.config_of(folder)
+    kind, count = config.get("model_type"), config.get("num_hidden_layers")
+    if list(targets) == ["auto"] or kind not in TRAINED_TYPES:
         return []
-    layers = adaptable_layers(folder)
-    allowed = {*layers, *(f"{block}.{name}" for name in layers for block in ("attn", "mlp", "self_attn"))}
-    return [name for name in targets if layers and name not in allowed]
+    numbers = range(count) if type(count) is int and count <= settings_files.MOST_LAYERS else (0,)  # of a bad one, others speak
+    layers = [f".{BLOCKS[kind]}.{number}.{place}" for number in numbers for place in PLACES[kind]]
+    return [name for name in targets if not any(layer.endswith(f".{name}") for layer in layers)]

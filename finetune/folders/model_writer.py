@@ -1,6 +1,5 @@
 """A model's folder, written from a stream of tensors: everything that a loader needs, and never the whole model in memory."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
 
+from .. import json_text
 from ..errors import UserError
 from ..writing.new_folder import hide_config_until_done
-from . import config_files, output_folder
+from . import output_folder
 from .shards import ShardWriter
 
 
@@ -52,8 +52,7 @@ def write_frame(folder: Path, model, tokenizer, generation_config, dtype: torch.
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    text = json.dumps(config_files.finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / output_folder.RECORD).write_text(text, encoding="utf-8")
+    json_text.write(folder / output_folder.RECORD, record)
     (folder / "README.md").write_text(card, encoding="utf-8")
     hide_config_until_done(folder)
 

@@ -5,11 +5,11 @@ Written beside its place, in a folder with a mark (new_folder.MARK), on the disk
 """
 
 import itertools
-import json
 import os
 import shutil
 from pathlib import Path
 
+from .. import json_text
 from ..errors import UserError, warn
 from ..hashing import sha256_of_file
 from ..writing import durable, new_folder
@@ -58,8 +58,7 @@ def write_record(folder: Path, record: dict | None) -> None:
         names = [path for path in durable.files_of(folder) if path.name not in (RECORD, MARK)]
         hashes = durable.in_threads(sha256_of_file, names)
         files = {str(path.relative_to(folder)): digest for path, digest in zip(names, hashes)}
-        text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (folder / RECORD).write_text(text, encoding="utf-8")
+        json_text.write(folder / RECORD, record | {"files": files})
 
 
 def read_record(folder: Path) -> dict:
@@ -98,7 +97,7 @@ def files_of_records(*records: Path) -> dict[str, list[str]]:
 
 def write_mark(staging: Path, files: dict[str, list[str]]) -> None:
     """What was there before, for a run that comes after a kill."""
-    (staging / MARK).write_text(json.dumps({"files": files}), encoding="utf-8")
+    json_text.write(staging / MARK, {"files": files}, indent=None)
 
 
 def move_result(staging: Path, out: Path) -> None:

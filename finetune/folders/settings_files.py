@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from .. import json_text
 from ..errors import UserError, shortened
 from .config_files import read_json
 
@@ -100,7 +101,8 @@ def problems(folder: Path) -> list[str]:
     for name, table in TABLES.items():
         if (folder / name).is_file():
             try:
-                findings += value_problems(folder / name, read_json(folder / name), table)
+                values = read_json(folder / name)
+                findings += value_problems(folder / name, values, table) or infinite(folder / name, values)
             except UserError as error:
                 findings += error.findings
     return findings
@@ -110,6 +112,17 @@ def value_problems(path: Path, values: dict, table: dict) -> list[str]:
     """A line for the first values that are not what the table asks for."""
     wrong = [(key, words) for key, (test, words) in table.items() if values.get(key) is not None and not test(values[key])]
     return [f"{path}: {key} is {shortened(repr(values[key]))}, not {words} - take the file of the published folder" for key, words in wrong[:3]]
+
+
+def infinite(path: Path, values: dict) -> list[str]:
+    """A line for a number that is infinite or none, which is no JSON: it would be written into every folder that is made of this one."""
+    if path.name == "training.json":  # of an older version may hold them; what is written anew does not
+        return []
+    try:
+        wrong = [key for key, value in values.items() if json_text.finite(value) != value]
+    except RecursionError:
+        return [f"{path}: cannot be read (nested too deeply) - take the file of the published folder"]
+    return [f"{path}: {shortened(wrong[0])} holds NaN or Infinity, which is no JSON - take the file of the published folder"] if wrong else []
 
 
 def dangling_links(folder: Path) -> list[str]:

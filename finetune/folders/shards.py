@@ -1,7 +1,6 @@
 """The tensors of a checkpoint, read one at a time and written shard by shard: memory holds a shard, never a model."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .. import json_text
 from ..errors import UserError, shortened
 from . import headers, tensor_files
 
@@ -143,8 +143,7 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, file)
         if count > 1:
             index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-            text = json.dumps(index, indent=2) + "\n"
-            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            json_text.write(self.folder / "model.safetensors.index.json", index)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

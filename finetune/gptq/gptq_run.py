@@ -14,6 +14,7 @@ from gptqmodel import DEVICE_THREAD_POOL, QuantizeConfig
 from gptqmodel.models.auto import MODEL_MAP
 from gptqmodel.models.definitions.qwen import QwenQModel
 
+from .. import json_text
 from ..compat import on_gptqmodel
 from ..folders import tensor_files
 from ..folders.shards import Shards, ShardWriter
@@ -49,6 +50,7 @@ def run(source: Path, made: Path, samples: list, settings, dtype, device, layer_
     settings: Settings. layer_done is called after each block.
     """
     on_gptqmodel.keep_to(made / "logs")
+    failures = on_gptqmodel.failures_of_threads()
     config = QuantizeConfig(
         bits=settings.bits,
         group_size=settings.group_size,
@@ -69,11 +71,20 @@ def run(source: Path, made: Path, samples: list, settings, dtype, device, layer_
     kind = json.loads((source / "config.json").read_text(encoding="utf-8"))["model_type"]
     definition = FirstGeneration if kind == "qwen" else MODEL_MAP[kind]
     model = definition.from_pretrained(str(source), quantize_config=config, dtype=dtype, attn_implementation="sdpa")
-    model.layer_callback = lambda layer_idx, submodule_finalized: None if submodule_finalized else layer_done()
+
+    def called_back(layer_idx, submodule_finalized) -> None:
+        if failures:
+            raise failures[0]
+        if not submodule_finalized:
+            layer_done()
+
+    model.layer_callback = called_back
     try:
         model.quantize([row(ids) for ids, _ in samples], batch_size=1, calibration_data_min_length=1)
     finally:
         DEVICE_THREAD_POOL.wait()  # after Ctrl-C, too: Python cannot end while its threads are at work
+    if failures:
+        raise failures[0]
 
 
 def row(ids) -> dict[str, torch.Tensor]:
@@ -111,4 +122,4 @@ def without_code(file: Path, place: Path) -> None:
     """Copies a JSON file without its auto_map."""
     values = json.loads(file.read_text(encoding="utf-8"))
     values.pop("auto_map", None)
-    (place / file.name).write_text(json.dumps(values), encoding="utf-8")
+    json_text.write(place / file.name, values)

@@ -5,7 +5,6 @@ read again and compared, and the quantized model is loaded and asked, before the
 """
 
 import importlib.metadata
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from .. import json_text
 from ..compare.agreement import Agreement
 from ..compat.on_gptqmodel import contained
 from ..errors import note, on_first_rank, warn
@@ -99,7 +99,7 @@ def write_frame(folder: Path, staging: Path, skeleton, settings: Settings, recor
     chat = skeleton.generation_config
     if (folder / "generation_config.json").is_file():
         chat = GenerationConfig.from_pretrained(folder)
-    (staging / "quantize_config.json").write_text(json.dumps(settings.config(), indent=2) + "\n", encoding="utf-8")
+    json_text.write(staging / "quantize_config.json", settings.config())
     model_writer.write_frame(staging, skeleton, tokenizer, chat, torch.float16, record, model_card(record["quantized"]))
 
 

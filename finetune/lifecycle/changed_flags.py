@@ -56,17 +56,27 @@ class TakesFlags(TrainerCallback):
         trainer, way = self.trainer, self.trainer.way
         state.compute_steps(args, state.max_steps)  # when to save, evaluate and log
         longer = way.planned_before not in (None, way.total)
-        if way.is_trained or not (way.changes or longer):
+        if way.is_trained or not (way.changes or longer or way.flags_unknown):
             return
-        before = first_rate(trainer.optimizer)
+        before, groups = first_rate(trainer.optimizer), values_of(trainer.optimizer)
         take_groups(trainer.optimizer, trainer.asked)
-        if longer or any(change.flag in SCHEDULE for change in way.changes):
+        follows_loss = not isinstance(trainer.lr_scheduler, LambdaLR)
+        if longer or any(change.flag in SCHEDULE for change in way.changes) or way.flags_unknown and not follows_loss:
             take_schedule(trainer.optimizer, trainer.lr_scheduler, trainer.asked)
-        told = [str(change) for change in way.changes]
+        if not (way.changes or longer or groups != values_of(trainer.optimizer)):
+            return
+        told = ["flags that the checkpoint does not record"] if way.flags_unknown and not way.changes else []
+        told += [str(change) for change in way.changes]
         told += [f"the curve of the learning rate is that of {way.total} steps, no longer of {way.planned_before}"] if longer else []
         rate = first_rate(trainer.optimizer)
         now = f"; the learning rate of step {state.global_step + 1} is {rate:.4g}" + (f", not {before:.4g}" if rate != before else "")
         note(f"changed from here on: {'; '.join(told)}{now}")
+
+
+def values_of(optimizer) -> list[dict]:
+    """What flags decide of each group of an optimizer."""
+    names = (*OF_A_GROUP, "lr")
+    return [{key: str(value if key == "betas" else float(value)) for key, value in group.items() if key in names} for group in optimizer.param_groups]
 
 
 def first_rate(optimizer) -> float:

@@ -36,6 +36,11 @@ class Way(NamedTuple):
         """No step is left."""
         return self.kind in (RESULT, NOTHING)
 
+    @property
+    def flags_unknown(self) -> bool:
+        """The checkpoint does not say which flags its run had: it is of an older version, or has no record."""
+        return self.kind == GO_ON and not isinstance(self.before.get("flags"), dict)
+
 
 def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
     """What is to be done, and says so. Completes `record`, and gives `plan` the front that the run began with."""
@@ -143,6 +148,9 @@ def tell_lacking(way: Way, ranks: int) -> None:
         warn(f"{way.point}: has no {lacking[0]}: dropout goes on with other random numbers than without the interruption")
     if not way.before:
         warn(f"{way.point}: has no {output_folder.RECORD}: whether it is of this base, these data and these flags cannot be told")
+    elif way.flags_unknown:
+        what = "was written before flags were recorded, so which of them are others now cannot be told"
+        warn(f"{way.point}: {what}: learning rate, schedule, decay and betas are taken from the flags given now")
 
 
 # ---- of this run?

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from .. import json_text
 from ..compat import on_peft
 
 START = "pissa_start.safetensors"
@@ -99,5 +100,5 @@ def make_plain(model, folder: Path) -> None:
         "lora_alpha": config["lora_alpha"] * (2**0.5 if config["use_rslora"] else 2),
         "init_lora_weights": True,
     }
-    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json_text.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / START).unlink(missing_ok=True)

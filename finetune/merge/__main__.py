@@ -92,7 +92,7 @@ def merge(
     conversations = requantize.read_calibration_data(requantized) if requantized else None
     from ..quantized.plain_weights import PlainWeights  # with torch, whose import takes seconds: after the checks
 
-    check_values(base_folder)
+    check_values(base_folder, adapter)
     found = over or quant_settings.of_folder(base_folder)
     note(f"merging {adapter} into {base_folder}" + f", dequantized from {found}" * bool(found))
     if base is not None and not found and (seen := quantized_model.of_adapter(adapter)):
@@ -182,12 +182,13 @@ def check_folders(adapter: Path, out: Path) -> None:
     check_free(out, "the merged model")
 
 
-def check_values(base: Path) -> None:
-    """UserError for a base whose config.json and tensors do not fit together."""
-    from ..model import whole_base
+def check_values(base: Path, adapter: Path) -> None:
+    """UserError for a base whose config.json and tensors do not fit together, or an adapter that does not fit the base."""
+    from ..model import adapter_fits, whole_base
 
     if problems := model_folder.value_problems(base) or whole_base.problems(base):
         raise UserError(*problems)
+    adapter_fits.check(base, adapter)
 
 
 # ---- the proof

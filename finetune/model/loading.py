@@ -15,7 +15,7 @@ from ..folders import finite, model_folder, quant_settings
 from ..folders.model_folder import LATER_TYPES
 from ..lora import adapters
 from ..quantized import quantized_model
-from ..samples import lossless
+from ..samples import lossless, time_limit
 from ..samples.rendering import PROBE
 from . import later_qwen, whole_base
 
@@ -31,7 +31,10 @@ def load_tokenizer(folder: Path):
     if findings := model_folder.tokenizer_problems(folder):
         raise UserError(*findings)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with time_limit.of_tokenizer(str(folder), time_limit.OPENING):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # whatever its damaged files make of the classes of transformers
         what = f"{folder}: its tokenizer cannot be opened ({type(error).__name__}: {shortened(error)})"
         raise UserError(f"{what} - download the tokenizer's files again") from error

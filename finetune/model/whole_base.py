@@ -44,17 +44,12 @@ def problems(folder: Path) -> list[str]:
     return []
 
 
-def tensors_of_model(folder: Path) -> tuple[dict[str, list[int]], str]:
-    """({name: shape} of the tensors that are stored of the plain model, the prefix of their names within it).
-
-    Raises UserError for a config.json or generation_config.json that transformers makes nothing of.
-    """
+def without_weights(folder: Path):
+    """The plain model that a folder's config.json describes, on the meta device. UserError where transformers makes nothing of it."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     import qwen_model
-
-    from ..folders import model_writer
 
     qwen_model.register()
     try:
@@ -62,10 +57,22 @@ def tensors_of_model(folder: Path) -> tuple[dict[str, list[int]], str]:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):  # not by from_config(), which under ZeRO-3 would share it out over the ranks
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     except Exception as error:  # whatever a value makes of the classes of transformers
         what = f"{folder}/config.json: describes no model ({type(error).__name__}: {shortened(error)})"
         raise UserError(f"{what} - take the file of the published checkpoint") from error
+
+
+def tensors_of_model(folder: Path) -> tuple[dict[str, list[int]], str]:
+    """({name: shape} of the tensors that are stored of the plain model, the prefix of their names within it).
+
+    Raises UserError for a config.json or generation_config.json that transformers makes nothing of.
+    """
+    from transformers import GenerationConfig
+
+    from ..folders import model_writer
+
+    model = without_weights(folder)
     if (folder / "generation_config.json").is_file():
         try:
             GenerationConfig.from_pretrained(folder)

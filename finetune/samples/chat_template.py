@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..conversations.messages import Conversation
 from ..errors import UserError
+from . import lossless
 from .control_text import ControlText
 from .render_notes import Counts
 from .rendering import PROBE, Problems, Refused, Rendering, identity_of, unlearned_results
@@ -33,7 +34,7 @@ from .template_shapes import (
     texts_of,
     trimmed,
 )  # fmt: skip
-from .time_limit import of_template
+from .time_limit import of_template, of_texts
 
 SHAPES = 4096  # of conversations, remembered
 FIRST_GENERATION_MASK = (
@@ -150,7 +151,8 @@ class ChatTemplate:
         count = len(texts[before])
         if ids[:count] == texts[before]:  # the same tokens: they hold just that text
             return count
-        offsets = self._backend().encode(text, add_special_tokens=False).offsets
+        with of_texts(self.tokenizer, [text]):
+            offsets = lossless.backend_of(self.tokenizer).encode(text, add_special_tokens=False).offsets
         return sum(begin < place for begin, _ in offsets)
 
     def ids_of(self, texts: list[str]) -> dict[str, list[int]]:
@@ -160,16 +162,7 @@ class ChatTemplate:
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts, in which special tokens are ordinary characters."""
-        backend = self._backend()
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
-
-    def _backend(self):
-        """The tokenizer below transformers' own, which costs a third of its time; set as its last caller may not have."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return backend
+        return lossless.encoded(self.tokenizer, texts) if texts else []
 
     # ---- one conversation
 
@@ -210,8 +203,12 @@ class ChatTemplate:
         found: dict[int, str] = {}
         plain = [place for place, job in enumerate(jobs) if not job.tools]
         if plain:
-            with suppress(FAILURES):  # which one it was, a call for each will say
+            try:
                 found = dict(zip(plain, self.apply([jobs[place].messages for place in plain], None)))
+            except UserError:  # a limit, which every call would reach
+                raise
+            except FAILURES:  # which one it was, a call for each will say
+                pass
         return [found[place] if place in found else self._of_job(job) for place, job in enumerate(jobs)]
 
     def _of_job(self, job: Job) -> str | None:
@@ -271,6 +268,8 @@ class ChatTemplate:
         """The conversation as text."""
         try:
             return self.apply([messages], tools, **settings)[0]
+        except UserError:  # a limit
+            raise
         except FAILURES as error:
             said = " ".join(str(error).split()) or type(error).__name__
             self._refuse(f"the model's chat template fails on it ({said})", CHANGE, error)

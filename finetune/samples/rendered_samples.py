@@ -3,13 +3,13 @@
 sample_store.py has the folders of the cache, laying_out.py what becomes of the conversations.
 """
 
-import json
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from .. import json_text
 from ..conversations.reading import read
 from ..data_files.sample_files import SampleFile
 from ..distributed.ranks import one_at_a_time
@@ -42,7 +42,7 @@ class Samples:
         self.fingerprint, self.without_thoughts = meta["fingerprint"], meta["without_thoughts"]
         self.system: str | None = meta["system"]
         lines = arrays["left_out"].tobytes().splitlines(True) if "left_out" in arrays else []
-        head = json.dumps({"file": path}, ensure_ascii=False)[:-1].encode(errors="surrogateescape") + b", "
+        head = json_text.dumps({"file": path})[:-1].encode() + b", "
         self.left_out = b"".join(head + line[1:] for line in lines)
         self.notes = [f"{path}: {line}" for line in meta["notes"]]
 

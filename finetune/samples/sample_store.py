@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import json_text
 from ..data_files.sample_files import SampleFile
 from ..hashing import sha256_of_array
 from .renderers import renderer_of
@@ -66,7 +67,7 @@ class Writer:
 
     def leave_out(self, line: dict) -> None:
         """Keeps what is left out, and why."""
-        text = (json.dumps(line, ensure_ascii=False) + "\n").encode(errors="surrogatepass")
+        text = (json_text.dumps(line) + "\n").encode(errors="surrogatepass")
         if not self.left_out:
             self.files["left_out"] = open(self.folder / "left_out", "wb")
         self.put("left_out", text)
@@ -92,7 +93,7 @@ class Writer:
         meta |= {"fingerprint": self.digest.hexdigest()}
         meta["hashes"] = {name: digest.hexdigest() for name, digest in self.hashes.items()}
         meta["hashes"] |= {name: sha256_of_array(array) for name, array in arrays.items()}
-        (self.folder / "meta.json").write_text(json.dumps(meta | {"hash": hash_of_meta(meta)}), encoding="utf-8")
+        json_text.write(self.folder / "meta.json", meta | {"hash": hash_of_meta(meta)}, indent=None)
 
 
 def hash_of_meta(meta: dict) -> str:

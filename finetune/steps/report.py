@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from qwen_model import fused
 from qwen_model.attention import is_ampere, torch_has_varlen
 
+from .. import json_text
 from ..distributed import engines, ranks
 from ..distributed.engines import size_of
 from ..errors import listed, note, on_first_rank, warn
@@ -145,7 +146,7 @@ class Report(TrainerCallback):
             [line for line in read_log(self.folder) if line["step"] <= state.global_step] if state.global_step else []
         )
         written = self.folder / f"{LOG}.new"
-        written.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in kept), encoding="utf-8")
+        written.write_text("".join(json_text.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(written, self.folder / LOG)
         self.live = sys.stderr.isatty()  # a file keeps every line that a terminal draws over
         self.bar = tqdm(
@@ -166,7 +167,7 @@ class Report(TrainerCallback):
         if self.bar is None or not logs:
             return
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}, allow_nan=False) + "\n")
+            file.write(json_text.dumps({"step": state.global_step, **logs}) + "\n")
         if "loss" in logs:
             self.figures.update(figures(logs))
             self.bar.set_postfix(self.figures, refresh=self.live)

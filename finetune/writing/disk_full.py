@@ -1,25 +1,11 @@
 """A disk that is full while something is saved: one line, and what is half written goes."""
 
 import contextlib
-import errno
 import shutil
 from pathlib import Path
 
-from ..errors import DiskFull
+from ..errors import DiskFull, is_full
 from . import new_folder
-
-CODES = (errno.ENOSPC, errno.EDQUOT)
-# safetensors says it in Rust's words, torch's writer only that a write failed
-WORDS = ("No space left on device", "os error 28", "os error 122", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came of, says that a disk or a quota is full."""
-    while error is not None:
-        if getattr(error, "errno", None) in CODES or any(word in str(error) for word in WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .. import json_text
 from ..hashing import sha256_of_file
 from . import signing
 
@@ -121,7 +122,7 @@ def write_manifest(folder: Path, out: Path | None = None) -> None:
     files = {str(path.relative_to(folder)): [size, digest] for path, size, digest in zip(paths, sizes, hashes)}
     content = as_bytes(files)
     whole = {"files": files, "sha256": hashlib.sha256(content).hexdigest(), "signature": signing.sign(content, out or folder.parent)}
-    (folder / MANIFEST).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(json_text.dumps(whole, indent=1), encoding="utf-8")  # whose last byte counts
     sync_file(folder / MANIFEST)
     sync_entries(folder)
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import DiskFull, UserError, is_full
 from . import durable
 
 CONFIG = "config.json"  # without which nothing opens a folder
@@ -74,6 +74,8 @@ def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
         staging.mkdir(parents=True)
         mark = (staging / MARK).open("w")
     except OSError as error:
+        if is_full(error):
+            raise no_room(out) from error
         raise UserError(f"{out}: cannot be made ({error.strerror}) - give a folder that you may write to") from error
     try:
         with mark:
@@ -89,9 +91,16 @@ def new_folder(out: Path, config: str = CONFIG) -> Iterator[Path]:
             os.replace(staging, out)
             durable.sync_entries(out.parent)
             (out / MARK).unlink()
-    except BaseException:
+    except BaseException as error:
         remove(staging)
+        if isinstance(error, Exception) and is_full(error):
+            raise no_room(out) from error
         raise
+
+
+def no_room(out: Path) -> DiskFull:
+    what = f"{out}: could not be written, the disk or its quota is full; what was half written is removed"
+    return DiskFull(f"{what} - make room, and start again")
 
 
 def hide_config_until_done(staging: Path, config: str = CONFIG) -> None:

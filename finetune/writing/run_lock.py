@@ -15,6 +15,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from .. import json_text
 from ..distributed.ranks import lies_at
 from ..errors import UserError, note
 
@@ -72,7 +73,7 @@ def hold(out: Path, launches: list[str] = ()) -> None:
     held[path] = lock
     with contextlib.suppress(OSError):
         os.ftruncate(lock.descriptor, 0)
-        os.pwrite(lock.descriptor, json.dumps(card(list(launches))).encode(), 0)
+        os.pwrite(lock.descriptor, json_text.dumps(card(list(launches))).encode(), 0)
     threading.Thread(target=lock.beat, daemon=True).start()
     # a forked worker would keep the lock of a run that was killed
     os.register_at_fork(after_in_child=lambda: forget(path))

@@ -399,3 +399,26 @@ def test_help_all_shows_every_flag_once(capsys):
 
 def test_a_token_is_not_compared_between_machines():
     assert "secret" not in definitions.shared_flags(arguments.parse(["--hub_token", "secret"])).values()
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, OSError, RuntimeError])
+def test_a_fault_of_ours_is_no_flag_s(monkeypatch, error):
+    """What transformers refuses is a finding; what our own code stumbles over, or calls in a wrong way, comes through."""
+
+    def fails(self):
+        raise error("x")
+
+    values = vars(arguments.parse([]).training)
+    usual = {field.name: values[field.name] for field in dataclasses.fields(training_args.TrainingArguments) if field.init}
+    fails.__code__ = fails.__code__.replace(co_filename=str(ROOT / "finetune/flags/training_args.py"))
+    monkeypatch.setattr(training_args.TrainingArguments, "resolve_checkpointing", fails)
+    with pytest.raises(error):
+        training_args.build(usual)
+    monkeypatch.undo()
+
+    def refuses(self):
+        raise error("x")
+
+    refuses.__code__ = refuses.__code__.replace(co_filename=training_args.transformers.__file__)
+    monkeypatch.setattr(training_args.transformers.TrainingArguments, "__post_init__", refuses)
+    assert training_args.build(usual)[1][0].endswith(" - change or leave out the flag")

@@ -11,6 +11,7 @@ from command_lines import (
     CONFIG,
     POINTER,
     SHAPES,
+    factors,
     found,
     only,
     read,
@@ -99,7 +100,7 @@ def test_an_adapter_given_as_the_model(world, tmp_path):
 def test_a_shard_is_missing(world):
     (world.model / "model.safetensors").unlink()
     shards = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
-    index = {"weight_map": {name: shards[i % 3] for i, name in enumerate(SHAPES)}}
+    index = {"metadata": {}, "weight_map": {name: shards[i % 3] for i, name in enumerate(SHAPES)}}
     (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
     for i in (0, 1):
         write_safetensors(world.model / shards[i], {name: SHAPES[name] for j, name in enumerate(SHAPES) if j % 3 == i})
@@ -248,6 +249,9 @@ def test_unknown_layers(world):
     assert what == "--lora_target_modules w3 q_proj: no such layer"
     assert remedy == "this model has c_attn, c_proj, w1, w2; separate them by blanks"
     assert found(world, "--use_lora", "--lora_target_modules", "attn.c_proj", "w2") == []
+    for name in ("mlp.c_attn", "attn.w1", "self_attn.c_proj", "h.7.attn.c_attn", "_attn", ""):  # the others in the list would hide it
+        assert f"--lora_target_modules {name}: no such layer" in only(world, "--use_lora", "--lora_target_modules", "c_attn", name)
+    assert found(world, "--use_lora", "--lora_target_modules", "h.0.attn.c_attn", "mlp.c_proj") == []
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
@@ -274,6 +278,13 @@ def test_an_adapter_to_go_on_from(world, tmp_path, capsys):
     assert "no adapter_model.safetensors there" in only(world, "--use_lora", "--lora_weight_path", str(adapter))
     line = only(world, "--use_lora", "--lora_weight_path", str(world.model))
     assert line.startswith(f"--lora_weight_path {world.model}: no adapter_config.json there - ")
+
+
+def test_an_adapter_that_means_no_layer_of_the_model(world, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", target_modules=r".*\.zzz")
+    line = only(world, "--use_lora", "--lora_weight_path", str(adapter))
+    assert f"{adapter}/adapter_config.json: cannot be put onto {world.model} (Target modules" in line
+    assert "it has c_attn, c_proj, w1, w2) - give the base that it was trained on" in line
 
 
 def test_an_adapter_that_lacks_what_it_lists(world, tmp_path):
@@ -411,10 +422,9 @@ def test_flags_that_the_adapter_agrees_with(world, tmp_path):
     own = {"r": 8, "use_dora": True, "trainable_token_indices": {"wte": [1], "lm_head": [1]}}
     adapter = write_adapter(tmp_path / "adapter", **own)
     names = [f"base_model.model.{name[:-7]}" for name in SHAPES if name.count(".") == 5 and name.endswith(".weight")]
-    parts = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     rows = [f"base_model.model.{name}.token_adapter.trainable_tokens_delta" for name in ("transformer.wte", "lm_head")]
-    tensors = [f"{name}.{part}" for name in names for part in parts] + rows
-    write_safetensors(adapter / "adapter_model.safetensors", {name: [1, 1] for name in tensors})
+    more = {name: [1] for name in [*(f"{name}.lora_magnitude_vector" for name in names), *rows]}
+    write_safetensors(adapter / "adapter_model.safetensors", factors(8) | more)
     flags = ["--lora_r", "8", "--use_dora", "--lora_target_modules", "c_attn", "c_proj", "w1", "w2"]
     for more in ("--train_embeddings chat_rows", "--train_embeddings none --train_tokens <|extra_0|>", ""):
         assert found(world, "--use_lora", "--lora_weight_path", str(adapter), *flags, *more.split()) == []

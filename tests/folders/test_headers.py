@@ -1,6 +1,7 @@
 """Headers of safetensors files: what is damaged is named, and what safetensors itself opens passes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -92,6 +93,33 @@ def test_an_index_names_files_beside_it(tmp_path):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(UserError, match="which is no file beside it - download it again"):
             Shards(tmp_path)
-    index.write_text('{"weight_map": {}}')
-    with pytest.raises(UserError, match="lists no shards - download it again"):
+
+
+PLACES = {"a": "1.safetensors", "b": "2.safetensors"}
+INDEXES = {  # what is in the index: what is said of it; None: it is read
+    '{"metadata": {}, "weight_map": {}}': "lists no shards - download it again",
+    "{}": "is no index of shards (KeyError('weight_map')) - download it again",
+    '{"metadata": {}, "weight_map": null}': "is no index of shards (AttributeError(",
+    '{"metadata": {}, "weight_map": ["1.safetensors"]}': "is no index of shards (AttributeError(",
+    '{"metadata": {}, "weight_map": {"a": 1}}': "is no index of shards (TypeError(",
+    '{"metadata": {}, "weight_map": {"a": ["1.safetensors"]}}': "is no index of shards (TypeError(",
+    '{"metadata": {}, "weight_map": {"a": "\\ud800.safetensors"}}': "is no index of shards (UnicodeEncodeError(",
+    '{"metadata": {}, "weight_map": {"a": "1.bin"}}': "lists 1.bin, which is no .safetensors file - download it again",
+    json.dumps({"weight_map": PLACES}): 'has no "metadata", without which transformers reads no index - add "metadata": {} to it',
+    json.dumps({"metadata": None, "weight_map": PLACES}): 'has no "metadata", without which',
+    json.dumps({"metadata": {}, "weight_map": PLACES}): None,
+}
+
+
+@pytest.mark.parametrize("content,said", INDEXES.items())
+def test_an_index_of_another_shape(tmp_path, content, said):
+    for name in PLACES:
+        save_file({name: torch.ones(2)}, tmp_path / PLACES[name])
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    if said is None:
+        with Shards(tmp_path) as shards:
+            assert sorted(shards) == ["a", "b"]
+        return
+    with pytest.raises(UserError, match=re.escape(f"{index}: {said}")):
         Shards(tmp_path)

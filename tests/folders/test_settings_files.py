@@ -36,6 +36,8 @@ def test_sizes_that_are_none(world, value):
         ("generation_config.json", {"chat_format": 3}, "chat_format is 3, not a text"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": 1}}, "added_tokens_decoder is {'x': 1}, not an object of tokens"),
         ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "weight_map is {'a': 1}, not an object of files' names"),
+        ("config.json", {"rope_scaling": {"factor": [1.0, float("inf")]}}, "rope_scaling holds NaN or Infinity, which is no JSON"),
+        ("generation_config.json", {"typical_p": float("nan")}, "typical_p holds NaN or Infinity, which is no JSON"),
         ("config.json", {"model_type": ["qwen"]}, "model_type is ['qwen'], not a text"),
         ("config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, not a whole number from 1 to 10,000"),
     ],

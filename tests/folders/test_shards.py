@@ -43,7 +43,7 @@ def test_bin_files(tmp_path):
     torch.save({name: TENSORS[name] for name in "ab"}, tmp_path / "pytorch_model-1.bin")
     torch.save({name: TENSORS[name] for name in "cde"}, tmp_path / "pytorch_model-2.bin")
     places = dict.fromkeys("ab", "pytorch_model-1.bin") | dict.fromkeys("cde", "pytorch_model-2.bin")
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     with Shards(tmp_path) as found:
         assert sorted(found) == sorted(TENSORS) and found.shape("d") == [4, 8]
         assert torch.equal(found["d"], TENSORS["d"])
@@ -52,7 +52,7 @@ def test_bin_files(tmp_path):
 def test_a_missing_shard(tmp_path):
     save_file({"a": TENSORS["a"]}, tmp_path / "1.safetensors")
     places = {"a": "1.safetensors", "b": "2.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     with pytest.raises(UserError, match="2.safetensors, which its index lists, is missing - download it again"):
         Shards(tmp_path)
 

@@ -73,6 +73,18 @@ def test_the_rates_of_the_steps_that_follow(stopped, tmp_path, settings, total, 
     assert f"the learning rate of step {STOPPED_AT + 1} is {expected(STOPPED_AT):.4g}" in said
 
 
+def test_a_checkpoint_that_does_not_say_its_flags(stopped, tmp_path, capsys):
+    """Of an older version: what is given now holds all the same, and that it is another learning rate is said."""
+    for name, settings, expected in (("same", {}, FIRST["learning_rate"]), ("other", {"learning_rate": 2e-3, "weight_decay": 0.3}, 2e-3)):
+        trainer = trainer_of(tmp_path / name, Way(GO_ON, stopped, {"seed": 3}, STOPPED_AT, 6, 6), **settings)
+        trainer.train(resume_from_checkpoint=str(stopped))
+        assert rates(trainer) == pytest.approx([expected * (6 - k) / 4 for k in range(STOPPED_AT, 6)], rel=1e-9)
+        assert trainer.optimizer.param_groups[0]["weight_decay"] == settings.get("weight_decay", 0.1)
+        said = capsys.readouterr().err
+        line = "changed from here on: flags that the checkpoint does not record; the learning rate of step 4 is 0.0015, not 0.0075"
+        assert (line in said) == bool(settings), said
+
+
 def test_the_log_tells_the_rate_that_the_optimizer_has(stopped, tmp_path):
     """A rate of 0 from here on moves nothing."""
     trainer = gone_on(stopped, tmp_path, learning_rate=0.0, weight_decay=0.0)

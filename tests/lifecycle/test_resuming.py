@@ -224,6 +224,10 @@ def test_what_a_checkpoint_lacks_is_told(asked, tmp_path, capsys):
     (point / "rng_state.pth").write_text("")
     preparation.prepare(asked(*auto), out)
     assert "has no" not in capsys.readouterr().err
+    record = json.loads((point / output_folder.RECORD).read_text())
+    (point / output_folder.RECORD).write_text(json.dumps({key: value for key, value in record.items() if key != "flags"}))
+    preparation.prepare(asked(*auto), out)
+    assert "was written before flags were recorded, so which of them are others now cannot be told: learning" in capsys.readouterr().err
     (point / output_folder.RECORD).unlink()
     job = preparation.prepare(asked(*auto), out)
     assert "has no training.json: whether it is of this base" in capsys.readouterr().err

@@ -1,14 +1,16 @@
 """A base that lacks a tensor, or has one of another shape, is told before weights are loaded; one with numbers that are none, when they are."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import small_checkpoint, tiny_gptq, tiny_later_qwen
+from tiny import save_shards, small_checkpoint, tiny_gptq, tiny_later_qwen
+from transformers import AutoModelForCausalLM
 
 from finetune.errors import UserError
-from finetune.folders import finite
+from finetune.folders import finite, model_folder
 from finetune.model import loading, whole_base
 
 FILE = "model.safetensors"
@@ -141,3 +143,27 @@ def test_a_tokenizer_without_its_vocabulary(tmp_path):
     (folder / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match="its tokenizer loses text|its tokenizer cannot be opened"):
         loading.load_tokenizer(folder)
+
+
+def test_what_is_checked_of_an_index_is_what_transformers_opens(later, tmp_path):
+    """It reads no index without "metadata"; and one file rather than an index beside it, which may be of an older checkpoint."""
+    whole = load_file(later[False] / FILE)
+    folder = tmp_path / "shards"
+    shutil.copytree(later[False], folder)
+    (folder / FILE).unlink()
+    save_shards(whole, folder, 2)
+    index = folder / f"{FILE}.index.json"
+    assert model_folder.problems(folder) == whole_base.problems(folder) == []
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.get_input_embeddings().weight, whole["model.embed_tokens.weight"])
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": content["weight_map"]}))
+    with pytest.raises(KeyError):  # if this no longer fails, "metadata" need not be asked for
+        AutoModelForCausalLM.from_pretrained(folder)
+    for found in (model_folder.first_problems(folder), whole_base.problems(folder)):
+        assert found == [f'{index}: has no "metadata", without which transformers reads no index - add "metadata": {{}} to it']
+    (folder / FILE).write_bytes((later[False] / FILE).read_bytes())
+    changed(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    assert "misses model.norm.weight" in whole_base.problems(folder)[0]
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"model.norm.weight"}
