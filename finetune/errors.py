@@ -96,9 +96,18 @@ def say(line: str) -> None:
         held.append(line)
         return
     if on_first_rank() and (said is None or line not in said):
-        print(barred(line), file=sys.stderr, flush=True)
+        put(barred(line))
     if said is not None:
         said.add(line)
+
+
+def put(text: str) -> None:
+    """Writes a line, or some, to standard error in one piece.
+
+    torchrun's processes have no buffer: each part of a print would be written by itself, and another process in between.
+    """
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def printable(line: str) -> str:
@@ -186,8 +195,13 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
             speak(line, lambda: tell(line))
             sys.exit(2)
         failure, line = error, explained(error)
-        speak(line or f"{type(error).__name__}: {error}", lambda: tell(line) if line else traceback.print_exception(failure))
+        speak(line or f"{type(error).__name__}: {error}", lambda: tell(line) if line else put(in_full(failure)))
         sys.exit(1)
+
+
+def in_full(failure: Exception) -> str:
+    """A fault of ours, with its traceback."""
+    return "".join(traceback.format_exception(failure)).rstrip("\n")
 
 
 def check_transformers() -> None:
@@ -252,7 +266,7 @@ def tell(*findings: str) -> None:
     """Prints errors, a line each."""
     lines = [barred(" ".join(line.split())) for line in findings]
     for line in lines:
-        print("error:", line, file=sys.stderr, flush=True)
+        put(f"error: {line}")
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the agent hands it on to the other machines
         with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": "; ".join(lines)}, file, allow_nan=False)

@@ -183,3 +183,19 @@ def test_a_script_and_its_workers_are_warm(tmp_path):
     (tmp_path / "inner.py").write_text("import sys\nprint('torch' in sys.modules, *sys.argv[1:])\nsys.exit(7)\n")
     done = subprocess.run(["bash", "launch.sh", "a b"], cwd=tmp_path, env=os.environ | {"FINETUNE_PYTHON": warm.python()}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (7, "0\nTrue a b\n"), done.stderr
+
+
+def test_a_signal_to_a_program_that_has_just_ended_is_nobodys():
+    """It comes while the end is on its way: the exit code is the program's, and nothing is printed."""
+    code = "import os, sys; print(os.getpid(), flush=True); sys.stdin.read(); sys.exit(75)"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([warm.python(), "-c", code], **pipes, text=True) as front:
+        fork = int(front.stdout.readline())
+        front.send_signal(signal.SIGSTOP)
+        front.stdin.close()
+        while Path(f"/proc/{fork}").exists():
+            time.sleep(0.02)
+        time.sleep(0.3)  # the server closes its end
+        front.send_signal(signal.SIGTERM)
+        front.send_signal(signal.SIGCONT)
+        assert front.wait(timeout=30) == 75 and front.stderr.read() == ""

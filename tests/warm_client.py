@@ -76,11 +76,19 @@ def ask(folder: str, words: list[str]):
     return None
 
 
+def hand_on(link, number: int) -> None:
+    """To a fork that has just ended there is nothing to hand on."""
+    try:
+        link.send(bytes([number]))
+    except OSError:
+        pass
+
+
 def follow(link) -> None:
     """Hands signals on by the link, which the server reads; ends as the fork does."""
     for name in PASSED_ON:
         # one that is ignored here is handed on too: the program may listen to it all the same
-        signal.signal(getattr(signal, name), lambda number, frame: link.send(bytes([number])))
+        signal.signal(getattr(signal, name), lambda number, frame: hand_on(link, number))
     status = b""
     while len(status) < 4 and (more := link.recv(4 - len(status))):
         status += more

@@ -63,6 +63,9 @@ def deepspeed_config(name: str, values: dict) -> tuple[dict, list[str]]:
     if at(config, "zero_optimization", "stage") not in (1, 2, 3):
         what = f"--deepspeed {name}: no zero_optimization.stage of 1, 2 or 3, so nothing is split"
         findings.append(f"{what} - use --deepspeed none (finetune.py by hand: leave it out), or a file with a stage")
+    if at(config, "zero_optimization", "compute_grad_norm") is False:
+        what = f"--deepspeed {name}: zero_optimization.compute_grad_norm is false there, and a step is watched by the norm of its gradient"
+        findings.append(f"{what} - leave it out of the file")
     for key, theirs in unread(config):
         what = f"--deepspeed {name}: {key} is {json.dumps(theirs)} there, and nothing here reads it"
         findings.append(f"{what} - leave it out of the file; the flags set precision, optimizer and learning rate")

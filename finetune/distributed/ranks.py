@@ -14,16 +14,16 @@ import json
 import math
 import os
 import socket
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from ..errors import PEER_GONE, UserError, note
+from ..errors import PEER_GONE, UserError, note, put
 
 PATIENCE_SECONDS = 20  # then a rank says what it is waiting for
 WAKE_SECONDS = 3  # a rank whose only error is a lost peer prints nothing for so long
+FLOOR_SECONDS = 0.5  # the first rank, which has the progress bar, may speak for all that fail together within that time
 WATCH_SECONDS = 5  # between two looks at whether another rank has failed
 LEAVE_SECONDS = 10  # a process that ends waits so long for its watching thread
 
@@ -64,10 +64,11 @@ class Meeting:
     """What the ranks tell each other through torch's key-value store. With one process, nothing happens.
 
     restarted: torchrun has started one of the ranks again, so the run goes on from its newest checkpoint.
+    bar_is_elsewhere: the first rank's progress bar may stand on the last line, and this rank cannot close it.
     """
 
     def __init__(self):
-        self.store, self.topics, self.restarted = None, 0, False
+        self.store, self.topics, self.restarted, self.bar_is_elsewhere = None, 0, False, False
         self.over = threading.Event()
 
     def is_alone(self) -> bool:
@@ -107,7 +108,7 @@ class Meeting:
                 return
             who, _, line = self.store.get("finetune/failure").decode().partition(": ")
             if not who.endswith(f" on {socket.gethostname()}") and local_rank() == 0:
-                print(f"error: {who} failed: {line}", file=sys.stderr, flush=True)
+                put(f"error: {who} failed: {line}")
             os._exit(1)
 
     def exchange(self, what: str, value) -> list:
@@ -197,10 +198,14 @@ class Meeting:
         if any(word in line for word in PEER_GONE):
             time.sleep(WAKE_SECONDS)  # the cause is elsewhere: let that rank speak, or torchrun end this one
         with contextlib.suppress(Exception):  # the store may be gone with the machine that kept it
+            if rank() > 0:
+                self.poll_key("finetune/failure", FLOOR_SECONDS)
             speaker = self.store.compare_set("finetune/failure", "", f"{name()}: {line}").decode()
             if not speaker.startswith(f"{name()}: "):
                 self.poll_key("finetune/said", 10)
                 return None
+        if self.bar_is_elsewhere:
+            put("")
         say()
         with contextlib.suppress(Exception):
             self.store.set("finetune/said", "")

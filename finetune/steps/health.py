@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from qwen_model.compat import overrides
 
+from ..distributed.ranks import meeting
 from ..errors import listed, note, warn
 from ..folders import checkpoints, finite
 
@@ -94,9 +95,15 @@ class WatchesNumbers:
             raise FloatingPointError(self.not_finite(last.step, what, last.loss, "train with --bf16 instead of --fp16"))
 
     def not_finite(self, step: int, what: str, loss=None, remedy: str = "") -> str:
-        """The line for a step whose numbers are none: the step, what is wrong, the samples, the last good checkpoint, what to do."""
+        """The line for a step whose numbers are none: the step, what is wrong, the samples, the last good checkpoint, what to do.
+
+        All ranks come here, since the norm is the same on all. Where the loss tells whose share it was, only its samples are named.
+        """
+        shares = meeting.exchange("losses of a step", None if loss is None else loss.item())
+        wrong = [rank for rank, share in enumerate(shares) if share is not None and not math.isfinite(share)]
         if loss is not None:
-            what += f" (its loss on this rank: {loss.item():.4g})"
+            whose = f", of rank {' and '.join(map(str, wrong))}" if 0 < len(wrong) < len(shares) else ""
+            what += f" (its loss: {sum(shares) / len(shares):.4g}{whose})"
         every = checkpoints.complete(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {every[-1]}" if every else "there is no checkpoint before it"
         begin = getattr(self, "_initial_global_step", 0)  # steps done before this start
@@ -106,12 +113,12 @@ class WatchesNumbers:
         }
         again = "go on with --resume_from_checkpoint auto" if every else "start again"
         remedy = remedy or remedies.get(step - 1, f"lower --learning_rate or lengthen --warmup_ratio, and {again}")
-        return f"step {step}: {what}; nothing of it is saved, and {kept} - samples: {self.samples_of(step)} - {remedy}"
+        return f"step {step}: {what}; nothing of it is saved, and {kept} - samples: {self.samples_of(step, wrong)} - {remedy}"
 
-    def samples_of(self, step: int) -> str:
-        """ "a.json 3, 7; b.json 1": the conversations of a step, of all ranks, by their numbers in the files, from 1."""
+    def samples_of(self, step: int, ranks=()) -> str:
+        """ "a.json 3, 7; b.json 1": the conversations of a step, of these ranks or of all, by their numbers in the files, from 1."""
         epoch, index = divmod(step - 1, self.plan.steps_per_epoch)
-        passes = [one for rank in self.plan.step(epoch, index).passes for one in rank]
+        passes = [one for rank, some in enumerate(self.plan.step(epoch, index).passes) if not ranks or rank in ranks for one in some]
         found: dict[str, list[int]] = {}
         for path, number in sorted(self.samples.origin(i) for members in passes for i in members):
             found.setdefault(path, []).append(number)

@@ -17,7 +17,7 @@ from qwen_model.attention import is_ampere, torch_has_varlen
 from .. import json_text
 from ..distributed import engines, ranks
 from ..distributed.engines import size_of
-from ..errors import listed, note, on_first_rank, warn
+from ..errors import listed, note, on_first_rank, put, warn
 from ..folders import adapter_folder
 from ..lora import pissa
 from ..model import later_qwen
@@ -66,7 +66,7 @@ def is_base(name: str) -> bool:
 def show(text: str) -> None:
     """Prints on the first rank."""
     if on_first_rank():
-        print(text, file=sys.stderr, flush=True)
+        put(text)
 
 
 def engine(training) -> str:

@@ -18,6 +18,7 @@ from qwen_model.compat import overrides
 from ..compat import on_accelerate, on_torch
 from ..distributed import engines
 from ..distributed.engines import size_of
+from ..distributed.ranks import meeting
 from ..lifecycle import changed_flags
 from ..lifecycle.stopping import Stopping
 from ..memory.peak_memory import memory_gb
@@ -81,9 +82,12 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
 
     def train(self, *args, **kwargs):
         """Until the end, or until it is asked to stop: then stopping.stopped_at says where."""
+        meeting.bar_is_elsewhere = self.args.process_index > 0
         try:
             with self.stopping.listening():
-                return super().train(*args, **kwargs)
+                found = super().train(*args, **kwargs)
+            meeting.bar_is_elsewhere = False
+            return found
         finally:  # the line of an error stands below the bar, not behind it
             for callback in self.callback_handler.callbacks:
                 if hasattr(callback, "close_bar"):

@@ -50,6 +50,11 @@ def test_the_flags_complete_the_file(world, config):
     assert [made[key] for key in batch] == [1, 1, 1]  # a step is one item, whatever passes the plan makes of it
 
 
+def test_a_run_is_watched_by_the_norm_of_its_gradients(world, config):
+    line = only(world, "--deepspeed", config({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}))
+    assert "zero_optimization.compute_grad_norm is false there" in line and line.endswith(" - leave it out of the file")
+
+
 def test_a_file_of_autos_works_as_published(world, config):
     args = read(world, "--deepspeed", config(PUBLISHED), "--learning_rate", "3e-4")
     assert args.training.engine == engines.ZERO3

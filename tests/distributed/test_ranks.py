@@ -149,6 +149,43 @@ def test_an_error_in_training_is_shown_by_the_first_that_fails():
     assert done == [(1, ""), (1, "error: the loss became nan at step 3\n")]
 
 
+def test_the_first_rank_speaks_for_all_that_fail_together():
+    """It can close its progress bar. Where it does not fail, the line of another begins below that."""
+    done = together("""
+        def main():
+            meeting.begin()
+            meeting.bar_is_elsewhere = ranks.rank() > 0
+            time.sleep(0.2 * (1 - ranks.rank()))
+            raise FloatingPointError("no number")
+        errors.run(main, speak=meeting.speak)
+    """)
+    assert done == [(1, "error: no number\n"), (1, "")]
+    done = together("""
+        ranks.WATCH_SECONDS = 0.1
+        def main():
+            meeting.begin()
+            meeting.bar_is_elsewhere = ranks.rank() > 0
+            if ranks.rank() == 1:
+                raise FloatingPointError("no number")
+            time.sleep(60)
+        errors.run(main, speak=meeting.speak)
+    """)
+    assert done == [(1, ""), (1, "\nerror: no number\n")]
+
+
+@pytest.mark.parametrize("words", ["errors.note('a b')", "errors.tell('a b')", "errors.run(lambda: 1 / 0)"])
+def test_a_line_is_written_in_one_piece(words):
+    """torchrun starts processes without a buffer. Each write into this pipe is a packet of its own."""
+    readable, writable = os.pipe2(os.O_DIRECT)
+    subprocess.run([warm.python(), "-u", "-c", f"from finetune import errors; {words}"], cwd=ROOT, stderr=writable)
+    os.close(writable)
+    packets = [os.read(readable, 9999)]
+    while packets[-1]:
+        packets.append(os.read(readable, 9999))
+    os.close(readable)
+    assert len(packets) == 2 and packets[0].endswith(b"\n") and (b"a b" in packets[0] or b"ZeroDivisionError" in packets[0]), packets
+
+
 def test_a_rank_that_waits_for_a_failed_one_ends():
     done = together("""
         ranks.WATCH_SECONDS = 0.2

@@ -43,7 +43,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path, value, cli
     with pytest.raises(FloatingPointError) as told:
         trainer.train()
     line = str(told.value)
-    assert line.startswith(f"step 3: the norm of its gradient is {'nan' if math.isnan(value) else 'inf'} (its loss on this rank: ")
+    assert line.startswith(f"step 3: the norm of its gradient is {'nan' if math.isnan(value) else 'inf'} (its loss: ")
     assert str(tmp_path / "checkpoint-2") in line and "lower --learning_rate" in line and "\n" not in line
     members = sorted(i + 1 for one in trainer.plan.step(0, 2).passes[0] for i in one)
     assert f"samples: talks.json {', '.join(map(str, members))} - " in line
