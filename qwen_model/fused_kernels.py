@@ -15,7 +15,7 @@ HEADS = 16  # of a program of the rotary embedding
 
 def warps(size: int) -> int:
     """For a program that holds a row of so many elements."""
-    return 4 if size <= 2048 else 8 if size <= 8192 else 16
+    return 1 if size <= 256 else 4 if size <= 2048 else 8 if size <= 8192 else 16
 
 
 # ---- RMSNorm

@@ -5,7 +5,7 @@ keeps for the backward pass, or, of a block that is computed again (gradient che
 work for a moment: the tensors of one block's backward pass and a piece of the head's logits.
 
 The formulas count what this toolkit's layers keep (qwen_model/fused.py, low_rank.py); tests/memory/test_memory_model.py counts the same
-with autograd's own hooks. Later Qwens compute with transformers' layers, which keep more: `plain` below.
+with autograd's own hooks. Of later Qwens, attention is transformers' own, which keeps more: `plain` below.
 
 All in bytes unless a name says otherwise; s: bytes of a number in the pass's precision.
 """
@@ -27,7 +27,7 @@ HEAP = 1.17  # the same of the C library on the CPU, measured: benchmarks/dry_ru
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: queries and keys are widths (heads x head size), width the MLP's; plain: transformers' layers; normed_heads: a norm
+    """Of a model: queries and keys are widths (heads x head size), width the MLP's; plain: transformers' attention; normed_heads: a norm
     on each head's queries and keys (Qwen3)."""
 
     layers: int
@@ -245,21 +245,18 @@ def kept_by_block(sizes: Sizes, run: Run) -> float:
     kept = norms(sizes, run) + inputs + attention + mlp + low
     if not run.on_gpu:  # the outputs of samples, and the row that they are put together to
         kept += sizes.queries * s
-    if sizes.plain:  # the activated gate; keys and values repeated for the queries that share them
-        kept += sizes.width * s + 2 * (sizes.queries - sizes.keys) * s
+    if sizes.plain:  # keys and values repeated for the queries that share them
+        kept += 2 * (sizes.queries - sizes.keys) * s
     return kept
 
 
 def norms(sizes: Sizes, run: Run) -> float:
-    """Bytes that each token keeps for a block's norms: their inputs and factors; transformers' keep what is normed, in float32, too."""
-    s, hidden = run.s, sizes.hidden
-    if not sizes.plain:
-        return 2 * (hidden * s + 4)
-    # where norms train, also what is multiplied with their weights: as precise as their input, which float32 weights make float32
-    wide = 0 if run.rank else s if run.half_weights else 4
-    kept = 2 * (hidden * (4 + wide) + 4)
-    if sizes.normed_heads:
-        kept += (sizes.queries + sizes.keys) * (4 + (0 if run.rank else s))
+    """Bytes that each token keeps for a block's norms: their inputs and factors."""
+    s = run.s
+    trains_wide = not run.rank and not run.half_weights  # float32 weights, and in transformers' blocks such a stream, too
+    kept = 2 * (sizes.hidden * (4 if sizes.plain and trains_wide else s) + 4)
+    if sizes.normed_heads:  # beside float32 weights in 16 bit transformers' own: a float32 copy, and what is normed
+        kept += (sizes.queries + sizes.keys) * (4 + s if trains_wide and run.half else s)
     return kept
 
 
@@ -269,7 +266,7 @@ def at_work(sizes: Sizes, run: Run, tokens: int) -> float:
     The sum of both where operators are not fused: those have more at work than is counted here.
     """
     block, head = tokens * at_work_in_block(sizes, run), tokens * kept_by_head(sizes, run) + head_piece(sizes, run, tokens)
-    return max(block, head) if run.on_gpu and run.kernels and not sizes.plain else block + head
+    return max(block, head) if run.on_gpu and run.kernels else block + head
 
 
 def at_work_in_block(sizes: Sizes, run: Run) -> float:

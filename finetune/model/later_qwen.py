@@ -1,8 +1,8 @@
 """Later Qwens (model_type qwen2, qwen3), transformers' own classes, taught to train on packed rows.
 
 prepare(model) gives a loaded model what first-generation Qwen has here: the loss of a packed row on its supervised positions
-alone, without logits, and attention that stays within each sample. Everything else, generation above all, stays
-transformers' own. Weights, names of modules and what is saved do not change.
+alone, without logits, attention that stays within each sample, and norms and gates of one step (fused_blocks.py). Everything else,
+generation above all, stays transformers' own. Weights, names of modules and what is saved do not change.
 
 Shapes: T tokens of the row, R supervised positions, H hidden size, N query heads, D head size.
 """
@@ -23,6 +23,7 @@ from qwen_model.positions import count_on
 from qwen_model.tokenization_qwen import CHAT_TEMPLATE
 
 from ..errors import note
+from . import fused_blocks
 
 PACKED = "packed"  # our name among transformers' attention implementations
 SLIDING = "some layers attend within a window: one mask for the whole row"
@@ -39,6 +40,7 @@ def prepare(model, half_on_cuda: bool = False):
     model.attention_reason = reason
     if type(model.lm_head) is torch.nn.Linear:
         model.lm_head.__class__ = LMHead  # the same parameters: what is tied stays tied
+    fused_blocks.install(model)
     if not isinstance(model, PackedRows):
         model.__class__ = with_packed_rows(type(model))
     return model

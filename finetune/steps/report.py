@@ -115,7 +115,7 @@ def attention(model, training) -> str:
 def kernels(model, device) -> str:
     """What computes norms, rotary embedding and gate of the blocks, and the softmax of the loss."""
     own = fused.describe_kernels(device)
-    return own if model.config.model_type == "qwen" else f"{own} for the loss; the blocks are transformers' own"
+    return own if model.config.model_type == "qwen" else f"{own} for the loss, norms and gates; the rest of the blocks is transformers' own"
 
 
 def kinds(trained) -> str:

@@ -34,9 +34,9 @@ CASES = {
     "full": ({"flags": "--bf16", "tokens": 16384}, 959, 721.86),
     "full, several passes": ({"flags": "--bf16"}, 614, 387.47),
     "full, bf16 weights": ({"flags": "--bf16 --bf16_weights --optim adamw_torch_8bit"}, 591, 214.42),
-    "Qwen2, LoRA": ({"family": "qwen2", "flags": f"--bf16 {LORA} none"}, 1268, 182.98),
-    "Qwen3, LoRA": ({"family": "qwen3", "flags": f"--bf16 {LORA} none"}, 1444, 203.87),
-    "Qwen3, full": ({"family": "qwen3", "flags": "--bf16"}, 1243, 492.4),
+    "Qwen2, LoRA": ({"family": "qwen2", "flags": f"--bf16 {LORA} none"}, 1065, 136.88),
+    "Qwen3, LoRA": ({"family": "qwen3", "flags": f"--bf16 {LORA} none"}, 1081, 138.57),
+    "Qwen3, full": ({"family": "qwen3", "flags": "--bf16"}, 1054, 446.72),
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]

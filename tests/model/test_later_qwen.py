@@ -56,6 +56,42 @@ def test_a_packed_row_is_its_samples_one_by_one(kind, tied, checkpointing):
     assert_same(prepared, packed(SAMPLES, LABELS), *expected)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_norms_and_gates_round_as_transformers_do(kind):
+    """In bf16 the same bits forward; what they keep for the backward pass is less."""
+    plain = later_model(kind).to(torch.bfloat16)
+    x = torch.randn(1, 7, plain.config.hidden_size, dtype=torch.bfloat16)
+    layer = plain.model.layers[0]
+    parts = [layer.input_layernorm, layer.mlp] + ([layer.self_attn.q_norm] if kind == "qwen3" else [])
+    inputs = [x, x, torch.randn(1, 7, 2, plain.config.head_dim, dtype=torch.bfloat16)] if kind == "qwen3" else [x, x]
+    expected, kept = zip(*(kept_by(part, given) for part, given in zip(parts, inputs)))
+    later_qwen.prepare(plain)
+    found, kept_now = zip(*(kept_by(part, given) for part, given in zip(parts, inputs)))
+    assert all(map(torch.equal, found, expected))
+    assert all(now < before for now, before in zip(kept_now, kept))
+
+
+def kept_by(module, x):
+    """(output, bytes that autograd keeps, without weights)"""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def note(tensor):
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = module(x.clone().requires_grad_())
+    return out.detach(), sum(kept.values())
+
+
+def test_a_norm_beside_weights_of_another_type_stays_transformers_own():
+    """Which returns the wider type: queries in full-parameter training under autocast."""
+    prepared = later_qwen.prepare(later_model("qwen3"))
+    x = torch.randn(1, 3, 2, prepared.config.head_dim, dtype=torch.bfloat16)
+    assert prepared.model.layers[0].self_attn.q_norm(x).dtype == torch.float32
+
+
 def test_the_loss_counts_over_num_items_and_logits_come_when_asked_for():
     plain = later_model()
     row = packed(SAMPLES, LABELS)
