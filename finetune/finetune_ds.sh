@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Full-parameter fine-tuning on several GPUs, of one machine or several (docs/several_machines.md), with DeepSpeed ZeRO-3.
 # All parameters train, and each GPU holds its share of them: 18 bytes a parameter are split over the GPUs (weights in
-# bf16 and in float32, gradients, two moments of AdamW; a 7B model about 139 GB, so 17 GB on each of 8 GPUs), and besides
+# bf16 and in float32, gradients, two moments of AdamW; a 7B model about 138 GB, so 17 GB on each of 8 GPUs), and besides
 # 2 bytes for each parameter of the layers at work, and the activations. The output folder is a whole model.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 . "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/launch.sh"

@@ -7,8 +7,6 @@ passes become as large as fits. Neither changes a result.
 import math
 from pathlib import Path
 
-from qwen_model import on_triton
-
 from ..distributed import engines
 from ..errors import note, warn
 from ..folders import config_files
@@ -110,6 +108,8 @@ def remedy(sizes: Sizes, run: Run, longest: int, free: float, args) -> str:
 
 def run_of(args, config: dict, step_tokens: float = math.inf) -> Run:
     """The Run of these flags, for the memory model."""
+    from qwen_model import on_triton  # with torch
+
     lora, training = args.lora, args.training
     return Run(
         rank=lora.lora_r if lora.use_lora else 0,

@@ -10,7 +10,6 @@ from pathlib import Path
 from ..errors import UserError, shortened
 from ..folders import config_files, model_folder
 from ..folders.adapter_folder import PREFIX
-from ..lora import adapters
 from . import whole_base
 
 FACTORS = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.weight)?$")
@@ -44,6 +43,8 @@ def of_model(base: Path, adapter: Path) -> dict[str, list[int]]:
     """{name: shape} of what peft would store of such an adapter on the base."""
     import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    from ..lora import adapters
 
     settings = PeftConfig.from_pretrained(adapter)
     settings.init_lora_weights = True  # whatever it began with, the shapes are the same

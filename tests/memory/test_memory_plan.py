@@ -10,6 +10,7 @@ from test_memory_model import QWEN_7B
 from finetune.flags import args as arguments
 from finetune.memory import memory_plan, ways_to_fit
 from finetune.memory.memory_model import Run, Sizes, estimate
+from qwen_model import on_triton
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def folder(tmp_path):
 
 @pytest.fixture(autouse=True)
 def a_gpu_that_is_not_here(monkeypatch):
-    monkeypatch.setattr(memory_plan.on_triton, "refusal", lambda device: "")
+    monkeypatch.setattr(on_triton, "refusal", lambda device: "")
 
 
 def decided(folder, *flags, free_gb: float, longest=512, step_tokens=30_000, on_gpu=True):
@@ -96,7 +97,7 @@ def test_a_note_where_the_measured_peak_is_another(capsys):
 
 def test_a_gpu_without_our_kernels_takes_more(folder, monkeypatch):
     fast, *_ = decided(folder, "--max_tokens_per_pass", "2048", free_gb=140)
-    monkeypatch.setattr(memory_plan.on_triton, "refusal", lambda device: "they need an Ampere GPU (sm_80) or newer")
+    monkeypatch.setattr(on_triton, "refusal", lambda device: "they need an Ampere GPU (sm_80) or newer")
     slow, *_ = decided(folder, "--max_tokens_per_pass", "2048", free_gb=140)
     rows = 2**26 // QWEN_7B["vocab_size"]
     assert slow.peak - fast.peak > rows * QWEN_7B["vocab_size"] * 6
