@@ -116,7 +116,8 @@ def tell(way: Way, out: Path, asked: bool) -> None:
     if way.kind == NOTHING:
         note(f"nothing to do: {out} holds the result of this run, of all its {way.total} steps; --overwrite_output_dir begins anew")
     elif way.kind == RESULT:
-        note(f"nothing left to train: {way.point} is the end of this run ({way.done} steps), and its result is written from it")
+        late = f"; this changes no step any more: {'; '.join(map(str, way.changes))}" if way.changes else ""
+        note(f"nothing left to train: {way.point} is the end of this run ({way.done} steps), and its result is written from it{late}")
     else:
         why = "" if asked else f" (its run had this command; --overwrite_output_dir begins anew): step {way.done} of {way.total} is done"
         note(f"continuing from {way.point}{why}")

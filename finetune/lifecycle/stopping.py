@@ -31,6 +31,7 @@ class Stopping(TrainerCallback):
         self.lead = 0 if ranks.count() == 1 else 1 + is_late
         self.stop: dict | None = None  # {"step", "why"}, the same on all ranks
         self.stopped_at: int | None = None
+        self.begins_anew = False  # the same command would remove the checkpoint: --overwrite_output_dir
 
     @classmethod
     def of(cls, training) -> "Stopping":
@@ -66,6 +67,7 @@ class Stopping(TrainerCallback):
         if self.stop is not None and self.stop["step"] <= state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             self.stopped_at = state.global_step
+            self.begins_anew = getattr(args, "overwrite_output_dir", False) and args.resume_from_checkpoint is None
 
     def on_epoch_end(self, args, state, control, train_dataloader=None, **kwargs):
         """Called in the midst of an epoch too, where a run stops: then it is no end of one."""
@@ -77,7 +79,7 @@ class Stopping(TrainerCallback):
         if self.stopped_at is None:
             return None
         saved = out / f"checkpoint-{self.stopped_at}"
-        how = "the same command goes on from it"
+        how = f"the same command{' without --overwrite_output_dir' * self.begins_anew} goes on from it"
         if not checkpoints.is_complete(saved):
             how = "it holds no state of the optimizer (--save_only_model), so no run can go on from it"
         return f"{self.stop['why']}: stopped behind step {self.stopped_at}, with {saved}; {how}"

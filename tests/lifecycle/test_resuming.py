@@ -157,6 +157,8 @@ def test_a_run_at_its_end_has_its_result_to_write(asked, tmp_path, capsys):
     job = preparation.prepare(asked(), out)
     assert job.way.kind == resuming.RESULT and job.way.is_trained
     assert f"nothing left to train: {last} is the end of this run (3 steps)" in capsys.readouterr().err
+    preparation.prepare(asked("--learning_rate", "1", "--resume_from_checkpoint", "auto"), out)
+    assert "this changes no step any more: --learning_rate: 5e-05, now 1" in capsys.readouterr().err
 
 
 def leave_result(out, record):

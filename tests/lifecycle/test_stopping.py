@@ -53,6 +53,14 @@ def test_a_signal_ends_it_behind_the_step_and_the_rest_is_the_same(tmp_path, num
         assert torch.equal(a, b), name
 
 
+def test_a_command_that_overwrites_does_not_go_on(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.args.overwrite_output_dir = True
+    trainer.add_callback(At(2, send(signal.SIGTERM)))
+    trainer.train()
+    assert trainer.stopping.describe(tmp_path).endswith("; the same command without --overwrite_output_dir goes on from it")
+
+
 def test_the_end_of_an_epoch_is_one(tmp_path):
     """Of three steps: there the checkpoint of --save_strategy epoch and the evaluation are due."""
     trainer = make_trainer(tmp_path, save_strategy="epoch")
