@@ -32,18 +32,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def look(options, rest: list[str]) -> None:
-    """Shows what there is to show, then ends with exit code 2 if something is wrong. rest: flags of finetune.py."""
+    """Shows what there is to show, then ends with exit code 2 if something is wrong and was not mended. rest: flags of finetune.py."""
     from . import files, present
 
     given = {name: getattr(options, name) for name in ("model_name_or_path", "model_max_length", "html", "gpu_memory")}
     flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     argv = ["--data_path", *options.files, "--dry_run", *flags, *rest]
-    if options.write_fixed:
-        count = files.write_mended(options.files, options.write_fixed.expanduser())
-        note(f"{options.write_fixed}: {count:,} conversations")
     shown, html = files.look_at_files(argv, with_model=options.model_name_or_path is not None)
     present.show(shown, html)
-    if shown.findings:
+    if options.write_fixed:
+        count = files.write_mended(options.files, options.write_fixed.expanduser())
+        note(f"wrote {options.write_fixed}: {count:,} conversations")
+    elif shown.findings:
         raise UserError(*shown.findings)
 
 

@@ -47,7 +47,7 @@ def parsed(argv: list[str], with_model: bool):
 
 
 def write_mended(words: list[str], out: Path) -> int:
-    """--write_fixed: what can be read of the files, in one form; the rest beside it, with the reasons. Returns how many."""
+    """--write_fixed: what can be read of the files, in one form. Says of the rest why; returns how many were written."""
     sources = sources_of(words, "FILE")
     read = [reading.read(source.path, flag="FILE", bad_samples="drop") for source in sources]
     for conversations in read:

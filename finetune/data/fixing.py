@@ -10,12 +10,14 @@ from ..errors import UserError
 
 
 def write_fixed(conversations: Iterable[Conversation], sources: list[str], out: Path) -> int:
-    """Writes JSON lines of OpenAI's messages, UTF-8; returns how many. sources: files that must not be overwritten.
+    """Writes JSON lines of OpenAI's messages, UTF-8; returns how many. sources: the data files.
 
-    The file appears once it is whole. Raises UserError where it cannot be written.
+    The file appears once it is whole. Raises UserError where it is there already, or cannot be written.
     """
-    if any(os.path.exists(source) and out.exists() and os.path.samefile(source, out) for source in sources):
-        raise UserError(f"--write_fixed {out}: is the data file itself, which is kept as it is - give another name")
+    if os.path.lexists(out):
+        own = any(os.path.exists(source) and out.exists() and os.path.samefile(source, out) for source in sources)
+        what = "is the data file itself, which is kept as it is" if own else "is there already, and is kept as it is"
+        raise UserError(f"--write_fixed {out}: {what} - give another name")
     written, count = out.with_name(f"{out.name}.unfinished"), 0
     try:
         with written.open("w", encoding="utf-8") as file:

@@ -68,9 +68,8 @@ def method(args) -> str:
 
 def step_rows(plan: Plan, training) -> list[tuple[str, str]]:
     """training: of args.parse(), or a plain object with its flags."""
-    total = plan.total_steps(training.num_train_epochs, training.max_steps)
     return [
-        ("steps", f"{total:,} ({plan.steps_per_epoch:,} an epoch, {plan.samples_per_step} samples each)"),
+        ("steps", plan.in_words(plan.total_steps(training.num_train_epochs, training.max_steps))),
         ("passes", passes_in_words(survey(plan), plan.max_tokens_per_pass, plan.world_size)),
     ]
 

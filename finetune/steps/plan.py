@@ -58,6 +58,11 @@ class Plan:
         self._order: tuple[int, np.ndarray] | None = None
         self.front: tuple[int, ...] = self.largest_two() if shuffle else ()
 
+    def in_words(self, steps: int) -> str:
+        """How many steps a run has, and of what."""
+        each = min(self.samples_per_step, len(self.lengths))
+        return f"{steps:,} ({self.steps_per_epoch:,} an epoch, {each} sample{'s' * (each > 1)} each)"
+
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's permutation of the samples; the same on every rank and every machine."""
         if self._order is None or self._order[0] != epoch:

@@ -46,7 +46,7 @@ def summary(args, job, model) -> str:
         ("kernels", kernels(model, training.device)),
         ("data", samples.describe()),
         *([("evaluation", eval_samples.describe())] if eval_samples is not None else []),
-        ("steps", f"{steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.samples_per_step} samples each)"),
+        ("steps", plan.in_words(steps)),
         ("memory", job.memory.describe()),
         ("output", training.output_dir),
     ]

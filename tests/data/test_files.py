@@ -84,14 +84,14 @@ def test_what_is_mended(look, tmp_path):
     data = [GOOD, BAD, with_tools, {"prompt": "p", "completion": "c"}, dangling, talk("hi", "<think>t</think>yo")]
     path, out = write(tmp_path, data), tmp_path / "fixed.jsonl"
     done = look(path, "--write_fixed", out)
-    assert done.returncode == 2 and f"note: {out}: 5 conversations\n" in done.stderr  # the file itself stays as it is, and wrong
+    assert done.returncode == 0 and done.stderr.endswith(f"note: wrote {out}: 5 conversations\n")
     assert "1 of 6 samples left out" in done.stderr
     fixed = read(out)
     assert list(fixed) == list(read(path, bad_samples="drop")) and len(fixed) == 5
     assert json.loads(out.read_text().splitlines()[0]) == {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
     again = look(out)
     assert again.returncode == 0, again.stderr
-    for wrong in (path, tmp_path / "nowhere" / "x.jsonl"):
+    for wrong in (path, out, tmp_path / "nowhere" / "x.jsonl"):
         done = look(path, "--write_fixed", wrong)
         assert done.returncode == 2 and f"--write_fixed {wrong}: " in done.stderr
     assert json.loads(path.read_text()) == data and not list(tmp_path.glob("*.unfinished"))
