@@ -196,7 +196,7 @@ def run(job, when_stopped: str = "stopped", speak=lambda line, say: say()) -> No
             sys.exit(2)
         failure, line = error, explained(error)
         speak(line or f"{type(error).__name__}: {error}", lambda: tell(line) if line else put(in_full(failure)))
-        sys.exit(1)
+        sys.exit(2 if getattr(error, "errno", None) in NO_PATH else 1)
 
 
 def in_full(failure: Exception) -> str:
@@ -220,6 +220,8 @@ def wrong_python() -> str | None:
     return f"{sys.executable} has no {missing} - {remedy}"
 
 
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # which no check of a path expects: only what was typed can have it
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # safetensors says it in Rust's words, torch's writer only that a write failed
 WORDS_OF_FULL = ("No space left on device", "os error 28", "os error 122", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
@@ -240,6 +242,9 @@ def explained(error: Exception) -> str | None:
         return str(error)
     if is_full(error):
         return f"{getattr(error, 'filename', None) or 'a file'}: could not be written, the disk or its quota is full - make room, and start again"
+    if isinstance(error, OSError) and error.filename is not None and error.errno in (*NO_PATH, *NOT_ALLOWED):
+        remedy = "give another path" if error.errno in NO_PATH else "change whose it is or its modes, or give another path"
+        return f"{shortened(error.filename, 300)}: {error.strerror} - {remedy}"
     if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in str(error) for word in PEER_GONE):
         return f"the connection to another process is lost ({' '.join(str(error).split())[:120]}) - see what ended that one"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here

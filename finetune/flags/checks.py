@@ -153,6 +153,10 @@ def output_folder(args) -> Iterator[str]:
     if out.exists() and not out.is_dir():
         yield f"--output_dir {out}: is a file - give a folder"
         return
+    if dangling := [place for place in (out, *out.parents) if place.is_symlink() and not place.exists()]:
+        remedy = "make that folder, or give another one"
+        yield f"--output_dir {out}: {dangling[0]} is a link to {shortened(os.readlink(dangling[0]))}, where nothing is - {remedy}"
+        return
     root = existing(out)
     if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
         yield f"--output_dir {out}: {root} cannot be written to - give another folder"
@@ -221,7 +225,9 @@ def bytes_to_write(args, folder: Path) -> tuple[float, float]:
     checkpoint = weight if training.save_only_model else copies * weight + state
     half = not lora and (training.bf16 or training.fp16)
     twice = 2 if lora and str(args.lora.init_lora_weights).startswith("pissa") else 1  # its result has twice the rank
-    return trained * checkpoint, trained * twice * (2 if half else 4)
+    # beside the weights: the tokenizer, which is more than a small adapter
+    beside = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.suffix not in (".safetensors", ".bin"))
+    return trained * checkpoint + beside, trained * twice * (2 if half else 4) + beside
 
 
 def full_size(folder: Path) -> int:

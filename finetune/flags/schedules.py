@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from .. import json_text
 from ..compat.on_transformers import word
 from ..errors import shortened
 from . import values
@@ -51,6 +52,8 @@ def problems(training: dict) -> Iterator[str]:
     settings = values.json_object(training["lr_scheduler_kwargs"])
     if unknown := [key for key in settings if key not in KEYS[name]]:
         yield f"--lr_scheduler_kwargs: {shortened(name)} takes no {shortened(', '.join(unknown))} - {advice(name)}"
+    if none := [key for key, value in settings.items() if json_text.finite(value) != value]:
+        yield f"--lr_scheduler_kwargs: {shortened(none[0])} is {settings[none[0]]}, which is no number - {advice(name)}"
     needed = NEEDED.get(name, ())
     if needed and not any(settings.get(key) is not None for key in needed):
         yield f"--lr_scheduler_type {name}: needs {' or '.join(needed)} - add --lr_scheduler_kwargs '{EXAMPLES[name]}'"

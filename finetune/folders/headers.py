@@ -23,9 +23,12 @@ def tensors_of(path: Path) -> dict[str, list[int]]:
     size = path.stat().st_size
     if path.suffix != ".safetensors" and size:
         return {}
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if 0 < length <= min(size, MAX_HEADER_BYTES) else b""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if 0 < length <= min(size, MAX_HEADER_BYTES) else b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}) - change whose it is or its modes, or copy it anew") from error
     try:
         whole = json.loads(header)
         tensors = {name: entry for name, entry in whole.items() if name != "__metadata__"}

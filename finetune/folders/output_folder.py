@@ -83,7 +83,10 @@ def own_files(out: Path, staging: Path) -> dict[str, list[str]]:
 
 
 def files_of_records(*records: Path) -> dict[str, list[str]]:
-    """The lists of files of several records, {name: hashes}; of one that is not there or damaged, nothing."""
+    """The lists of files of several records, {name: hashes}; of one that is not there or damaged, nothing.
+
+    A name that leads out of the folder is of nothing that a run wrote there.
+    """
     found: dict[str, list[str]] = {}
     for record in records:
         try:
@@ -91,7 +94,8 @@ def files_of_records(*records: Path) -> dict[str, list[str]]:
         except (ValueError, AttributeError):
             files = None
         for name, hashes in files.items() if isinstance(files, dict) else ():
-            found.setdefault(name, []).extend(hashes if isinstance(hashes, list) else [hashes])
+            if not Path(name).is_absolute() and ".." not in Path(name).parts:
+                found.setdefault(name, []).extend(hashes if isinstance(hashes, list) else [hashes])
     return found
 
 

@@ -82,7 +82,7 @@ OF_ADAPTER = {
     "trainable_token_indices": (rows, "a list of ids, or an object of such lists"), "exclude_modules": NAMES, "fan_in_fan_out": FLAG,
     "init_lora_weights": of_type("true, false or a text", bool, str), "task_type": TEXT,
 }  # fmt: skip
-OF_RECORD = dict.fromkeys(("base", "method", "data", "files", "exported", "quantized", "merged"), OBJECT)
+OF_RECORD = dict.fromkeys(("base", "method", "data", "files", "exported", "quantized", "merged", "result"), OBJECT)
 OF_INDEX = {"weight_map": (lambda value: isinstance(value, dict) and texts([*value.values()]), "an object of files' names"), "metadata": OBJECT}
 TABLES = {
     "config.json": OF_CONFIG, "generation_config.json": OF_GENERATION, "tokenizer_config.json": OF_TOKENIZER,

@@ -103,12 +103,15 @@ def changed(before: dict, record: dict, args) -> tuple[flags.Change, ...]:
 
 def is_written(out: Path, record: dict, args, total: int) -> bool:
     """Whether `out` holds the whole result of this run, with these flags, as it was written."""
-    kept = output_folder.read_record(out)
+    try:
+        kept = output_folder.read_record(out)
+    except UserError:  # damaged, or somebody wrote to it: the checkpoint has one of its own
+        return False
     if kept.get("result", {}).get("of_steps") != total or differences(kept, record, args) or flags.changes(kept, args, flags.APPLIED):
         return False
     written = output_folder.files_of_records(out / output_folder.RECORD)
     written.pop("README.md", None)  # which is for people
-    return bool(written) and all(durable.matches(out / name, digest) for name, (digest,) in written.items())
+    return bool(written) and all(len(hashes) == 1 and durable.matches(out / name, hashes[0]) for name, hashes in written.items())
 
 
 def tell(way: Way, out: Path, asked: bool) -> None:
@@ -194,7 +197,11 @@ def differences(before: dict, now: dict, args=None) -> list[str]:
     """What makes a run of one record another run than that of `now`: "name: value, now value" each. args: this run's flags, if known."""
     found = []
     for name, of in KEPT.items():
-        one, other = of(before), of(now)
+        try:
+            one, other = of(before), of(now)
+        except (KeyError, TypeError, AttributeError):  # somebody wrote to it
+            found.append(f"{name}: {output_folder.RECORD} does not say it")
+            continue
         if name == "base model":
             one, other = fingerprints.short(one, other), fingerprints.short(other, one)
         if one != other and one is not None:

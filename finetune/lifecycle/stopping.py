@@ -25,7 +25,7 @@ class Stopping(TrainerCallback):
     """
 
     def __init__(self, seconds: float | None = None, words: str = "", is_late: bool = False):
-        self.deadline = time.time() - age_of_process() + seconds if seconds is not None else None
+        self.deadline = time.monotonic() - age_of_process() + seconds if seconds is not None else None
         self.words, self.why, self.asked_at = words, None, 0.0
         # A rank that leads has begun at most so many steps more than one that asks: the gradient's norm of a step needs all ranks.
         self.lead = 0 if ranks.count() == 1 else 1 + is_late
@@ -59,7 +59,7 @@ class Stopping(TrainerCallback):
                 os.write(2, f"\nnote: {self.why}: stopping behind this step, with a checkpoint{again}\n".encode())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.why is None and self.deadline is not None and time.time() > self.deadline:
+        if self.why is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.why = self.words
         if self.stop is None:
             wish = {"step": state.global_step + self.lead, "why": self.why} if self.why else None

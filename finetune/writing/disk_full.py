@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import DiskFull, is_full
-from . import new_folder
+from . import durable, new_folder
 
 
 @contextlib.contextmanager
@@ -16,10 +16,20 @@ def told(out: Path, what: str, needed: float, staging: Path):
     except Exception as error:
         if not is_full(error):
             raise
+        written = size_of(staging)
         new_folder.remove(staging)
-        sizes = f"it takes about {gigabytes(needed)}, {gigabytes(free_bytes(out))} are free (a quota may allow less)"
+        takes = f"about {gigabytes(needed)}" if needed > written else f"more than {gigabytes(written)}"
+        sizes = f"it takes {takes}, {gigabytes(free_bytes(out))} are free (a quota may allow less)"
         what = f"{out}: no room for {what}: {sizes}; the half one is removed, earlier checkpoints are whole"
         raise DiskFull(f"{what} - make room, and start the same command with --resume_from_checkpoint auto") from error
+
+
+def size_of(folder: Path) -> float:
+    """Bytes of a folder's files, in its folders too."""
+    try:
+        return float(sum(path.lstat().st_size for path in durable.files_of(folder)))
+    except OSError:
+        return 0.0
 
 
 def free_bytes(folder: Path) -> float:

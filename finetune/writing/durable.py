@@ -137,7 +137,7 @@ def read_manifest(folder: Path) -> dict | None:
     try:
         whole = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         good = whole["sha256"] == hashlib.sha256(as_bytes(whole["files"])).hexdigest() and isinstance(whole["signature"], dict)
-        return whole if good else None
+        return whole if good and all(type(size) is int and isinstance(digest, str) for size, digest in whole["files"].values()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -31,6 +31,15 @@ def test_output_that_cannot_be_written(world, monkeypatch):
     assert f"{world.out.parent} cannot be written to" in only(world)
 
 
+def test_output_that_is_a_link_to_nothing(world, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path / "link", tmp_path / "link" / "below"):
+        line = only(world, "-o", str(out))
+        assert line.startswith(f"--output_dir {out}: {tmp_path / 'link'} is a link to {tmp_path / 'nowhere'}, where nothing is - ")
+    (tmp_path / "nowhere").mkdir()
+    assert found(world, "-o", str(tmp_path / "link")) == []
+
+
 def test_output_of_an_earlier_run(world):
     write_checkpoint(world.out / "checkpoint-9")
     write_checkpoint(world.out / "checkpoint-10")
@@ -99,6 +108,11 @@ PARAMETERS = 300 * 32 * 2 + 3 * 32 + 96 * 32 + 96 + 32 * 32 + 2 * 48 * 32 + 32 *
 LORA_PARAMETERS = 64 * ((96 + 32) + (32 + 32) + 2 * (48 + 32) + (32 + 48))
 
 
+def beside(world) -> int:
+    """Bytes of the tokenizer and the settings, which lie in a checkpoint, too."""
+    return sum(path.stat().st_size for path in world.model.iterdir() if path.suffix != ".safetensors")
+
+
 def with_room(monkeypatch, free: int) -> None:
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(free))
 
@@ -128,6 +142,7 @@ def with_room(monkeypatch, free: int) -> None:
 )
 def test_too_little_room(world, monkeypatch, flags, needed):
     monkeypatch.setenv("CC", "cc")  # torchao's optimizers ask for a compiler
+    needed += (1 if "no" in flags else 2) * beside(world)
     with_room(monkeypatch, needed)
     assert found(world, *flags) == []
     with_room(monkeypatch, needed - 1)
@@ -135,7 +150,7 @@ def test_too_little_room(world, monkeypatch, flags, needed):
 
 
 def test_little_room_is_warned_of(world, monkeypatch, capsys):
-    checkpoint, result = PARAMETERS * 12, PARAMETERS * 4
+    checkpoint, result = PARAMETERS * 12 + beside(world), PARAMETERS * 4 + beside(world)
     with_room(monkeypatch, 6 * checkpoint + result)
     assert found(world, "--save_total_limit", "5") == []
     assert "may not last" not in capsys.readouterr().err

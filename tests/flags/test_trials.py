@@ -133,6 +133,7 @@ def test_settings_are_those_of_transformers(name):
     (["polynomial", '{"lr_end": 1}'], "--lr_scheduler_type polynomial --lr_scheduler_kwargs {"),
     (["polynomial", '{"power": "x"}'], "--lr_scheduler_type polynomial --lr_scheduler_kwargs {"),
     (["cosine", '{"num_cycles": "many"}'], "--lr_scheduler_type cosine --lr_scheduler_kwargs {"),
+    (["cosine", '{"num_cycles": NaN}'], "--lr_scheduler_kwargs: num_cycles is nan, which is no number - "),  # a rate of 0, in silence
     (["inverse_sqrt", '{"timescale": -5}'], "--lr_scheduler_type inverse_sqrt --lr_scheduler_kwargs {"),
     (["linear", '{"num_cycles": 1}'], "--lr_scheduler_kwargs: linear takes no num_cycles - linear has none: leave out "),
     (["reduce_lr_on_plateau"], "--lr_scheduler_type reduce_lr_on_plateau: follows the evaluated loss - add --eval_data_path"),

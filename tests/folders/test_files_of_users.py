@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.folders import checkpoints, output_folder
+from finetune.hashing import sha256_of_file
 from finetune.writing.new_folder import MARK
 
 ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": "adapter", "tokenizer.json": "t"}
@@ -112,3 +113,16 @@ def test_a_folder_of_a_user_called_checkpoint(tmp_path):
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text()) == "second"
     checkpoints.remove_all(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4.old"]
+
+
+def test_a_record_that_names_files_elsewhere(tmp_path):
+    """Somebody else's folder: what its record lists is moved, or removed, only where it lies in it."""
+    out, theirs = tmp_path / "out", tmp_path / "thesis.txt"
+    theirs.write_text("mine")
+    result(out, ADAPTER)
+    record = json.loads((out / "training.json").read_text())
+    digest = sha256_of_file(theirs)
+    record["files"] |= {"../thesis.txt": digest, str(theirs): digest, "thesis.txt": digest}
+    (out / "training.json").write_text(json.dumps(record))
+    result(out, FULL)
+    assert theirs.read_text() == "mine" and content(out) == FULL

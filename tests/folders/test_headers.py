@@ -1,6 +1,8 @@
 """Headers of safetensors files: what is damaged is named, and what safetensors itself opens passes."""
 
+import errno
 import json
+import os
 import re
 
 import pytest
@@ -123,3 +125,13 @@ def test_an_index_of_another_shape(tmp_path, content, said):
         return
     with pytest.raises(UserError, match=re.escape(f"{index}: {said}")):
         Shards(tmp_path)
+
+
+def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(type(tmp_path), "open", refuse)
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be read \(Permission denied\) - change whose it is or its modes"):
+        headers.tensors_of(tmp_path / "model.safetensors")

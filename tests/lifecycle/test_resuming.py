@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 from prepared import asked, base, leave_checkpoint, write_talks
@@ -174,7 +175,13 @@ def leave_result(out, record):
     (lambda out: (out / "config.json").unlink(), resuming.RESULT),
     (lambda out: (out / "model.safetensors").write_text("weightz"), resuming.RESULT),
     (lambda out: (out / output_folder.RECORD).unlink(), resuming.RESULT),
-], ids=["whole", "no config", "a flipped bit", "no record"])  # fmt: skip
+    (lambda out: os.truncate(out / output_folder.RECORD, 40), resuming.RESULT),
+    (lambda out: (out / output_folder.RECORD).write_text("[]"), resuming.RESULT),
+    (lambda out: change_record(out, result=3), resuming.RESULT),
+    (lambda out: change_record(out, base={}), resuming.RESULT),
+    (lambda out: change_record(out, data={"fingerprint": 3}), resuming.RESULT),
+    (lambda out: change_record(out, files={"config.json": ["a", "b"]}), resuming.RESULT),
+], ids=["whole", "no config", "a flipped bit", "no record", "a cut record", "a list", "a number", "no base", "no data", "two hashes"])  # fmt: skip
 def test_a_finished_run_has_nothing_to_do(asked, tmp_path, damage, kind, capsys):
     out = tmp_path / "out"
     record = preparation.prepare(asked(), out).record
@@ -184,6 +191,11 @@ def test_a_finished_run_has_nothing_to_do(asked, tmp_path, damage, kind, capsys)
         damage(out)
     assert preparation.prepare(asked(), out).way.kind == kind
     assert ("nothing to do: " in capsys.readouterr().err) == (damage is None)
+
+
+def change_record(out, **changes):
+    path = out / output_folder.RECORD
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_result_of_fewer_steps_is_gone_on_from(asked, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,9 +98,20 @@ def test_the_same_ctrl_c_by_two_ways_is_one(tmp_path):
 
 def test_a_deadline(tmp_path):
     trainer = make_trainer(tmp_path, stopping=Stopping(stopping.age_of_process() + 3600, "--stop_after 1h"))
-    trainer.add_callback(At(4, lambda: setattr(trainer.stopping, "deadline", time.time() - 1)))
+    trainer.add_callback(At(4, lambda: setattr(trainer.stopping, "deadline", time.monotonic() - 1)))
     trainer.train()
     assert trainer.stopping.describe(tmp_path).startswith("--stop_after 1h: stopped behind step 4, with ")
+
+
+def test_a_clock_that_is_set_moves_no_deadline(monkeypatch):
+    """By hand or by the network's time, in either direction."""
+    for jump in (1e6, -1e6):
+        stop, now = Stopping(stopping.age_of_process() + 100), time.time()
+        monkeypatch.setattr(time, "time", lambda: now + jump)  # noqa: B023
+        left = stop.deadline - time.monotonic()
+        stop.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), SimpleNamespace())
+        monkeypatch.undo()
+        assert stop.why is None and 90 < left < 110
 
 
 def test_the_deadline_counts_from_the_start_of_the_process():
@@ -107,7 +119,7 @@ def test_the_deadline_counts_from_the_start_of_the_process():
     assert 0 < age < 7200
     time.sleep(0.2)
     assert 0.1 < stopping.age_of_process() - age < 2
-    assert Stopping(100).deadline == pytest.approx(time.time() - stopping.age_of_process() + 100, abs=1)
+    assert Stopping(100).deadline == pytest.approx(time.monotonic() - stopping.age_of_process() + 100, abs=1)
 
 
 def test_a_checkpoint_without_optimizer_promises_nothing(tmp_path):

@@ -30,6 +30,15 @@ def test_it_is_one_line(tmp_path, how):
     assert "\n" not in line and list(tmp_path.iterdir()) == []
 
 
+def test_what_it_takes_is_no_less_than_was_written(tmp_path):
+    """A small adapter's checkpoint: the tokenizer beside it is more than its weights."""
+    staging = output_folder.begin_staging(tmp_path)
+    (staging / "checkpoint-4").mkdir()
+    (staging / "checkpoint-4" / "qwen.tiktoken").write_bytes(bytes(2_500_000))
+    with pytest.raises(DiskFull, match="it takes more than 0.0025 GB, "), disk_full.told(tmp_path, "checkpoint-4", 3e4, staging):
+        raise FULL["Python"]()
+
+
 def test_anything_else_is_no_full_disk(tmp_path):
     staging = output_folder.begin_staging(tmp_path)
     with pytest.raises(RuntimeError, match="^a fault$"), disk_full.told(tmp_path, "checkpoint-4", 3e9, staging):

@@ -1,5 +1,6 @@
 """Manifests: whatever happens to any file of a checkpoint is named, and the checkpoint before it is taken."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -180,3 +181,15 @@ def test_everything_is_synced_before_the_manifest(tmp_path, monkeypatch):
     written = [*map(str, paths), str(folder)]
     assert set(written) <= set(synced[: synced.index(str(folder / durable.MANIFEST))])
     assert synced[-1] == str(folder)
+
+
+@pytest.mark.parametrize("entry", [5, ["x", None], [1, 2], ["1", "a"], [True, "a"], {}, [], None], ids=str)
+def test_a_manifest_whose_entries_are_none(made, tmp_path, entry):
+    """Written by hand, with the right hash of itself."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(made[0], folder)
+    whole = json.loads((folder / durable.MANIFEST).read_text())
+    whole["files"]["optimizer.pt"] = entry
+    whole["sha256"] = hashlib.sha256(durable.as_bytes(whole["files"])).hexdigest()
+    (folder / durable.MANIFEST).write_text(json.dumps(whole))
+    assert durable.verify(folder) == ["manifest.json is damaged"] and not durable.is_ours(folder)
