@@ -212,6 +212,9 @@ def disk_space(args) -> Iterator[str]:
         warn(f"--output_dir {out_of(args)}: {size}; with {kept} that may not last")
 
 
+WRITTEN_BESIDE = (".json", ".tiktoken", ".txt", ".jinja", ".py")  # suffixes of what stands beside the weights of a result
+
+
 def bytes_to_write(args, folder: Path) -> tuple[float, float]:
     """(bytes of a checkpoint, bytes of the result), from the shapes of the base model's tensors.
 
@@ -226,7 +229,7 @@ def bytes_to_write(args, folder: Path) -> tuple[float, float]:
     half = not lora and (training.bf16 or training.fp16)
     twice = 2 if lora and str(args.lora.init_lora_weights).startswith("pissa") else 1  # its result has twice the rank
     # beside the weights: the tokenizer, which is more than a small adapter
-    beside = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.suffix not in (".safetensors", ".bin"))
+    beside = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WRITTEN_BESIDE and path.is_file())
     return trained * checkpoint + beside, trained * twice * (2 if half else 4) + beside
 
 
