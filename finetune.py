@@ -67,6 +67,7 @@ def make_trainer(args, job):
     from transformers import set_seed
 
     from finetune import quiet
+    from finetune.data import present
     from finetune.lifecycle import run_record
     from finetune.lifecycle.best import StopEarly
     from finetune.lifecycle.stopping import Stopping
@@ -82,6 +83,7 @@ def make_trainer(args, job):
         job.folder, job.tokenizer, args.lora, training, job.resume_from, args.model.model_name_or_path
     )
     report.show(report.summary(args, job, loaded))
+    report.show(present.first_sample(job))
     names = ("samples", "plan", "eval_samples", "eval_plan", "tokenizer", "record", "way")
     parts = {name: getattr(job, name) for name in names} | {"stopping": Stopping.of(training)}
     parts["callbacks"] = [*StopEarly.of(training), run_record.Clock(job.record, job.way.before)]

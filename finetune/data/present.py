@@ -1,10 +1,12 @@
-"""Shows a look: as text on standard output, and as a page where --html asks for one."""
+"""Shows a look: as text on standard output, and as a page where --html asks for one. And one sample, as a run begins."""
 
 import shutil
+import sys
 from pathlib import Path
 
 from ..errors import UserError, note
 from ..steps.preparation import Job
+from . import look as looking
 from . import page, run_rows, terminal
 from .look import Look, data_look
 
@@ -15,10 +17,20 @@ def look_at_run(args, job: Job, free: float) -> Look:
     return data_look(job.samples, job.tokenizer, title, run_rows.run_rows(args, job, free))
 
 
+def first_sample(job: Job) -> str:
+    """The first sample as text, for standard error: what is learned of it, and what is not."""
+    shown = looking.show(job.samples, job.tokenizer, 0, "the first")
+    return terminal.text_of_sample(shown, wide(), terminal.has_colours(sys.stderr))
+
+
+def wide() -> int:
+    """Columns to write in."""
+    return max(40, min(shutil.get_terminal_size().columns, 120))
+
+
 def show(look: Look, html: str | None) -> None:
     """On standard output, as wide as the terminal is."""
-    width = min(shutil.get_terminal_size().columns, 120)
-    print(terminal.text_of(look, max(40, width), terminal.has_colours()), end="", flush=True)
+    print(terminal.text_of(look, wide(), terminal.has_colours()), end="", flush=True)
     if html:
         write_page(look, Path(html).expanduser())
 

@@ -9,6 +9,7 @@ from .look import SHOWN_IN_TERMINAL, Bar, Look, Shown, Span
 
 NAME = 11  # columns of a row's name
 HEAD, FOOT = 4, 2  # lines of a long stretch that are shown
+STRETCHES = 6  # of a sample that a run shows as it begins
 LINE_END = "↵"  # of a line that ended in the stretch before
 FULL = "█"
 PARTS = " ▏▎▍▌▋▊▉"  # eighths of a column
@@ -25,8 +26,7 @@ def has_colours(stream=None) -> bool:
 def text_of(look: Look, width: int = 80, colours: bool = False) -> str:
     """The whole look, lines of at most `width` columns."""
 
-    def paint(text: str, kind: str) -> str:
-        return f"{COLOURS[kind]}{text}{PLAIN}" if colours and text else text
+    paint = painter(colours)
 
     def title(text: str, kind: str = "head") -> str:
         return paint(wrapped(text, width, "", "  "), kind)
@@ -40,6 +40,18 @@ def text_of(look: Look, width: int = 80, colours: bool = False) -> str:
     if look.findings:  # they come last, as errors
         parts += ["", title("A run would end here, for what is wrong; all above is of the samples that are good", "wrong")]
     return "\n".join(parts) + "\n"
+
+
+def text_of_sample(shown: Shown, width: int, colours: bool = False) -> str:
+    """One sample, the first stretches of it."""
+    lines = [wrapped(heading(shown), width, "", "  "), *sample(shown._replace(spans=shown.spans[:STRETCHES]), width, painter(colours))]
+    more = len(shown.spans) - STRETCHES
+    return "\n".join([*lines, f"  ... {more} stretches more ..."] if more > 0 else lines)
+
+
+def painter(colours: bool):
+    """paint(text, kind of COLOURS)."""
+    return lambda text, kind: f"{COLOURS[kind]}{text}{PLAIN}" if colours and text else text
 
 
 def row(name: str, text: str, width: int) -> str:

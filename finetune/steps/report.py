@@ -1,20 +1,15 @@
-"""What a person sees: a summary before training, a progress bar while it runs, a loss curve and a log after it."""
+"""What a person sees before training, a summary, and after it: what came of it, and the commands that come next."""
 
-import contextlib
-import json
-import os
 import shlex
 import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from qwen_model import fused
 from qwen_model.attention import is_ampere, torch_has_varlen
 
-from .. import json_text
 from ..distributed import engines, ranks
 from ..distributed.engines import size_of
 from ..errors import listed, note, on_first_rank, put, warn
@@ -23,9 +18,7 @@ from ..lora import pissa
 from ..model import later_qwen
 from ..model.loading import compute_dtype
 from ..quantized import quantized_model
-
-LOG = "training_log.jsonl"
-CURVE = "loss.png"
+from . import curve, progress
 
 
 def summary(args, job, model) -> str:
@@ -129,136 +122,53 @@ def kinds(trained) -> str:
     return listed(list(found), 6, "more kinds")
 
 
-class Report(TrainerCallback):
-    """The progress bar, the log as JSON lines, and the loss curve. On the first rank only.
-
-    A resumed run goes on with the log that is there: the steps after the checkpoint are dropped, they come again.
-    """
-
-    def __init__(self, output_dir: str):
-        self.folder, self.bar, self.live, self.figures = Path(output_dir), None, True, {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not on_first_rank():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        kept = (
-            [line for line in read_log(self.folder) if line["step"] <= state.global_step] if state.global_step else []
-        )
-        written = self.folder / f"{LOG}.new"
-        written.write_text("".join(json_text.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(written, self.folder / LOG)
-        self.live = sys.stderr.isatty()  # a file keeps every line that a terminal draws over
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            desc="training",
-            dynamic_ncols=True,
-            mininterval=0.5 if self.live else 20,
-            delay=0,  # unlike all others: at once
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or not logs:
-            return
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json_text.dumps({"step": state.global_step, **logs}) + "\n")
-        if "loss" in logs:
-            self.figures.update(figures(logs))
-            self.bar.set_postfix(self.figures, refresh=self.live)
-        elif "eval_loss" in logs:
-            loss, perplexity = logs["eval_loss"], logs["eval_perplexity"]
-            self.bar.write(f"step {state.global_step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.close_bar()
-
-    def close_bar(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The lines of the log, without a last one that a kill left unfinished, and without numbers that are none, of an older version."""
-    path, lines = folder / LOG, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found = json.loads(line, parse_constant=lambda name: None)
-            lines.append({key: value for key, value in found.items() if value is not None})
-    return lines
-
-
-def figures(logs: dict) -> dict[str, str]:
-    """A line of the log as it stands behind the bar."""
-    shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}"}
-    if "tokens_per_second" in logs:
-        shown["tok/s"] = f"{logs['tokens_per_second']:,.0f}"
-        shown["supervised/s"] = f"{logs['supervised_tokens_per_second']:,.0f}"
-    return shown | {"mem": f"{logs['memory_gb']:.1f}GB"}
-
-
-def draw(folder: Path) -> None:
-    """The loss curve (training, and evaluation if there was one) over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_log(folder)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    if not train:
-        return
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(*zip(*train), color="#7aa6c2", linewidth=1, label="training")
-    if len(train) >= 20:
-        axes.plot(*zip(*smoothed(train)), color="#1f4e6b", linewidth=2, label="training, smoothed")
-    if evaluation:
-        axes.plot(*zip(*evaluation), color="#d1603d", marker="o", label="evaluation")
-    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", title=folder.resolve().name)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / CURVE, dpi=130)
-    plt.close(figure)
-
-
-def smoothed(points, weight: float = 0.9):
-    """Exponential moving average, corrected for its start (Kingma and Ba, 2015)."""
-    average, result = 0.0, []
-    for number, (step, value) in enumerate(points, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append((step, average / (1 - weight**number)))
-    return result
+RISEN = 1.05  # times the loss that a run began with: more than noise
 
 
 def replace_progress_callbacks(trainer) -> None:
-    """Replaces transformers' progress bar and printed dictionaries by the Report."""
+    """Replaces transformers' progress bar and printed dictionaries by ours."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Report(trainer.args.output_dir))
+    trainer.add_callback(progress.Progress(trainer.args.output_dir))
 
 
 def print_next_steps(out: Path, is_adapter: bool, delivered: str) -> None:
     """Prints where the result is, what it is of, and which commands come next."""
+    log, lines = out / progress.LOG, progress.read_log(out)
     try:
-        draw(out)
-        note(f"done: {out} (loss curve in {out / CURVE}, log in {out / LOG})")
+        curve.draw(lines, out / curve.NAME, out.resolve().name)
+        note(f"done: {out} (loss curve in {out / curve.NAME}, log in {log})")
     except Exception as error:  # the model is saved: a picture must not make a failure of it
-        warn(f"the loss curve could not be drawn ({type(error).__name__}: {error}); its numbers are in {out / LOG}")
+        warn(f"the loss curve could not be drawn ({type(error).__name__}: {error}); its numbers are in {log}")
         note(f"done: {out}")
+    if line := outcome(lines):
+        note(line)
     note(delivered)
     note(f"try it:    {command('finetune.ask', out)}")
     if is_adapter:
         note(f"merge it:  {command('finetune.merge', out, f'{out}_merged')}")
     if (out / "runs").is_dir():
         note(f"its curves: tensorboard --logdir {shlex.quote(str(out / 'runs'))}")
+
+
+def outcome(lines: list[dict]) -> str:
+    """What the log says in a line: "loss 4.28 -> 0.61, best evaluation 3.89 at step 28, 2 min 33 s". Warns where the loss rose.
+
+    The loss at each end is the mean of a tenth of the logged ones there.
+    """
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if not losses:
+        return ""
+    each = max(1, len(losses) // 10)
+    first, last = (sum(some) / each for some in (losses[:each], losses[-each:]))
+    if last > RISEN * first:
+        warn(f"the loss rose from {first:.4g} to {last:.4g}: what came out is worse than what went in - start again with a lower --learning_rate")
+    said = f"loss {first:.4g} -> {last:.4g}"
+    evaluations = [(line["eval_loss"], line["step"]) for line in lines if "eval_loss" in line]
+    if evaluations:
+        said += ", best evaluation {:.4g} at step {}".format(*min(evaluations))
+    seconds = next((line["train_runtime"] for line in reversed(lines) if "train_runtime" in line), None)
+    return f"{said}, {progress.in_time(seconds)}" if seconds is not None else said
 
 
 def command(module: str, *paths) -> str:

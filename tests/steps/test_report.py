@@ -1,6 +1,8 @@
 """What a person sees: the summary, the bar's figures, the log, the curve, and errors of one line."""
 
+import functools
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from tiny import tiny_model
 
 from finetune import errors
 from finetune.memory.memory_model import Estimate
-from finetune.steps import report
+from finetune.steps import curve, progress, report
 from finetune.steps.plan import Plan
 
 LINE = {
@@ -72,22 +74,61 @@ def test_the_method_in_words(settings, ratio, said):
 
 
 def test_a_curve_that_cannot_be_drawn_is_no_failure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "draw", lambda folder: (_ for _ in ()).throw(ImportError("no matplotlib")))
+    monkeypatch.setattr(curve, "draw", lambda *words: (_ for _ in ()).throw(ImportError("no matplotlib")))
     report.print_next_steps(tmp_path, is_adapter=True, delivered="delivered: the last step, 3 of 3")
     told = capsys.readouterr().err
     assert "could not be drawn (ImportError: no matplotlib)" in told and "merge it:" in told
 
 
 def test_figures_behind_the_bar():
-    assert report.figures(LINE) == {
-        "loss": "1.2500", "lr": "3.00e-04", "tok/s": "1,234", "supervised/s": "99", "mem": "2.0GB"
-    }  # fmt: skip
+    assert progress.figures(LINE) == ["loss 1.2500", "1,234 tok/s", "2.0 GB", "lr 0.0003", "99 learned/s"]
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_bar_at_any_width(tmp_path, monkeypatch, capsys, columns):
+    """At 80 columns the figures are there, and the bar is not; lines stay above it."""
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, ncols=columns))
+    told, state = progress.Progress(str(tmp_path)), SimpleNamespace(global_step=0, max_steps=4000)
+    told.on_train_begin(None, state, None)
+    told.bar.dynamic_ncols = None
+    for state.global_step in (199, 200):
+        told.on_step_end(None, state, None)
+        told.on_log(None, state, None, logs=LINE | {"loss": 3.0 if state.global_step == 200 else 1.0})
+    told.on_train_end(None, state, None)
+    shown = re.split("[\r\n]", capsys.readouterr().err)
+    assert "step 200: loss 2.0000" in [line.strip() for line in shown]
+    last = [line for line in shown if "200/4000" in line][-1]
+    assert "loss 3.0000, 1,234 tok/s, 2.0 GB, lr 0.0003" in last and len(last) <= columns and ("%|" in last) == (columns > 80)
+
+
+def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    told, state = progress.Progress(str(tmp_path)), SimpleNamespace(global_step=0, max_steps=100)
+    told.on_train_begin(None, state, None)
+    for state.global_step in range(1, 101):
+        now[0] += 4.0 if state.global_step == 1 else 1.5
+        told.on_log(None, state, None, logs=LINE)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "step 1 of 100: loss 1.2500, 1,234 tok/s, 2.0 GB, lr 0.0003, 99 learned/s, 4 s passed"
+    assert lines[1].startswith("step 15 of 100: ") and lines[1].endswith(", 1.5 s a step, 25 s passed, 2 min 8 s left")
+    assert lines[-1].endswith(", 1.5 s a step, 2 min 32 s passed") and len(lines) == 9
+
+
+def test_the_run_in_a_line(capsys):
+    log = [{"step": i, "loss": 4.0 - i / 10} for i in range(20)] + [{"step": 7, "eval_loss": 3.5}, {"step": 9, "eval_loss": 3.25}]
+    assert report.outcome([*log, {"step": 20, "train_runtime": 153.2}]) == "loss 3.95 -> 2.15, best evaluation 3.25 at step 9, 2 min 33 s"
+    assert report.outcome([]) == "" and capsys.readouterr().err == ""
+    assert report.outcome([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3000.0}]) == "loss 2 -> 3000"
+    assert "the loss rose from 2 to 3000" in capsys.readouterr().err
 
 
 def test_log_and_curve(tmp_path):
     """A resumed run keeps the lines up to its checkpoint, and only those."""
-    (tmp_path / report.LOG).write_text("".join(json.dumps({"step": i, **LINE}) + "\n" for i in range(1, 6)))
-    told, state = report.Report(str(tmp_path)), SimpleNamespace(global_step=3, max_steps=30)
+    (tmp_path / progress.LOG).write_text("".join(json.dumps({"step": i, **LINE}) + "\n" for i in range(1, 6)))
+    told, state = progress.Progress(str(tmp_path)), SimpleNamespace(global_step=3, max_steps=30)
     told.on_train_begin(None, state, None)
     for step in range(4, 31):
         state.global_step = step
@@ -95,38 +136,38 @@ def test_log_and_curve(tmp_path):
         told.on_log(None, state, None, logs=dict(LINE, loss=5 / step))
     told.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_perplexity": 2.7})
     told.on_train_end(None, state, None)
-    with (tmp_path / report.LOG).open("a") as file:
+    with (tmp_path / progress.LOG).open("a") as file:
         file.write('{"step": 31, "lo')  # as a kill leaves it
     report.print_next_steps(tmp_path, is_adapter=False, delivered="delivered: the last step, 3 of 3")
-    lines = report.read_log(tmp_path)
+    lines = progress.read_log(tmp_path)
     assert [line["step"] for line in lines] == [*range(1, 31), 30]
     assert lines[3]["loss"] == 1.25
-    assert (tmp_path / report.CURVE).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / curve.NAME).read_bytes().startswith(b"\x89PNG")
 
 
 def test_numbers_that_are_none_are_left_out_of_an_older_log(tmp_path):
-    (tmp_path / report.LOG).write_text('{"step": 1, "loss": 2.0, "grad_norm": NaN}\n{"step": 2, "loss": Infinity}\n')
-    assert report.read_log(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2}]
+    (tmp_path / progress.LOG).write_text('{"step": 1, "loss": 2.0, "grad_norm": NaN}\n{"step": 2, "loss": Infinity}\n')
+    assert progress.read_log(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2}]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_file_is_not_filled_with_bars(tmp_path, monkeypatch, capsys, terminal):
-    """nohup ... > log: a line now and then, and the last one."""
-    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: terminal, raising=False)
-    told, state = report.Report(str(tmp_path)), SimpleNamespace(global_step=0, max_steps=30)
+    """nohup ... > log: the first line, one now and then, and the last one."""
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal, raising=False)
+    told, state = progress.Progress(str(tmp_path)), SimpleNamespace(global_step=0, max_steps=30)
     told.on_train_begin(None, state, None)
     for state.global_step in range(1, 31):
         told.on_step_end(None, state, None)
         told.on_log(None, state, None, logs=LINE)
     told.on_train_end(None, state, None)
     printed = capsys.readouterr().err
-    assert "30/30" in printed and (printed.count("step") > 30 if terminal else printed.count("step") < 6)
+    assert ("30/30" in printed and printed.count("loss") > 30) if terminal else printed.count("\n") == 2
 
 
 def test_smoothing_starts_at_the_first_value():
-    points = report.smoothed([(1, 4.0), (2, 4.0), (3, 4.0)])
+    points = curve.smoothed([(1, 4.0), (2, 4.0), (3, 4.0)])
     assert [value for _, value in points] == pytest.approx([4.0, 4.0, 4.0])
-    assert report.smoothed([(1, 0.0), (2, 1.0)])[1][1] == pytest.approx(0.1 / (1 - 0.81))
+    assert curve.smoothed([(1, 0.0), (2, 1.0)])[1][1] == pytest.approx(0.1 / (1 - 0.81))
 
 
 def test_the_next_command_works_where_the_user_is(monkeypatch, tmp_path):
