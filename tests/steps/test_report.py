@@ -1,6 +1,5 @@
 """What a person sees: the summary, the bar's figures, the log, the curve, and errors of one line."""
 
-import functools
 import json
 import re
 import shlex
@@ -89,10 +88,9 @@ def test_the_bar_at_any_width(tmp_path, monkeypatch, capsys, columns):
     """At 80 columns the figures are there, and the bar is not; lines stay above it."""
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(progress, "tqdm", functools.partial(progress.tqdm, ncols=columns))
     told, state = progress.Progress(str(tmp_path)), SimpleNamespace(global_step=0, max_steps=4000)
     told.on_train_begin(None, state, None)
-    told.bar.dynamic_ncols = None
+    told.bar.dynamic_ncols = lambda stream: (columns, 40)
     for state.global_step in (199, 200):
         told.on_step_end(None, state, None)
         told.on_log(None, state, None, logs=LINE | {"loss": 3.0 if state.global_step == 200 else 1.0})
