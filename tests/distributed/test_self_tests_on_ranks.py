@@ -1,4 +1,4 @@
-"""Self-tests under ZeRO-3, which shards what they run through: a leak is found, and they change nothing of a run."""
+"""Self-tests on two ranks: a leak is found. Under ZeRO-3 there are none."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 import warm
-from safetensors.torch import load_file
 from tiny import tiny_later_qwen
 
 pytestmark = pytest.mark.slow
@@ -28,25 +26,22 @@ def run(tmp_path_factory):
         out = place / f"out{len(list(place.iterdir()))}"
         words = ["-m", place / "base", "-d", place / "talks.json", "-o", out, "--max_steps", "3", "--save_strategy", "no", "--use_cpu", "True"]
         words += ["--per_device_train_batch_size", 6, "--max_tokens_per_pass", "150", "--learning_rate", "1e-2", "--logging_steps", "1"]
-        words += ["--model_max_length", "128", "--deepspeed", ROOT / "finetune" / "ds_config_zero3.json", *flags]
+        words += ["--model_max_length", "128", *flags]
         own = {"FINETUNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
         command = [str(word) for word in [warm.python(), TORCHRUN, "--nproc_per_node", 2, script, *words]]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 120}
-        done = subprocess.run(command, env=os.environ | own, **pipes)
+        done = subprocess.run(command, env=os.environ | own, cwd=place, **pipes)
         return done.returncode, done.stdout, out
 
     return once
 
 
-def test_they_change_nothing(run):
-    code, printed, tested = run(ROOT / "finetune.py")
-    assert code == 0 and printed.count("note: self-tests passed (") == 1, printed
-    code, printed, plain = run(ROOT / "finetune.py", "--skip_self_tests", "causality", "packing")
-    assert code == 0 and "self-tests passed" not in printed, printed
-    one, other = (load_file(out / "model.safetensors") for out in (tested, plain))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    losses = [[json.loads(line).get("loss") for line in (out / "training_log.jsonl").read_text().splitlines()] for out in (tested, plain)]
-    assert losses[0] == losses[1] and len(losses[0]) >= 3
+ZERO3 = ["--deepspeed", ROOT / "finetune" / "ds_config_zero3.json"]
+
+
+def test_zero3_has_none(run):
+    code, printed, out = run(ROOT / "finetune.py", *ZERO3, "--eval_data_path", "talks.json", "--eval_strategy", "steps", "--eval_steps", "2")
+    assert code == 0 and "self-tests passed" not in printed and (out / "model.safetensors").exists(), printed
 
 
 def test_a_leak_is_found(run):
