@@ -281,8 +281,8 @@ def kept_by_head(sizes: Sizes, run: Run) -> float:
 
 def head_piece(sizes: Sizes, run: Run, tokens: int) -> float:
     """Bytes of the logits that exist at one time; with a trained head in 16 bit, also of its copy, where autocast has none."""
-    # a piece's gradient of the weight, too, unless the weight itself is in 16 bit
-    copies = (1 if run.half_weights or casts(run) else 2) if run.half and (run.embeddings or not run.rank) else 0
+    # a piece's gradient of the weight, too; a weight that is itself in 16 bit needs neither
+    copies = (1 if casts(run) else 2) if run.half and not run.half_weights and (run.embeddings or not run.rank) else 0
     copy = copies * sizes.vocabulary * sizes.hidden * run.s
     rows = min(tokens, (2**26 if run.on_gpu else 2**24) // sizes.vocabulary)
     # the kernel works where the logits lie; plain torch adds them in float32, and the exponentials

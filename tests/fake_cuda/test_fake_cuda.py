@@ -74,13 +74,16 @@ def test_the_host_never_waits_for_the_device(recorded, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_memory_that_lives_is_what_the_model_says(recorded, name):
-    """Without what the allocator wastes and CUDA itself takes. Wrapped tensors of the 8-bit optimizer count twice here."""
-    if name == "full, bf16 weights":
-        pytest.skip("storages of tensor subclasses are no memory")
+    """Without what the allocator wastes and CUDA itself takes.
+
+    The 8-bit optimizer's state is wrapped in tensors whose storages, of the full size, are no memory, and are counted here: that
+    run is looked at in its first step, before there is a state.
+    """
     found, computed = recorded[name], recorded[name]["computed"]
+    step, state = ("step 1", computed["optimizer"]) if name == "full, bf16 weights" else ("step 3", 0)
     slack = computed["activations"] * (1 - 1 / 1.06)
-    expected = computed["peak"] - computed["libraries"] - slack
-    assert found["peaks"]["step 3"] / expected == pytest.approx(1, abs=0.05)
+    expected = computed["peak"] - computed["libraries"] - slack - state
+    assert found["peaks"][step] / expected == pytest.approx(1, abs=0.05)
     assert found["live"] <= computed["weights"] * 1.01
 
 
