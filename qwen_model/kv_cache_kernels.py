@@ -32,8 +32,10 @@ HEAD_SIZES = (64, 128)
 MAX_QUERIES = (
     64  # of a row: more are a prefill, for which torch's attention over the dequantized cache is the better tool
 )
-BLOCK_Q, BLOCK_K, BLOCK_R = 16, 64, 16  # a tile's queries (16 is the least that tl.dot takes), keys, rows
-MAX_SPLITS = 32
+BLOCK_Q, BLOCK_R = 16, 16  # a tile's queries (the least that tl.dot takes), rows
+# a tile's keys, and the warps that share it, by the bytes of a number: in float32 more of either spill registers
+TILES = {2: (64, 4), 4: (16, 8)}
+MAX_SPLITS, LEAST_PART = 32, 64  # of the keys; the keys in one
 PROGRAMS_PER_PROCESSOR = 4  # how many parts a GPU's multiprocessor should find
 
 
@@ -220,10 +222,10 @@ def dequantize_int8(keys, values, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 
 
 def count_splits(programs: int, K: int, device: torch.device) -> int:
-    """Into how many parts the keys go: enough programs for all of the GPU's processors, and no part below one block."""
+    """Into how many parts the keys go: enough programs for all of the GPU's processors, and none with a few keys only."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     wanted = PROGRAMS_PER_PROCESSOR * processors // programs
-    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(K, BLOCK_K)))
+    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(K, LEAST_PART)))
 
 
 def attend_int8(query, keys, values, mask, scaling: float, splits: int | None = None) -> torch.Tensor:
@@ -239,8 +241,9 @@ def attend_int8(query, keys, values, mask, scaling: float, splits: int | None = 
         seen = unit_stride(mask.expand(B, N, T, K)).view(torch.uint8)
         mask_strides = seen.stride()[:3]
     q_blocks = triton.cdiv(T, BLOCK_Q)
+    block, warps = TILES[query.element_size()]
     splits = splits or count_splits(B * N * q_blocks, K, query.device)
-    part_keys = triton.cdiv(triton.cdiv(K, splits), BLOCK_K) * BLOCK_K
+    part_keys = triton.cdiv(triton.cdiv(K, splits), block) * block
     splits = triton.cdiv(K, part_keys)  # parts of whole blocks may be fewer
     parts, stats = out, out
     if splits > 1:
@@ -250,7 +253,7 @@ def attend_int8(query, keys, values, mask, scaling: float, splits: int | None = 
         attend_kernel[(B * N, q_blocks, splits)](
             query, *keys, *values, seen, parts, stats, scaling * math.log2(math.e), N, T, K, C, part_keys, splits,
             *query.stride()[:3], *mask_strides,
-            HAS_MASK=mask is not None, IS_PART=splits > 1, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=4,
+            HAS_MASK=mask is not None, IS_PART=splits > 1, D=D, BLOCK_Q=BLOCK_Q, BLOCK_K=block, num_warps=warps,
         )  # fmt: skip
         if splits > 1:
             join_kernel[(B * N * T,)](parts, stats, out, N, T, splits, D=D, MAX_SPLITS=MAX_SPLITS)
