@@ -23,8 +23,12 @@ where E'' is E' with 0 in those columns, and c is 0 where the label is one of th
 A row may weigh w >= 0 in the sum: its loss is w (log Z + m - z_y), and its gradients are those above with Z / w in the place of
 Z, and w c in that of c. Weights of 1 change no bit.
 
+What this costs nothing more to know is how many labels were the likeliest token: see counting().
+
 Shapes: R rows (supervised positions), H hidden size, V vocabulary, K trained rows.
 """
+
+import contextlib
 
 import torch
 from torch import nn
@@ -36,6 +40,22 @@ from .on_triton import why_no_triton
 # Logits of one piece, in elements (times 4 bytes). On a CPU more brings nothing (measured); a GPU reads the whole head once
 # a piece, which takes some hundred rows to pay off.
 PIECE_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+
+
+counters: list[torch.Tensor] = []  # of counting(); the last one counts
+
+
+@contextlib.contextmanager
+def counting(hits: torch.Tensor):
+    """Within, each loss adds to `hits`, int32 () on its device: the number of its labels than which no token was likelier.
+
+    A piece that is computed again in the backward pass, outside, is not counted again. Nobody waits for the device.
+    """
+    counters.append(hits)
+    try:
+        yield
+    finally:
+        counters.pop()
 
 
 def rows_per_piece(vocab_size: int, device: str) -> int:
@@ -83,6 +103,9 @@ def summed_loss(head: nn.Module, hidden_RH, labels_R, weights_R: torch.Tensor | 
 
     def piece_loss(hidden, labels, weights=None):
         logits = head(hidden).float()
+        if counters:
+            with torch.no_grad():
+                add_hits(counters[-1], logits.gather(1, labels[:, None]).squeeze(1), logits.amax(1))
         if weights is None:
             return cross_entropy(logits, labels, reduction="sum")
         losses = cross_entropy(logits, labels, reduction="none") * weights.float()
@@ -132,7 +155,7 @@ class HeadLoss(torch.autograd.Function):
                 logits = torch.mm(hidden, weight.T, out=buffer[: len(labels)])
                 if rows_KH is not None:
                     put_row_logits(logits, hidden, rows_KH, row_ids_K)
-                others_RV, Z_R, c_R, losses_R = exponentials(logits, labels)
+                others_RV, Z_R, c_R, losses_R = exponentials(logits, labels, counters[-1] if counters else None)
                 if largest is not None:
                     losses_R, Z_R, c_R = losses_R * weights_R[part], Z_R / shares_R[part], c_R * shares_R[part]
                 loss += losses_R.sum()
@@ -185,15 +208,21 @@ def has_kernel(x: torch.Tensor) -> bool:
     return x.stride(1) == 1 and not why_no_triton(x.device)
 
 
-def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):
-    """(E' in the logits' type; in float32: Z, c and the loss, each (R,)). May overwrite the logits."""
+def add_hits(hits, label_logits_R, top_R) -> None:
+    hits += (label_logits_R >= top_R).sum()
+
+
+def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor, hits: torch.Tensor | None = None):
+    """(E' in the logits' type; in float32: Z, c and the loss, each (R,)). May overwrite the logits. hits: see counting()."""
     if has_kernel(logits_RV):
         from .head_loss_kernels import exponentials as in_one_kernel
 
-        return in_one_kernel(logits_RV, labels_R)
+        return in_one_kernel(logits_RV, labels_R, hits)
     logits, at_label = logits_RV.float(), labels_R[:, None]
     label_logits = logits.gather(1, at_label).squeeze(1)
     top_R = logits.amax(1)
+    if hits is not None:
+        add_hits(hits, label_logits, top_R)
     others = logits.sub_(top_R[:, None]).exp_().scatter_(1, at_label, 0.0)
     sum_R = others.sum(1)
     Z_R = sum_R + (label_logits - top_R).exp()

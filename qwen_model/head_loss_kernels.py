@@ -15,8 +15,8 @@ BLOCK_V = 4096
 
 
 @jit
-def exponentials_kernel(logits, labels, Z, c, losses, stride, V, BLOCK_V: tl.constexpr):
-    """One row: overwrites its logits with E', see head_loss.py; Z, c and the token's loss in float32."""
+def exponentials_kernel(logits, labels, Z, c, losses, hits, stride, V, COUNTS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """One row: overwrites its logits with E', see head_loss.py; Z, c and the token's loss in float32. COUNTS: adds to hits."""
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * stride
     label = tl.load(labels + row)
@@ -38,15 +38,18 @@ def exponentials_kernel(logits, labels, Z, c, losses, stride, V, BLOCK_V: tl.con
     tl.store(Z + row, whole)
     tl.store(c + row, -others / whole)
     tl.store(losses + row, tl.log(whole) + top - label_logit)
+    if COUNTS:
+        tl.atomic_add(hits, (label_logit >= top).to(tl.int32))
 
 
-def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor):
+def exponentials(logits_RV: torch.Tensor, labels_R: torch.Tensor, hits: torch.Tensor | None = None):
     """As head_loss.exponentials; E' takes the place of the logits."""
     rows, vocabulary = logits_RV.shape
     Z_R, c_R, losses_R = torch.empty((3, rows), dtype=torch.float32, device=logits_RV.device)
     if rows:
         with on(logits_RV):
             exponentials_kernel[(rows,)](
-                logits_RV, labels_R, Z_R, c_R, losses_R, logits_RV.stride(0), vocabulary, BLOCK_V=BLOCK_V, num_warps=8
-            )
+                logits_RV, labels_R, Z_R, c_R, losses_R, losses_R if hits is None else hits, logits_RV.stride(0), vocabulary,
+                COUNTS=hits is not None, BLOCK_V=BLOCK_V, num_warps=8,
+            )  # fmt: skip
     return logits_RV, Z_R, c_R, losses_R

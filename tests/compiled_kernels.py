@@ -47,7 +47,8 @@ def call_all(dtype: torch.dtype) -> None:
     fused_kernels.turn_heads(heads, angles, angles, 1.0, torch.empty_like(heads))
     up = torch.empty(T, 11008, dtype=dtype)
     fused_kernels.gated_backward(fused_kernels.gated_forward(up, up), up, up)
-    head_loss_kernels.exponentials(torch.empty(T, 151936, dtype=dtype), torch.zeros(T, dtype=torch.int64))
+    for hits in (None, torch.zeros((), dtype=torch.int32)):
+        head_loss_kernels.exponentials(torch.empty(T, 151936, dtype=dtype), torch.zeros(T, dtype=torch.int64), hits)
     for add in (False, True):
         dropout_kernel.drop_on_gpu(up, 3277, 12345, torch.empty_like(up), add=add)
     unpack_all(dtype)

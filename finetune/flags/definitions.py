@@ -225,7 +225,7 @@ class TrainingFlags:
         False, "Deliver the checkpoint with the best evaluation instead of the last step. A checkpoint is then written at each evaluation."
     )
     metric_for_best_model: str | None = flag(
-        None, "What the best checkpoint has the least of: loss or perplexity; default: loss.", metavar="NAME"
+        None, "What the best checkpoint is the best in: loss, perplexity or token_accuracy; default: loss.", metavar="NAME"
     )
     early_stopping_patience: int | None = flag(
         None, "Stop when so many evaluations in a row were no better than the best, and deliver that one.", metavar="N"

@@ -31,7 +31,7 @@ COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # 
 RECOMPUTING = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
 
 
-METRICS = ("loss", "perplexity")  # of an evaluation; of both, less is better
+METRICS = {"loss": False, "perplexity": False, "token_accuracy": True}  # of an evaluation: whether more is better
 UNITS = {"h": 3600, "m": 60, "s": 1}
 
 
@@ -51,10 +51,12 @@ def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
     if metric is not None:
         values["metric_for_best_model"] = metric = metric.removeprefix("eval_")
         if metric not in METRICS:
-            findings.append(f"--metric_for_best_model {metric}: no evaluation has it - give {' or '.join(METRICS)}")
-    if values["greater_is_better"]:
-        findings.append("--greater_is_better True: of loss and perplexity less is better - leave it out")
-    values["greater_is_better"] = False
+            findings.append(f"--metric_for_best_model {metric}: no evaluation has it - give {', '.join(METRICS)}")
+    greater = METRICS.get(metric or "loss", False)
+    if values["greater_is_better"] not in (None, greater) and metric in (None, *METRICS):
+        better = "more" if greater else "less"
+        findings.append(f"--greater_is_better {values['greater_is_better']}: of {metric or 'loss'} {better} is better - leave it out")
+    values["greater_is_better"] = greater
     wanting = [name for name in ("early_stopping_patience", "load_best_model_at_end") if values[name]]
     wanting += ["save_strategy best"] if str(values["save_strategy"]).lower().endswith("best") else []
     strategy = word(strategy)
@@ -65,7 +67,7 @@ def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
         values["save_strategy"] = strategy
         values["save_steps"] = (0.1 if steps is None else steps) if strategy == "steps" else values["save_steps"]
     if wanting and metric is None:
-        values["metric_for_best_model"] = METRICS[0]
+        values["metric_for_best_model"] = "loss"
     if patience:
         values["load_best_model_at_end"] = True
     if values["stop_after"] is not None:

@@ -3,11 +3,11 @@
 from transformers import TrainerCallback
 
 from ..errors import note
+from ..flags.training_values import METRICS
 
 
 class StopEarly(TrainerCallback):
-    """--early_stopping_patience: stops when so many evaluations in a row were no better than the best. `metric`: eval_NAME, the smaller
-    the better. It keeps no state: the log, which a checkpoint holds, says it all."""
+    """--early_stopping_patience: stops when so many evaluations in a row were no better than the best. `metric`: eval_NAME. It keeps no state: the log, which a checkpoint holds, says it all."""
 
     def __init__(self, metric: str, patience: int):
         self.metric, self.patience = metric, patience
@@ -33,7 +33,8 @@ def since_best(log: list[dict], metric: str) -> tuple[int, dict]:
     lines = [line for line in log if metric in line]
     if not lines:
         return 0, {}
-    best = min(range(len(lines)), key=lambda i: lines[i][metric])
+    sign = -1 if METRICS[metric.removeprefix("eval_")] else 1
+    best = min(range(len(lines)), key=lambda i: sign * lines[i][metric])
     return len(lines) - 1 - best, lines[best]
 
 
@@ -49,7 +50,7 @@ def metric_of(training) -> str:
 
 
 def in_words(metric: str, value: float) -> str:
-    return f"{metric.removeprefix('eval_').replace('loss', 'evaluation loss')} {value:.4f}"
+    return f"{metric.removeprefix('eval_').replace('loss', 'evaluation loss').replace('_', ' ')} {value:.4f}"
 
 
 def delivered(state, training) -> dict:
@@ -60,7 +61,7 @@ def delivered(state, training) -> dict:
     best = training.load_best_model_at_end and state.best_model_checkpoint is not None
     step = state.best_global_step if best else state.global_step
     found = next((line for line in reversed(state.log_history) if line["step"] == step and "eval_loss" in line), {})
-    evaluation = {name: found[name] for name in ("eval_loss", "eval_perplexity") if name in found}
+    evaluation = {name: found[name] for name in map("eval_{}".format, METRICS) if name in found}
     return {"which": "best" if best else "last", "step": step, **evaluation}
 
 

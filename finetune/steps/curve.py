@@ -1,4 +1,4 @@
-"""The picture of a run: its loss, and below it the learning rate and the norm of the gradient, over the steps."""
+"""The picture of a run over its steps: the loss, how many tokens it gets right, the learning rate and the norm of the gradient."""
 
 from pathlib import Path
 
@@ -12,20 +12,19 @@ def draw(lines: list[dict], path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter
 
-    train, evaluation, rates, norms = (points(lines, name) for name in ("loss", "eval_loss", "learning_rate", "grad_norm"))
-    if not train:
+    if not points(lines, "loss"):
         return
-    figure, (axes, below) = plt.subplots(2, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained")
-    axes.plot(*zip(*train), color=BLUE, linewidth=1, label="training")
-    if len(train) >= 20:
-        axes.plot(*zip(*smoothed(train)), color=DARK, linewidth=2, label="training, smoothed")
-    if evaluation:
-        axes.plot(*zip(*evaluation), color=RED, marker="o", label="evaluation")
+    figure, (axes, right, below) = plt.subplots(3, sharex=True, figsize=(8, 7.5), height_ratios=(3, 1.5, 1), layout="constrained")
+    draw_both(axes, lines, "loss")
     axes.set(ylabel="loss per supervised token (nats)", title=title)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
     axes.legend()
+    draw_both(right, lines, "token_accuracy")
+    right.set(ylabel="token accuracy", ylim=(0, 1))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    rates, norms = points(lines, "learning_rate"), points(lines, "grad_norm")
     below.set(xlabel="optimizer step")
     below.grid(alpha=0.3)
     for at, name, some, color in ((below, "learning rate", rates, DARK), (below.twinx(), "gradient norm", norms, RED)):
@@ -35,6 +34,18 @@ def draw(lines: list[dict], path: Path, title: str) -> None:
         at.set_ylim(bottom=0)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_both(axes, lines: list[dict], name: str) -> None:
+    """A figure of training, with its running mean, and of evaluations."""
+    train, evaluation = points(lines, name), points(lines, f"eval_{name}")
+    if train:
+        axes.plot(*zip(*train), color=BLUE, linewidth=1, label="training")
+    if len(train) >= 20:
+        axes.plot(*zip(*smoothed(train)), color=DARK, linewidth=2, label="training, smoothed")
+    if evaluation:
+        axes.plot(*zip(*evaluation), color=RED, marker="o", label="evaluation")
+    axes.grid(alpha=0.3)
 
 
 def points(lines: list[dict], name: str) -> list[tuple[int, float]]:

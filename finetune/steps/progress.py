@@ -59,7 +59,10 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             self.show(state.global_step, logs)
         elif "eval_loss" in logs:
-            self.write(f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}")
+            self.write(
+                f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}, "
+                f"accuracy {logs['eval_token_accuracy']:.1%}"
+            )
 
     def show(self, step: int, logs: dict) -> None:
         """A line of the log, in the bar and now and then above it; without a terminal as a line, at most every EVERY_SECONDS."""
@@ -132,7 +135,7 @@ def figures(logs: dict) -> list[str]:
     """A line of the log in words, the most telling first: a narrow terminal cuts the end."""
     shown = [f"loss {logs['loss']:.4f}", f"{logs['memory_gb']:.1f} GB", f"lr {logs['learning_rate']:.2g}"]
     if "tokens_per_second" in logs:
-        shown.insert(1, f"{logs['tokens_per_second']:,.0f} tok/s")
+        shown[1:1] = [f"accuracy {logs['token_accuracy']:.1%}", f"{logs['tokens_per_second']:,.0f} tok/s"]
         shown.append(f"{logs['supervised_tokens_per_second']:,.0f} learned/s")
     return shown
 

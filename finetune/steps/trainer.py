@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from qwen_model.compat import overrides
+from qwen_model.head_loss import counting
 
 from ..compat import on_accelerate, on_torch
 from ..distributed import engines
@@ -60,6 +61,7 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
         self.throughput = Throughput()
+        self.hits = torch.zeros((), dtype=torch.int32, device=args.device)  # this rank's, since the last line of the log
         self.weights = None  # how many there are, and train; see floating_point_ops
         self.stopping = stopping or Stopping()
         self.add_callback(self.stopping)
@@ -152,7 +154,8 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
             # DDP and FSDP keep their gradients to themselves until the last pass; DeepSpeed's engine asks gradient_state
             on_accelerate.set_last_pass(self.accelerator, last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.loss_of(model, row, denominator)
+                with counting(self.hits):
+                    loss = self.loss_of(model, row, denominator)
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.throughput.add(step)
@@ -208,15 +211,16 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """The mean loss over all supervised tokens of the evaluation data, weighted as in training, and its exponential."""
+        """The mean loss over all supervised tokens of the evaluation data, weighted as in training, its exponential, and accuracy."""
         model = (
             self.model_wrapped if self.is_in_train else self.accelerator.prepare_model(self.model, evaluation_mode=True)
         )
         training = model.training
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        hits = torch.zeros((), dtype=torch.int32, device=self.args.device)
         tokens, weight = 0, 0.0  # of all ranks
-        with torch.no_grad():
+        with torch.no_grad(), counting(hits):
             for step in dataloader:
                 for row in step.rows:
                     total += self.loss_of(model, row, 1).double()
@@ -228,16 +232,24 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),  # exp overflows at 710
+            f"{metric_key_prefix}_token_accuracy": self.share(hits, tokens),
             f"{metric_key_prefix}_supervised_tokens": tokens,
         }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_samples))
+
+    def share(self, hits: torch.Tensor, tokens: int) -> float:
+        """Of `tokens` supervised tokens of all ranks, those than which the model found no token likelier. hits: this rank's."""
+        return round(self.accelerator.reduce(hits.clone(), reduction="sum").item() / tokens, 4)
 
     # ---- the log
 
     @overrides(Trainer, "logs", "start_time")
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        """Adds what the run really does (all ranks together): tokens a second, memory. Stops at a loss that is no number."""
+        """Adds what the run really does (all ranks together): accuracy, tokens a second, memory. Stops at a loss that is no number."""
         if "loss" in logs:
+            if self.throughput.supervised:
+                logs["token_accuracy"] = self.share(self.hits, self.throughput.supervised)
+                self.hits.zero_()
             logs.update(self.throughput.drain(), memory_gb=round(memory_gb(), 3))
         super().log(self.check_log(logs), start_time)
 

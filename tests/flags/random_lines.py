@@ -37,7 +37,7 @@ RIGHT = {
     "deepspeed": ["ds_config_zero2.json", "ds_config_zero3.json"],
     "fsdp": ["True", "full_shard", "False"],
     "fsdp_config": ["{}", '{"cpu_offload": false}'],
-    "metric_for_best_model": ["loss", "eval_loss", "perplexity"],
+    "metric_for_best_model": ["loss", "eval_loss", "perplexity", "token_accuracy"],
     "optim_args": ["momentum=0.9", "eps=1e-8", "bf16_stochastic_round=True"],
     "optim_target_modules": ["all-linear", "c_attn"],
     "lr_scheduler_kwargs": ['{"num_cycles": 2}', '{"min_lr_rate": 0.1}', '{"num_decay_steps": 3}', "{}"],

@@ -24,6 +24,11 @@ def test_less_is_better(metric):
     assert training.metric_for_best_model == (metric or "loss").removeprefix("eval_")
 
 
+def test_of_accuracy_more_is_better():
+    training = training_of("--load_best_model_at_end", "--metric_for_best_model", "eval_token_accuracy")
+    assert training.greater_is_better is True and training.metric_for_best_model == "token_accuracy"
+
+
 def test_checkpoints_are_written_where_is_evaluated():
     training = training_of("--load_best_model_at_end")
     assert (training.save_strategy, training.save_steps) == ("steps", 20)
@@ -47,8 +52,12 @@ def test_patience_delivers_the_best():
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("--metric_for_best_model accuracy", "--metric_for_best_model accuracy: no evaluation has it - give loss or perplexity"),
-        ("--greater_is_better True", "--greater_is_better True: of loss and perplexity less is better - leave it out"),
+        ("--metric_for_best_model accuracy", "--metric_for_best_model accuracy: no evaluation has it - give loss, perplexity, token_accuracy"),
+        ("--greater_is_better True", "--greater_is_better True: of loss less is better - leave it out"),
+        (
+            "--metric_for_best_model token_accuracy --greater_is_better False",
+            "--greater_is_better False: of token_accuracy more is better - leave it out",
+        ),
         ("--early_stopping_patience 2", "--early_stopping_patience: nothing is evaluated - give --eval_data_path"),
         ("--load_best_model_at_end", "--load_best_model_at_end: nothing is evaluated - give --eval_data_path"),
         ("--save_strategy best", "--save_strategy best: nothing is evaluated - give --eval_data_path"),

@@ -16,7 +16,7 @@ def trainer_with(folder, values, patience=None, **settings):
 
     def evaluation_loop(*args, **kwargs):
         found, value = usual(*args, **kwargs), next(left)
-        found.metrics.update(eval_perplexity=value, eval_loss=100 - value)
+        found.metrics.update(eval_perplexity=value, eval_loss=100 - value, eval_token_accuracy=value / 10)
         return found
 
     trainer.evaluation_loop = evaluation_loop
@@ -55,11 +55,18 @@ def test_what_is_delivered(tmp_path, asked):
     told, said = best.delivered(trainer.state, trainer.args), best.describe_delivered(trainer.state, trainer.args)
     assert "checkpoint-6" in kept, "a run that is killed now goes on from here"
     if asked:
-        assert told == {"which": "best", "step": 2, "eval_loss": 95.0, "eval_perplexity": 5.0} and "checkpoint-2" in kept
+        assert told == {"which": "best", "step": 2, "eval_loss": 95.0, "eval_perplexity": 5.0, "eval_token_accuracy": 0.5} and "checkpoint-2" in kept
         assert said == "delivered: the best step, 2 of 6 (perplexity 5.0000)"
     else:
-        assert told == {"which": "last", "step": 6, "eval_loss": 94.0, "eval_perplexity": 6.0}
+        assert told == {"which": "last", "step": 6, "eval_loss": 94.0, "eval_perplexity": 6.0, "eval_token_accuracy": 0.6}
         assert said.startswith("delivered: the last step, 6 of 6 (perplexity 6.0000); step 2 was better (perplexity 5.0000): ")
+
+
+def test_of_accuracy_the_most_is_the_best(tmp_path):
+    training = type("Training", (), {"early_stopping_patience": 2, "metric_for_best_model": "token_accuracy"})
+    log = [{"step": step, "eval_token_accuracy": value} for step, value in enumerate([0.2, 0.6, 0.5, 0.6], start=1)]
+    assert best.since_best(log, "eval_token_accuracy") == (2, log[1]) and best.stopped_early(log, training)
+    assert best.in_words("eval_token_accuracy", 0.6) == "token accuracy 0.6000"
 
 
 def test_without_evaluation(tmp_path):

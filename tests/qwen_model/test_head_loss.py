@@ -51,6 +51,26 @@ def test_equals_cross_entropy(pieces, frozen):
     assert (x.grad is None) == (frozen == "input")
 
 
+@pytest.mark.parametrize("how", ["fused", "weighted", "another head"])
+def test_labels_that_are_the_likeliest_are_counted(pieces, how):
+    """Within counting() alone, the innermost only, and once, though the pieces of another head are computed again."""
+    head, x, labels = example()
+    likeliest = (x @ head.weight.T).argmax(1)
+    labels = torch.where(torch.arange(len(labels)) % 3 == 0, likeliest, labels)
+    want = int((labels == likeliest).sum())
+    assert 7 <= want < len(labels)
+    used = nn.Sequential(head) if how == "another head" else head
+    weights = torch.rand(len(labels)) if how == "weighted" else None
+    hits, outer = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+    plain = summed_loss(used, x, labels, weights)
+    with head_loss.counting(outer):
+        with head_loss.counting(hits):
+            counted = [summed_loss(used, x, labels, weights) for _ in range(2)]
+    counted[0].backward()
+    summed_loss(used, x, labels, weights)
+    assert (hits.item(), outer.item()) == (2 * want, 0) and torch.equal(counted[0], plain) and not head_loss.counters
+
+
 def test_large_logits_do_not_overflow():
     head, x, labels = example()
     loss = summed_loss(head, x * 1e3, labels)
@@ -247,7 +267,7 @@ def test_logits_never_stand_in_memory_at_once(monkeypatch):
     head, x, labels = example(rows=50)
     monkeypatch.setattr(head_loss, "rows_per_piece", lambda vocab_size, device: 8)
     seen, exponentials = [], head_loss.exponentials
-    monkeypatch.setattr(head_loss, "exponentials", lambda z, y: seen.append(len(z)) or exponentials(z, y))
+    monkeypatch.setattr(head_loss, "exponentials", lambda z, *rest: seen.append(len(z)) or exponentials(z, *rest))
     summed_loss(head, x, labels)
     assert seen == [8] * 6 + [2]
 
@@ -265,8 +285,10 @@ for V in (7, 4096, 10_001):
         wide = torch.zeros(5, V + 3, dtype=dtype)  # rows that do not lie one right behind the other
         wide[:, :V] = logits
         for given in (logits.clone(), wide[:, :V]):
-            got = head_loss_kernels.exponentials(given, labels)
-            want = head_loss.exponentials(logits.double(), labels)
+            hits, right = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+            got = head_loss_kernels.exponentials(given, labels, hits)
+            want = head_loss.exponentials(logits.double(), labels, right)
+            assert hits == right and 0 < right < 5
             assert got[0].data_ptr() == given.data_ptr() and got[0].dtype == dtype
             for one, other in zip(got, want):
                 torch.testing.assert_close(one.double(), other.double(), rtol=close if one.dtype == dtype else 1e-5, atol=1e-6)
@@ -289,7 +311,11 @@ def test_the_kernel_on_a_gpu():
     logits = (torch.randn(300, 151936, device="cuda") * 5).bfloat16()
     labels = torch.randint(0, 151936, (300,), device="cuda")
     assert head_loss.has_kernel(logits)
+    labels[:100] = logits[:100].argmax(1)
+    hits = torch.zeros((), dtype=torch.int32, device="cuda")
     want = head_loss.exponentials(logits.double().cpu(), labels.cpu())
-    for one, other in zip(head_loss.exponentials(logits, labels), want):
+    found = head_loss.exponentials(logits.clone(), labels, hits)
+    assert hits == (logits.gather(1, labels[:, None])[:, 0] >= logits.amax(1)).sum() and hits >= 100
+    for one, other in zip(found, want):
         close = {"rtol": 8e-3, "atol": 1e-30} if one.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
         torch.testing.assert_close(one.double().cpu(), other.double(), **close)

@@ -21,6 +21,7 @@ from finetune.steps.plan import Plan
 LINE = {
     "loss": 1.25,
     "learning_rate": 3e-4,
+    "token_accuracy": 0.75,
     "tokens_per_second": 1234.5,
     "supervised_tokens_per_second": 99.0,
     "memory_gb": 2.04,
@@ -80,7 +81,7 @@ def test_a_curve_that_cannot_be_drawn_is_no_failure(tmp_path, monkeypatch, capsy
 
 
 def test_figures_behind_the_bar():
-    assert progress.figures(LINE) == ["loss 1.2500", "1,234 tok/s", "2.0 GB", "lr 0.0003", "99 learned/s"]
+    assert progress.figures(LINE) == ["loss 1.2500", "accuracy 75.0%", "1,234 tok/s", "2.0 GB", "lr 0.0003", "99 learned/s"]
 
 
 @pytest.mark.parametrize("columns", [80, 200])
@@ -98,7 +99,7 @@ def test_the_bar_at_any_width(tmp_path, monkeypatch, capsys, columns):
     shown = re.split("[\r\n]", capsys.readouterr().err)
     assert "step 200: loss 2.0000" in [line.strip() for line in shown]
     last = [line for line in shown if "200/4000" in line][-1]
-    assert "loss 3.0000, 1,234 tok/s, 2.0 GB, lr 0.0003" in last and len(last) <= columns and ("%|" in last) == (columns > 80)
+    assert "loss 3.0000, accuracy 75.0%, 1,234 tok/s, 2.0 GB" in last and len(last) <= columns and ("%|" in last) == (columns > 80)
 
 
 def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
@@ -110,7 +111,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
         now[0] += 4.0 if state.global_step == 1 else 1.5
         told.on_log(None, state, None, logs=LINE)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "step 1 of 100: loss 1.2500, 1,234 tok/s, 2.0 GB, lr 0.0003, 99 learned/s, 4 s passed"
+    assert lines[0] == "step 1 of 100: loss 1.2500, accuracy 75.0%, 1,234 tok/s, 2.0 GB, lr 0.0003, 99 learned/s, 4 s passed"
     assert lines[1].startswith("step 15 of 100: ") and lines[1].endswith(", 1.5 s a step, 25 s passed, 2 min 8 s left")
     assert lines[-1].endswith(", 1.5 s a step, 2 min 32 s passed") and len(lines) == 9
 
@@ -132,7 +133,7 @@ def test_log_and_curve(tmp_path):
         state.global_step = step
         told.on_step_end(None, state, None)
         told.on_log(None, state, None, logs=dict(LINE, loss=5 / step))
-    told.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_perplexity": 2.7})
+    told.on_log(None, state, None, logs={"eval_loss": 1.0, "eval_perplexity": 2.7, "eval_token_accuracy": 0.6})
     told.on_train_end(None, state, None)
     with (tmp_path / progress.LOG).open("a") as file:
         file.write('{"step": 31, "lo')  # as a kill leaves it

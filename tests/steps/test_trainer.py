@@ -87,6 +87,25 @@ def test_log_has_the_figures(straight):
     assert json.dumps(line)
 
 
+def test_a_line_counts_the_tokens_that_were_right(tmp_path):
+    """Of the steps since the line before it, each by the weights that it began with; the same in one pass and in four, and resumed."""
+    told, model = {}, tiny_model()
+    make_trainer(tmp_path / "first", model=model, max_steps=12).train()  # random weights are never right
+    for tokens in (10_000, 60):
+        trainer = make_trainer(tmp_path / str(tokens), model=model, max_tokens_per_pass=tokens, logging_steps=2, learning_rate=0.0, warmup_steps=0)
+        trainer.train()
+        told[tokens] = [line["token_accuracy"] for line in trainer.state.log_history if "loss" in line]
+    by_step = []
+    with torch.no_grad():
+        for index in range(trainer.plan.steps_per_epoch):
+            members = [i for one in trainer.plan.step(0, index).passes[0] for i in one]
+            rows = [[torch.from_numpy(part.astype(np.int64)) for part in trainer.samples[i]] for i in members]
+            hits = sum((trainer.model(ids[None]).logits[0, :-1].argmax(-1) == labels[1:]).sum().item() for ids, labels in rows)
+            by_step.append((hits, sum((labels[1:] != -100).sum().item() for _, labels in rows)))
+    hits, tokens = (sum(some) for some in zip(*by_step[:2]))
+    assert hits and told[60][0] == pytest.approx(hits / tokens, abs=1e-4) and told[60] == told[10_000] and len(told[60]) == 3
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
 def test_resuming_is_bit_equal(tmp_path, stop_at):
     """Stopped in the first epoch, between the two, and in the second; with dropout, so that random numbers count."""
@@ -113,14 +132,16 @@ def test_evaluation_is_the_mean_over_supervised_tokens(tmp_path):
     logged = [line for line in trainer.state.log_history if "eval_loss" in line]
     assert [line["step"] for line in logged] == [2, 4, 6]
     trainer.model.eval()
-    total = 0.0
+    total, right = 0.0, 0
     with torch.no_grad():
         for ids, labels in held_out.rows:
             logits = trainer.model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].double()
             labels = torch.from_numpy(labels[1:].astype(np.int64))
             total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            right += (logits.argmax(-1) == labels).sum().item()
     assert logged[-1]["eval_loss"] == pytest.approx(total / held_out.supervised.sum(), rel=1e-5)
     assert logged[-1]["eval_perplexity"] == pytest.approx(math.exp(logged[-1]["eval_loss"]))
+    assert logged[-1]["eval_token_accuracy"] == pytest.approx(right / held_out.supervised.sum(), abs=1e-4) and right
     assert logged[-1]["eval_supervised_tokens"] == held_out.supervised.sum()
 
 
