@@ -249,6 +249,8 @@ def explained(error: Exception) -> str | None:
         return f"the connection to another process is lost ({' '.join(str(error).split())[:120]}) - see what ended that one"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return f"out of GPU memory ({error}) - lower --max_tokens_per_pass, or add --gradient_checkpointing True"
+    if "no kernel image is available" in str(error):
+        return "the installed torch has no code for this GPU - https://pytorch.org/get-started says which one has, or hide it: CUDA_VISIBLE_DEVICES= "
     return None
 
 

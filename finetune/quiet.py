@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .errors import on_first_rank
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # read by torch as it is loaded; the second: before 2.9
+
 
 def quiet() -> None:
     """To be called before transformers is imported: it looks at every package that is installed, and they speak up."""
@@ -22,10 +24,17 @@ def quiet() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch|deepspeed)\."
     )
-    if (
-        not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
-    ):  # no GPU; torch would take seconds to ask
+    nvidia = any(Path("/dev").glob("nvidia[0-9]*"))
+    if not nvidia and not Path("/dev/kfd").exists():  # no GPU; torch would take seconds to ask
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed guesses, and warns of its guess
+    if nvidia:
+        os.environ.update(for_allocator(os.environ))
+
+
+def for_allocator(environment) -> dict[str, str]:
+    """What torch's allocator of GPU memory is told, where the user says nothing: passes differ in length, and what one leaves free is to
+    serve the next, whatever its size."""
+    return {} if any(name in environment for name in ALLOCATOR) else {ALLOCATOR[0]: "expandable_segments:True"}
 
 
 def first_rank_only() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
 
 
 def choose_attention(use_flash_attn: bool | str = "auto") -> tuple[str, str]:
@@ -29,9 +30,9 @@ def choose_attention(use_flash_attn: bool | str = "auto") -> tuple[str, str]:
         return "sdpa", "no CUDA device"
     if torch.cuda.get_device_capability()[0] < 8:
         return "sdpa", "flash-attn 2 needs an Ampere GPU (sm_80) or newer"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "flash-attn is not installed"
-    return "flash_attention_2", "flash-attn is installed"
+    if not is_flash_attn_2_available():  # flash-attn 4 is a package of the same name
+        return "sdpa", "flash-attn 2 is not installed"
+    return "flash_attention_2", "flash-attn 2 is installed"
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

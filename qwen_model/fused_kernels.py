@@ -2,6 +2,9 @@
 
 Each reads its tensors once and writes its results once: they are bound by memory, and that is the least it takes. The gradient of
 a norm's weight is added up by a fixed number of programs, each over its own rows, so that it is the same every time.
+
+do_not_specialize: Triton compiles anew for a number that is 1 or a multiple of 16, which nothing here gains by; with rows of ever
+other lengths that would be in mid-run.
 """
 
 import torch
@@ -37,7 +40,7 @@ def rms_norm_forward_kernel(x, weight, out, inverse, eps, H, BLOCK_H: tl.constex
     tl.store(inverse + row, inv)
 
 
-@jit
+@jit(do_not_specialize=["rows", "rows_each"])
 def rms_norm_backward_kernel(
     gradient, x, weight, inverse, grad_x, grad_weight, rows, rows_each, H, HAS_WEIGHT: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
@@ -94,7 +97,7 @@ def rms_norm_backward(gradient, x, weight, inverse, for_weight: bool):
 # ---- rotary embedding
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def turn_kernel(
     x, out, cos, sin, sign, N, T, x_b, x_n, x_t, out_b, out_n, out_t, angles_b,
     HALF: tl.constexpr, HEADS: tl.constexpr,

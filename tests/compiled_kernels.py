@@ -34,8 +34,16 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def call_all(dtype: torch.dtype) -> None:
-    """Every function that launches a kernel, in each way that makes another program of it. Few rows: a launch knows no grid."""
-    T = 16
+    """Every function that launches a kernel, in each way that makes another program of it. Few tokens: a launch knows no grid."""
+    call_training(dtype, 16)
+    unpack_all(dtype)
+    for head_size in kv_cache_kernels.HEAD_SIZES:
+        attend_all(dtype, head_size)
+    on_triton.trial_kernel[(1,)](torch.empty(1))
+
+
+def call_training(dtype: torch.dtype, T: int, seed: int = 12345) -> None:
+    """What a step does with rows of T tokens."""
     for hidden in WIDTHS:
         x, weight = torch.empty(T, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
         inverse = torch.empty(T, 1)
@@ -50,11 +58,7 @@ def call_all(dtype: torch.dtype) -> None:
     for hits in (None, torch.zeros((), dtype=torch.int32)):
         head_loss_kernels.exponentials(torch.empty(T, 151936, dtype=dtype), torch.zeros(T, dtype=torch.int64), hits)
     for add in (False, True):
-        dropout_kernel.drop_on_gpu(up, 3277, 12345, torch.empty_like(up), add=add)
-    unpack_all(dtype)
-    for head_size in kv_cache_kernels.HEAD_SIZES:
-        attend_all(dtype, head_size)
-    on_triton.trial_kernel[(1,)](torch.empty(1))
+        dropout_kernel.drop_on_gpu(up, 3277, seed, torch.empty_like(up), add=add)
 
 
 def unpack_all(dtype: torch.dtype) -> None:
@@ -148,6 +152,15 @@ def main(capability: int, types: list[str]) -> None:
     assert not forgotten, f"never launched: {forgotten}"
     for launch in launches.values():
         print(json.dumps(compiled(launch, capability)))
+
+
+def programs(lengths: list[int]) -> list[str]:
+    """The different programs that training has of each kernel with rows of these lengths."""
+    launches = {}
+    JITFunction.run = recorded(launches)
+    for length in lengths:
+        call_training(torch.bfloat16, length, seed=length)
+    return sorted(launches)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,11 @@ def test_every_kernel_compiles_and_does_not_spill(capability, tmp_path):
         assert capability == 75 or one["spilled"] <= SPILLED.get(one["kernel"], 0), one
         # it rounds where torch rounds: a fused multiply-add would round once for twice
         assert one["kernel"] != "write_kernel" or one["fused multiply-adds"] == 0, one
+
+
+def test_no_length_of_a_row_makes_another_program():
+    """Triton compiles anew for a number that is 1, or a multiple of 16, unless it is told not to: for some steps in mid-run, a second each."""
+    code = "import compiled_kernels as c; one = c.programs([4096]); print(one == c.programs(range(1, 70)) and len(one))"
+    own = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert done.stdout.strip() == "16", done.stdout + done.stderr

@@ -97,9 +97,10 @@ def connect(training) -> None:
         if ranks.count() == 1:
             alone()
         backend = training.ddp_backend or ("gloo" if training.use_cpu else "cuda:nccl,cpu:gloo")
-        if not training.use_cpu:
-            torch.cuda.set_device(ranks.local_rank())
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=training.ddp_timeout))
+        device = None if training.use_cpu else own_device()
+        torch.distributed.init_process_group(
+            backend, timeout=datetime.timedelta(seconds=training.ddp_timeout), device_id=None if backend == "gloo" else device
+        )
         if training.deepspeed:
             import deepspeed
 
@@ -108,6 +109,18 @@ def connect(training) -> None:
     training.distributed_state = PartialState(cpu=training.use_cpu)
     if engine == FSDP and training.use_cpu:  # accelerate knows FSDP on GPUs only; torch's runs on CPUs, too
         on_accelerate.pretend_multi_gpu()
+
+
+def own_device():
+    """This rank's GPU, made the current one."""
+    import torch
+
+    index = ranks.gpu(torch.cuda.device_count())
+    if index != ranks.local_rank():
+        os.environ["LOCAL_RANK"] = str(index)  # where DeepSpeed looks for the GPU
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def alone() -> None:

@@ -36,6 +36,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def gpu(visible: int) -> int:
+    """The number of this rank's GPU among those that it sees. Some schedulers show each process one, whatever its place on the machine."""
+    return local_rank() % max(1, visible)
+
+
 def count() -> int:
     """The number of processes, on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))

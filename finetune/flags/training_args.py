@@ -80,7 +80,7 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         self._n_gpu = 0 if self.use_cpu else 1  # never several: DataParallel cannot split a packed row
         if self.use_cpu:
             return torch.device("cpu")
-        return torch.device(torch.accelerator.current_accelerator().type, ranks.local_rank())
+        return torch.device(torch.accelerator.current_accelerator().type, ranks.gpu(torch.accelerator.device_count()))
 
     @property
     def world_size(self) -> int:
@@ -116,7 +116,7 @@ def build(values: dict):
     """
     usual = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.default is not dataclasses.MISSING}
     values, findings = training_values.checked(values, usual)
-    findings += precision(values)
+    findings += of_gpu(values)
     if not findings:
         try:
             return TrainingArguments(**values), []
@@ -137,9 +137,29 @@ def is_our_fault(error: Exception) -> bool:
     return at.is_relative_to(ours)
 
 
-def precision(values: dict) -> list[str]:
-    """A finding for --bf16 on a GPU without bf16."""
-    if not values["bf16"] or values["fp16"] or values["use_cpu"] or not torch.cuda.is_available() or torch.version.hip:
+def of_gpu(values: dict) -> list[str]:
+    """Findings for a GPU that this torch was not built for, and for --bf16 on one without bf16."""
+    if values["use_cpu"] or not torch.cuda.is_available() or torch.version.hip:
         return []
     major, minor = torch.cuda.get_device_capability()
-    return [] if major >= 8 else [f"--bf16: this GPU (sm_{major}{minor}) has no bf16 - use --fp16"]
+    findings, gpu = [], f"this GPU (sm_{major}{minor})"
+    if not runs_on((major, minor), torch.cuda.get_arch_list()):
+        how = "one built for CUDA 12.6, the last with it" if (5, 0) <= (major, minor) < (7, 5) else "a newer one"
+        findings.append(
+            f"torch {torch.__version__} has no code for {gpu}, only for {', '.join(torch.cuda.get_arch_list())} - install {how} (see "
+            "https://pytorch.org/get-started), or add --use_cpu True"
+        )
+    if values["bf16"] and not values["fp16"] and major < 8:
+        findings.append(f"--bf16: {gpu} has no bf16 - use --fp16")
+    return findings
+
+
+def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
+    """Whether a torch built for these (sm_86, compute_120, ...) runs on a GPU: sm_86 does on 8.6 and later of the 8, compute_120, which
+    the driver compiles, on all from 12.0 on."""
+    for word in built:
+        kind, _, number = word.partition("_")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        if (kind == "compute" and capability >= (major, minor)) or (major == capability[0] and minor <= capability[1]):
+            return True
+    return not built

@@ -24,7 +24,7 @@ def apply(x, out, at, bits, count, dropped, ADD: tl.constexpr):
     tl.store(out + at, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropped", "seed"])  # see fused_kernels.py
 def drop_kernel(x, out, count, dropped, seed, BLOCK: tl.constexpr, ADD: tl.constexpr):
     """out = x where its 16 bits are at least `dropped`, else 0; with ADD that is added to out. count: elements."""
     program = tl.program_id(0).to(tl.int64)

@@ -6,11 +6,13 @@ import logging
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from finetune import quiet
 from finetune.compat import on_accelerate, on_deepspeed, on_gptqmodel, on_peft, on_torch, on_transformers, patches
 
 
@@ -240,3 +242,12 @@ def test_a_class_that_has_fields_elsewhere_is_not_read_in_part(monkeypatch, body
 
     monkeypatch.setattr(on_transformers, "source", lambda file: ast.parse(body))
     assert bool(on_transformers.class_body("t.py", "T")) is whole
+
+
+@pytest.mark.parametrize("name", quiet.ALLOCATOR)
+def test_memory_of_a_gpu_is_had_in_segments_that_grow(name):
+    """A word of the user's goes before, by either name; torch knows the one that is set."""
+    assert quiet.for_allocator({}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert quiet.for_allocator({name: "max_split_size_mb:128"}) == {}
+    library = Path(torch.__file__).parent / "lib" / "libc10.so"
+    assert name.encode() in library.read_bytes()

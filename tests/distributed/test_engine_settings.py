@@ -1,6 +1,8 @@
 """--deepspeed and --fsdp before anything starts: the file, what a flag sets too, and how transformers gets it."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from command_lines import found, make_world, only, read
@@ -224,6 +226,25 @@ def test_nothing_joins_a_process_group_before_it_is_connected(world, monkeypatch
     args = read(world)
     assert found(world) == [] and not torch.distributed.is_initialized()
     assert (args.training.world_size, args.training.process_index, args.training.engine) == (2, 1, engines.DDP)
+
+
+@pytest.mark.parametrize("visible, index", [(4, 3), (1, 0)])
+def test_each_rank_has_its_gpu(monkeypatch, visible, index):
+    """Also where a scheduler shows it one alone. The process group is told which: else NCCL guesses, and says so."""
+    import torch
+
+    told = {}
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.update(current=device))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **words: told.update(words, backend=backend))
+    monkeypatch.setattr("accelerate.PartialState", lambda **words: None)
+    training = SimpleNamespace(use_cpu=False, ddp_backend=None, ddp_timeout=60, deepspeed=None, fsdp=None)
+    engines.connect(training)
+    device = torch.device("cuda", index)
+    assert (told["current"], told["device_id"], told["backend"]) == (device, device, "cuda:nccl,cpu:gloo")
+    assert os.environ["LOCAL_RANK"] == str(index)
 
 
 def test_both_errors_are_listed_together(world, config):

@@ -57,6 +57,7 @@ def answer(name, memory, processors, shared, capability, waited) -> None:
         "is_available": True, "is_initialized": True, "is_current_stream_capturing": False, "empty_cache": None,
         "is_bf16_supported": capability >= (8, 0), "_lazy_init": None, "manual_seed": None, "manual_seed_all": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "set_rng_state_all": None,
+        "get_arch_list": ["sm_75", "sm_80", "sm_90", "sm_120"],
         "get_rng_state_all": [torch.zeros(16, dtype=torch.uint8)],
     }  # fmt: skip
     for function, value in of_device.items():

@@ -28,7 +28,7 @@ CASES = {
     "LoRA, blocks computed again": ({"flags": f"--bf16 {LORA} none --gradient_checkpointing True"}, 945, 148.66),
     "LoRA on an A100": ({"gpu": [8, 0], "flags": f"--bf16 {LORA} none"}, 775, 123.87),
     "LoRA on an RTX 5090": ({"gpu": [12, 0], "flags": f"--bf16 {LORA} none"}, 775, 123.87),
-    "LoRA on a T4": ({"gpu": [7, 5], "tokens": 4096, "flags": f"--fp16 {LORA} none"}, 1302, 135.93),
+    "LoRA on a T4": ({"gpu": [7, 5], "tokens": 4096, "flags": f"--fp16 {LORA} none"}, 1308, 134.31),
     "LoRA, torch without varlen": ({"varlen": False, "flags": f"--bf16 {LORA} none"}, 811, 126.55),
     "Q-LoRA over GPTQ": ({"stored": "gptq", "flags": f"--bf16 --q_lora {LORA} none"}, 822, 129.44),
     "full": ({"flags": "--bf16", "tokens": 16384}, 959, 721.86),

@@ -317,10 +317,38 @@ def test_bf16_on_a_gpu_without_it(world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_80"])
     assert only(world, "--bf16") == "--bf16: this GPU (sm_70) has no bf16 - use --fp16"
-    assert training_args.precision({"bf16": True, "fp16": False, "use_cpu": True}) == []
+    assert training_args.of_gpu({"bf16": True, "fp16": False, "use_cpu": True}) == []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert training_args.precision({"bf16": True, "fp16": False, "use_cpu": False}) == []
+    assert training_args.of_gpu({"bf16": True, "fp16": False, "use_cpu": False}) == []
+
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+def test_a_gpu_that_this_torch_has_no_code_for(world, monkeypatch):
+    """A V100, and the torch that pip installs today: torch itself fails in the first kernel, after the weights were loaded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CUDA_13[:-1])
+    monkeypatch.setattr(torch.version, "hip", None)
+    line = only(world, "--fp16")
+    assert "has no code for this GPU (sm_70), only for sm_75, sm_80, " in line and " - install one built for CUDA 12.6, " in line
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (13, 0))
+    assert " - install a newer one (" in only(world, "--fp16")
+
+
+@pytest.mark.parametrize(
+    "capability, built, runs",
+    [
+        ((7, 0), CUDA_13, False), ((7, 5), CUDA_13, True), ((8, 9), CUDA_13, True), ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_90a"], True), ((12, 1), CUDA_13, True), ((13, 0), CUDA_13, True), ((13, 0), CUDA_13[:-1], False),
+        ((10, 3), ["sm_100"], True), ((9, 0), ["sm_80"], False), ((9, 0), ["sm_80", "compute_80"], True), ((7, 0), [], True),
+    ],
+)  # fmt: skip
+def test_which_builds_run_on_a_gpu(capability, built, runs):
+    assert training_args.runs_on(capability, built) == runs
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The bundled model against the published one's golden numbers, and against itself where two ways must agree."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -272,10 +274,30 @@ def test_attention_choice_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 5))
     assert "sm_80" in attention.choose_attention("auto")[1]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-    assert attention.choose_attention("auto") == ("sdpa", "flash-attn is not installed")
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    assert attention.choose_attention("auto") == ("sdpa", "flash-attn 2 is not installed")
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
     assert attention.choose_attention("auto")[0] == "flash_attention_2"
+
+
+@pytest.mark.parametrize("distribution, version, want", [("flash-attn", "2.8.3", True), ("flash-attn-4", "4.0.0", False)])
+def test_flash_attn_4_has_the_name_of_flash_attn_2(tmp_path, distribution, version, want):
+    """In a process of its own, with a package that says no more than who it is."""
+    info = tmp_path / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    (info / "top_level.txt").write_text("flash_attn\n")
+    (info / "RECORD").write_text("flash_attn/__init__.py,,\n")
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    code = (
+        "import transformers.utils.import_utils as known; known.is_torch_cuda_available = lambda: True;"
+        "import torch; from qwen_model.attention import choose_attention;"  # whose imports would use the GPU that there is not
+        "torch.cuda.is_available = lambda: True; torch.cuda.get_device_capability = lambda: (9, 0); print(choose_attention()[0])"
+    )
+    root = str(Path(__file__).parents[2])
+    own = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert done.stdout.split() == ["flash_attention_2" if want else "sdpa"], done.stderr
 
 
 def test_the_rotary_base_is_no_copy_from_the_host(monkeypatch):
