@@ -35,6 +35,14 @@ NEEDED = {
     "warmup_stable_decay": ("num_decay_steps",),
     "greedy": ("min_lr",),  # its own, 0.001, is above most learning rates
 }
+SHARE, POSITIVE, COUNT = "from 0 to 1", "above 0", "0 or more"
+# what a setting must be; all others are words
+RANGES = {
+    "num_cycles": POSITIVE, "min_lr": COUNT, "min_lr_rate": SHARE, "min_lr_ratio": SHARE, "warmup_lr_rate": SHARE, "lr_end": COUNT,
+    "power": POSITIVE, "timescale": POSITIVE, "num_decay_steps": COUNT, "num_stable_steps": COUNT, "factor": SHARE, "patience": COUNT,
+    "threshold": COUNT, "cooldown": COUNT, "warmup": COUNT, "max_lr": POSITIVE, "eps": COUNT, "window_size": POSITIVE,
+}  # fmt: skip
+INSIDE = {SHARE: lambda x: 0 <= x <= 1, POSITIVE: lambda x: x > 0, COUNT: lambda x: x >= 0}
 EXAMPLES = {
     "cosine_with_min_lr": '{"min_lr_rate": 0.1}',
     "cosine_warmup_with_min_lr": '{"min_lr_rate": 0.1}',
@@ -54,6 +62,10 @@ def problems(training: dict) -> Iterator[str]:
         yield f"--lr_scheduler_kwargs: {shortened(name)} takes no {shortened(', '.join(unknown))} - {advice(name)}"
     if none := [key for key, value in settings.items() if json_text.finite(value) != value]:
         yield f"--lr_scheduler_kwargs: {shortened(none[0])} is {settings[none[0]]}, which is no number - {advice(name)}"
+    for key, value in settings.items():
+        wanted = RANGES.get(key)
+        if wanted and value is not None and not (type(value) in (int, float) and INSIDE[wanted](value)) and key in KEYS[name] and key not in none:
+            yield f"--lr_scheduler_kwargs: {key} is {shortened(json_text.dumps(value))}, and must be a number {wanted} - change it"
     needed = NEEDED.get(name, ())
     if needed and not any(settings.get(key) is not None for key in needed):
         yield f"--lr_scheduler_type {name}: needs {' or '.join(needed)} - add --lr_scheduler_kwargs '{EXAMPLES[name]}'"

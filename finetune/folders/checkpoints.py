@@ -119,6 +119,12 @@ def number(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
+def check_name(path: Path, step) -> None:
+    """Raises UserError for a checkpoint that was renamed or copied: by its name it is found, and taken for older or newer than it is."""
+    if number(path) >= 0 and isinstance(step, int) and step != number(path):
+        raise UserError(f"{path}: holds step {step}, whatever its name says - name it checkpoint-{step}, or remove it")
+
+
 def check_trusted(path: Path, engine: str, trusted: bool) -> None:
     """DeepSpeed and FSDP read their shards by unpickling, which can run any code: refused unless a run of this user wrote them.
 

@@ -5,17 +5,24 @@ from pathlib import Path
 
 from ..errors import UserError, shortened
 
+# what to do about a file that cannot be read, where it is one that a run has written
+OF_A_RUN = {
+    "training.json": "it is the record of the run that wrote this folder: copy the folder again, or remove the file to do without it",
+    "trainer_state.json": "it tells how far a run was: remove this checkpoint, and go on from the one before it",
+}
+
 
 def read_json(path: Path) -> dict:
     """A JSON object; UserError for anything else, nested beyond Python's limit or not UTF-8 too."""
+    remedy = OF_A_RUN.get(path.name, "download it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise UserError(f"{path}: cannot be read (nested too deeply) - download it again") from error
+        raise UserError(f"{path}: cannot be read (nested too deeply) - {remedy}") from error
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({shortened(error)}) - download it again") from error
+        raise UserError(f"{path}: cannot be read ({shortened(error)}) - {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, found a {type(value).__name__} - download it again")
+        raise UserError(f"{path}: should hold a JSON object, found a {type(value).__name__} - {remedy}")
     return value
 
 

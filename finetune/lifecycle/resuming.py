@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..compat.on_transformers import word
-from ..errors import UserError, note, warn
+from ..errors import UserError, note, shortened, warn
 from ..flags import going_on as flags
 from ..folders import checkpoints, config_files, fingerprints, output_folder
 from ..writing import durable
@@ -59,6 +59,7 @@ def find_way(args, out: Path, record: dict, plan, restarted: bool) -> Way:
         plan.front = tuple(before.get("first_steps", ()))  # which are the largest depends on the layout, which may change
         record["first_steps"] = list(plan.front)
     state = config_files.read_json(point / "trainer_state.json")
+    checkpoints.check_name(point, state.get("global_step"))
     way = Way(GO_ON, point, before, state.get("global_step", 0), total, state.get("max_steps"), changed(before, record, args))
     over = way.done == total or best.stopped_early(state.get("log_history", []), args.training)
     if way.done > total:
@@ -205,11 +206,29 @@ def differences(before: dict, now: dict, args=None) -> list[str]:
         if name == "base model":
             one, other = fingerprints.short(one, other), fingerprints.short(other, one)
         if one != other and one is not None:
-            why = name == "data as rendered" and args and [
-                str(change) for change in flags.changes(before, args, flags.COMPARED) if change.flag in OF_DATA
-            ]  # fmt: skip
+            why = []
+            if name == "data as rendered":
+                changes = flags.changes(before, args, flags.COMPARED) if args else ()
+                why = [*changed_files(before["data"], now["data"]), *(str(change) for change in changes if change.flag in OF_DATA)]
             found.append(f"{name}: {one}, now {other}" + (f" ({', '.join(why)})" if why else ""))
     return found + ([str(change) for change in flags.changes(before, args, flags.RUN)] if args else [])
+
+
+def changed_files(before: dict, now: dict) -> list[str]:
+    """Which files of data have other bytes than those of the run before, or are new or gone; [] where its record does not list them."""
+    try:
+        old, new = ({file["path"]: file for file in of["files"]} for of in (before, now))
+        same = {file["sha256"] for file in old.values()} & {file["sha256"] for file in new.values()}  # wherever they lie now
+        said = []
+        for path in dict.fromkeys([*old, *new]):
+            one, other = (file if file and file["sha256"] not in same else None for file in (old.get(path), new.get(path)))
+            if one and other:
+                said.append(f"{shortened(path, 200)} has changed: {one['samples']:,} samples then, {other['samples']:,} now")
+            elif one or other:
+                said.append(f"{shortened(path, 200)} {'was part of them' if one else 'is new'}")
+        return said
+    except (KeyError, TypeError, AttributeError, ValueError):  # an older version's, or somebody wrote to it
+        return []
 
 
 def check_same_run(path: Path, now: dict, args=None) -> dict:

@@ -131,13 +131,17 @@ def test_settings_are_those_of_transformers(name):
     (["warmup_stable_decay", '{"num_decay_steps": 5, "decay_type": "x"}'], "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs"),
     (["greedy", "", "--eval_split", "0.5"], "--lr_scheduler_type greedy: needs min_lr - add "),
     (["polynomial", '{"lr_end": 1}'], "--lr_scheduler_type polynomial --lr_scheduler_kwargs {"),
-    (["polynomial", '{"power": "x"}'], "--lr_scheduler_type polynomial --lr_scheduler_kwargs {"),
-    (["cosine", '{"num_cycles": "many"}'], "--lr_scheduler_type cosine --lr_scheduler_kwargs {"),
+    (["polynomial", '{"power": "x"}'], '--lr_scheduler_kwargs: power is "x", and must be a number above 0 - change it'),
+    (["cosine", '{"num_cycles": "many"}'], '--lr_scheduler_kwargs: num_cycles is "many", and must be a number above 0 - change it'),
+    (["cosine", '{"num_cycles": -3}'], "--lr_scheduler_kwargs: num_cycles is -3, and must be a number above 0 - change it"),
+    (["warmup_stable_decay", '{"num_decay_steps": 5, "num_stable_steps": -5}'], "--lr_scheduler_kwargs: num_stable_steps is -5, and must be"),
+    (["cosine_with_min_lr", '{"min_lr_rate": 1.5}'], "--lr_scheduler_kwargs: min_lr_rate is 1.5, and must be a number from 0 to 1 - "),
+    (["polynomial", '{"lr_end": true}'], "--lr_scheduler_kwargs: lr_end is true, and must be a number 0 or more - "),
     (["cosine", '{"num_cycles": NaN}'], "--lr_scheduler_kwargs: num_cycles is nan, which is no number - "),  # a rate of 0, in silence
-    (["inverse_sqrt", '{"timescale": -5}'], "--lr_scheduler_type inverse_sqrt --lr_scheduler_kwargs {"),
+    (["inverse_sqrt", '{"timescale": -5}'], "--lr_scheduler_kwargs: timescale is -5, and must be a number above 0 - change it"),
     (["linear", '{"num_cycles": 1}'], "--lr_scheduler_kwargs: linear takes no num_cycles - linear has none: leave out "),
     (["reduce_lr_on_plateau"], "--lr_scheduler_type reduce_lr_on_plateau: follows the evaluated loss - add --eval_data_path"),
-    (["reduce_lr_on_plateau", '{"factor": 2}', "--eval_split", "0.5"], "--lr_scheduler_type reduce_lr_on_plateau --lr_scheduler_kwargs {"),
+    (["reduce_lr_on_plateau", '{"factor": 2}', "--eval_split", "0.5"], "--lr_scheduler_kwargs: factor is 2, and must be a number from 0 to 1 - "),
 ])  # fmt: skip
 def test_schedules_that_do_not_work(world, flags, line):
     name, settings, *more = [*flags, ""][: max(2, len(flags))]

@@ -7,7 +7,7 @@ from command_lines import make_world, only, write_adapter, write_config
 from tiny import small_checkpoint, tiny_later_qwen
 
 from finetune.errors import UserError
-from finetune.folders import adapter_base, adapter_files, output_folder, settings_files
+from finetune.folders import adapter_base, adapter_files, config_files, output_folder, settings_files
 
 
 @pytest.fixture
@@ -105,3 +105,16 @@ def test_a_record_of_another_shape(tmp_path):
     (adapter / "training.json").write_text('{"base": [1]}')
     with pytest.raises(UserError, match="base is .1., not an object"):
         output_folder.read_record(adapter)
+
+
+@pytest.mark.parametrize("name, remedy", [
+    ("config.json", "download it again"),
+    ("training.json", "it is the record of the run that wrote this folder: copy the folder again, or remove the file to do without it"),
+    ("trainer_state.json", "it tells how far a run was: remove this checkpoint, and go on from the one before it"),
+])  # fmt: skip
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
+def test_what_to_do_about_a_file_that_cannot_be_read(tmp_path, name, remedy, text):
+    """Nobody can download what a run has written."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: .* - {remedy}$"):
+        config_files.read_json(tmp_path / name)

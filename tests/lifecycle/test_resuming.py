@@ -132,8 +132,31 @@ def test_the_same_command_over_other_data_is_refused(asked, tmp_path):
     leave_checkpoint(out, 1, preparation.prepare(asked(), out).record, [])
     args = asked()
     write_talks(tmp_path / "data.json", count=3)
-    with pytest.raises(UserError, match="checkpoint-1: is of another run .data as rendered.* or --overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"checkpoint-1: is of another run .data as rendered.* or --overwrite_output_dir") as caught:
         preparation.prepare(args, out)
+    assert f"({tmp_path / 'data.json'} has changed: " in str(caught.value) and " samples then, 3 now)" in str(caught.value)
+
+
+def test_which_files_of_data_are_others():
+    """By their bytes, wherever they lie: a file that was moved is the same."""
+    files = {name: {"path": name, "sha256": name * 64, "samples": 1_000} for name in "abc"}
+    moved, changed = files["a"] | {"path": "z"}, files["b"] | {"sha256": "f" * 64, "samples": 7}
+    said = resuming.changed_files({"files": [*files.values()]}, {"files": [moved, changed, {"path": "d", "sha256": "d" * 64, "samples": 2}]})
+    assert said == ["b has changed: 1,000 samples then, 7 now", "c was part of them", "d is new"]
+    assert resuming.changed_files({}, {"files": []}) == resuming.changed_files({"files": 3}, {"files": [3]}) == []
+
+
+def test_a_checkpoint_that_was_renamed(asked, tmp_path):
+    """By its name it is the newest; it holds an earlier step."""
+    out = tmp_path / "out"
+    record = preparation.prepare(asked(), out).record
+    for step in (1, 2):
+        leave_checkpoint(out, step, record, [])
+    (out / "checkpoint-1").rename(out / "checkpoint-3")
+    with pytest.raises(UserError, match=f"{out}/checkpoint-3: holds step 1, whatever its name says - name it checkpoint-1, or remove it"):
+        preparation.prepare(asked("--resume_from_checkpoint", "auto"), out)
+    point = (out / "checkpoint-3").rename(tmp_path / "a copy")
+    assert preparation.prepare(asked("--resume_from_checkpoint", str(point)), out).way.done == 1
 
 
 def test_overwriting_begins_anew(asked, tmp_path):
