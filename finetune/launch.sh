@@ -69,13 +69,13 @@ parse_options() {
     while (($#)); do
         case $1 in
             -h|--help) usage; exit 0 ;;
-            -m|--model|--model_name_or_path) need_value "$1" "${2:-}"; model=$2; shift 2 ;;
+            -m|--model|--model_name_or_path) need_value "$1" "${2:-}"; model=$2 chosen_model=1; shift 2 ;;
             -d|--data|--data_path)
                 need_value "$1" "${2:-}"
                 shift
                 while (($#)) && [[ $1 != -* ]]; do data+=("$1"); shift; done ;;
             -o|--output|--output_dir) need_value "$1" "${2:-}"; output=$2; shift 2 ;;
-            --model=*|--model_name_or_path=*) need_value "${1%%=*}" "${1#*=}"; model=${1#*=}; shift ;;
+            --model=*|--model_name_or_path=*) need_value "${1%%=*}" "${1#*=}"; model=${1#*=} chosen_model=1; shift ;;
             --data=*|--data_path=*) need_value "${1%%=*}" "${1#*=}"; data+=("${1#*=}"); shift ;;
             --output=*|--output_dir=*) need_value "${1%%=*}" "${1#*=}"; output=${1#*=}; shift ;;
             --deepspeed=*|--max_restarts=*) own_or_extra "${1%%=*}" "${1#*=}" "$1"; shift ;;
@@ -86,6 +86,7 @@ parse_options() {
             *) extra+=("$1"); shift ;;
         esac
     done
+    [[ -v chosen_model ]] || note "no -m: $model is taken"
 }
 
 # own_or_extra OPTION VALUE [WORD]: the options of launch_torchrun; with launch_single_process they are no options.

@@ -262,14 +262,20 @@ def test_which_gpu(start, gpus, visible, first_word, said):
 
 
 def test_a_gpu_that_is_not_there(start):
-    done = start("-d", "D", gpus=2, DRY_RUN="1", CUDA_VISIBLE_DEVICES="7")
+    done = start("-m", "M", "-d", "D", gpus=2, DRY_RUN="1", CUDA_VISIBLE_DEVICES="7")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: CUDA_VISIBLE_DEVICES=7: no GPU 7 here - the GPUs are 0 to 1, see nvidia-smi\n"
 
 
 def test_a_broken_driver_is_told(start):
-    done = start("-d", "D", gpus=0, DRY_RUN="1")
+    done = start("-m", "M", "-d", "D", gpus=0, DRY_RUN="1")
     assert done.stderr.startswith("note: nvidia-smi finds no GPU: No devices were found\n")
+
+
+def test_the_model_that_nobody_named_is_told(start):
+    assert "note: no -m: Qwen/Qwen-7B is taken\n" in start("-d", "D", gpus=1, DRY_RUN="1").stderr
+    for words in (["-m", "M"], ["--model=M"]):
+        assert "no -m" not in start(*words, "-d", "D", gpus=1, DRY_RUN="1").stderr
 
 
 def test_the_process_gets_exactly_what_was_shown(start, tmp_path):

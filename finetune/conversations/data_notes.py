@@ -147,7 +147,7 @@ def _systems(systems: dict[str | None, int]) -> str:
     texts = f"{at_least}{len(given):,} different system texts" if len(given) > 1 else "a system text"
     where = f"{texts}, the commonest in {counted(max(given.values()))}"
     without = f", none in {counted(systems[None])}" if None in systems else ""
-    return f"{where}{without}: ask the model with the one that fits"
+    return f"{where}{without}: the model answers as trained when it is asked with the one that fits (finetune.ask --system)"
 
 
 def _equal_answers(answers: array) -> list[str]:

@@ -7,6 +7,7 @@ memory, disk and time, for the flags of finetune.py that are given. Without -m, 
 import argparse
 from pathlib import Path
 
+from ..data_files.sources import not_there
 from ..errors import UserError, note, run
 from ..quiet import quiet
 
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def look(options, rest: list[str]) -> None:
     """Shows what there is to show, then ends with exit code 2 if something is wrong and was not mended. rest: flags of finetune.py."""
+    if missing := not_there(options.files):  # said at once: what follows imports transformers
+        raise UserError(*(f"{path}: no such file - give the path of one that exists" for path in missing))
     from . import files, present
 
     given = {name: getattr(options, name) for name in ("model_name_or_path", "model_max_length", "html", "gpu_memory")}

@@ -44,6 +44,12 @@ def sources_of(words: list[str], flag: str) -> list[Source]:
     return [source for source in found if once[os.path.realpath(source.path)] is source]
 
 
+def not_there(words: list[str]) -> list[str]:
+    """Of FILE, FOLDER and FILE:SHARE, the paths at which there is nothing."""
+    paths = [word if os.path.exists(word) or not (match := SHARE.fullmatch(word)) else match[1] for word in words]
+    return [path for path in paths if not os.path.exists(path)]
+
+
 PASSED_OVER = (".md", ".txt", ".yaml", ".yml", ".py", ".sh", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".lock", ".log", ".license")
 
 

@@ -108,12 +108,6 @@ def base_model(args) -> Iterator[str]:
             yield f"{what} - give a checkpoint of Qwen, Qwen1.5, Qwen2, Qwen2.5 or Qwen3 that is no mixture of experts"
             return
         yield from kinds.kind_problems(args, folder)
-        length = model_folder.trained_length(config_files.config_of(folder))
-        if length and args.training.model_max_length > length:
-            warn(
-                f"--model_max_length {args.training.model_max_length}: the model was trained on {length} tokens "
-                f"(config.json); samples beyond that reach positions it has never seen"
-            )
     elif folder.exists():
         yield f"--model_name_or_path {name}: is a file - give the folder of a checkpoint"
     elif not model_folder.is_hub_id(name):
@@ -166,7 +160,9 @@ def output_folder(args) -> Iterator[str]:
         return
     if there:
         remedy = "continue with --resume_from_checkpoint auto, or give another folder or --overwrite_output_dir"
-        yield f"--output_dir {out}: has {there[-1].name} - {remedy}"
+        why = going_on.why_another(out, args)
+        of_other = f" of another command ({why})" if why else ""
+        yield f"--output_dir {out}: has {there[-1].name}{of_other} - {remedy}"
     elif any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
         yield f"--output_dir {out}: holds a finished model - give another folder, or --overwrite_output_dir"
 

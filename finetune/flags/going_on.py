@@ -105,9 +105,18 @@ def value_of(name: str, given: dict, usual: dict):
 
 def same_command(out: Path, args) -> bool:
     """Whether the newest checkpoint in `out` is of this very command: every flag that matters to the result is as it was."""
+    return why_another(out, args) == ""
+
+
+def why_another(out: Path, args) -> str:
+    """What makes this another command than that of the newest checkpoint in `out`, "" where nothing does."""
     every = checkpoints.complete(out)
-    record = output_folder.read_record(every[-1]) if every else {}
-    return isinstance(record.get("flags"), dict) and not any(changes(record, args, rule) for rule in (RUN, APPLIED))
+    if not every:
+        return "it is not complete"
+    record = output_folder.read_record(every[-1])
+    if not isinstance(record.get("flags"), dict):
+        return f"it has no {output_folder.RECORD} with the flags of its run"
+    return "; ".join(str(change) for rule in (RUN, APPLIED) for change in changes(record, args, rule))
 
 
 def wish_of(args, out: Path) -> str | None:

@@ -4,6 +4,7 @@ What a folder is, and what does not go together with it, is read from its json f
 """
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 from ..compat import on_torch
@@ -35,9 +36,10 @@ def run_problems(folder: Path, lora) -> list[str]:
     """Findings for --q_lora on this folder and with the other flags of `lora`."""
     found = quant_settings.of_folder(folder)
     if found is None and lora.quant == "none":
+        name = config_files.name_of(folder)
         infix = "" if config_files.config_of(folder).get("model_type") == "qwen" else "-GPTQ"  # as published ones are called
-        what = f"{folder} is not quantized"
-        return [f"{what}; Q-LoRA needs an Int4 model ({config_files.name_of(folder)}{infix}-Int4) or --quant nf4"]
+        published = f"{name}{infix}-Int4" if re.fullmatch(r"Qwen[\w.-]*-(Chat|Instruct)", name) else "a published ...-Int4"
+        return [f"{folder} is not quantized - add --quant nf4, or give a GPTQ model: {published}, or what run_gptq.py makes of this one"]
     if found is not None and lora.quant != "none":
         return [f"--quant {lora.quant}: {folder} is quantized already ({found}) - leave out --quant"]
     return quant_settings.folder_problems(folder) or missing_packages(found or NF4)

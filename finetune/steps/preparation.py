@@ -9,7 +9,7 @@ from ..distributed import engines, ranks
 from ..distributed.ranks import meeting
 from ..errors import Findings, UserError, each_line_once, note, warn
 from ..flags import checks, definitions
-from ..folders import checkpoints, fingerprints, hub
+from ..folders import checkpoints, config_files, fingerprints, hub, model_folder
 from ..lifecycle import resuming, run_record
 from ..lora import adapters
 from ..memory import memory_plan
@@ -55,6 +55,7 @@ def prepare(args, out: Path, restarted: bool = False, launches: list[str] = (), 
     tokenizer = loading.load_tokenizer(folder)
     resolve_adapter_flags(args, folder, tokenizer)
     samples, eval_samples = load_data(args, tokenizer)
+    warn_of_lengths(folder, samples)
     memory = plan_memory(args, folder, samples, free)
     plan, eval_plan = make_plans(args, samples, eval_samples)
     memory = memory_plan.with_passes_of(args, folder, memory, plan.largest_passes())
@@ -133,6 +134,17 @@ def load_data(args, tokenizer) -> list:
         for line in samples.notes + (held_out.notes if held_out and wish.eval_data_path else []):
             warn(line)
     return [samples, held_out]
+
+
+def warn_of_lengths(folder: Path, samples: Samples) -> None:
+    """Says how many samples reach positions that the model has never seen."""
+    trained = model_folder.trained_length(config_files.config_of(folder))
+    longer = int((samples.lengths > trained).sum()) if trained else 0
+    if longer:
+        warn(
+            f"{longer:,} of {len(samples):,} samples are longer than the {trained:,} tokens that the model was trained on (config.json), and "
+            f"reach positions it has never seen; --model_max_length {trained} keeps to what it knows"
+        )
 
 
 def write_left_out(job: Job, out: Path) -> None:

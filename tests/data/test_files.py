@@ -101,3 +101,10 @@ def test_help(look):
     done = look("--help")
     assert done.returncode == 0 and "--write_fixed OUT.jsonl" in done.stdout and max(map(len, done.stdout.splitlines())) <= 130
     assert look().returncode == 2
+
+
+def test_a_file_that_is_not_there_is_said_at_once(look, tmp_path):
+    """Before transformers is imported, and in the program's own words."""
+    done = look("nothing.json:0.3", write(tmp_path, MANY), "neither.json")
+    lines = [f"error: {name}: no such file - give the path of one that exists" for name in ("nothing.json", "neither.json")]
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", lines)

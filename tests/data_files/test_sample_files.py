@@ -56,7 +56,7 @@ def test_parquet(tmp_path):
     assert first[3] == {"role": "assistant", "content": "b"}
     assert rest[5][0] == {"role": "system", "content": "S"}
     assert rest[698] == [{"role": "user", "content": "q699"}, {"role": "assistant", "content": "a699"}]
-    system = "a system text, the commonest in 1 sample, none in 699 samples: ask the model with the one that fits"
+    system = "a system text, the commonest in 1 sample, none in 699 samples: the model answers as trained when it is asked with the one that fits (finetune.ask --system)"
     assert len(conversations) == 700 and conversations.notes == [system]
     rows[300]["conversations"][1] = {"from": "assistant", "value": None}
     parquet.write_table(Table.from_pylist(rows), tmp_path / "talk.json", row_group_size=100)

@@ -115,7 +115,7 @@ def test_published_command_lines(script, tmp_path, world):
     assert (t.bf16, t.fp16, t.gradient_checkpointing) == ("bf16" in precision, "fp16" in precision, True)
     assert (args.lora.use_lora, args.lora.q_lora) == ("--use_lora" in more, "--q_lora" in more)
     findings = found(world, *line)
-    assert len(findings) == ("--q_lora" in more) and all("Q-LoRA needs an Int4 model" in line for line in findings)
+    assert len(findings) == ("--q_lora" in more) and all("is not quantized - add --quant nf4" in line for line in findings)
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 1), (99, 1), (100, 1), (101, 2), (250, 3), (1000, 10)])

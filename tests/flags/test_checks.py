@@ -173,17 +173,10 @@ def test_a_quantized_checkpoint(world, tmp_path):
 
 
 def test_q_lora_on_plain_weights(world):
-    expected = f"{world.model} is not quantized; Q-LoRA needs an Int4 model ({world.model.name}-Int4) or --quant nf4"
+    expected = f"{world.model} is not quantized - add --quant nf4, or give a GPTQ model: a published ...-Int4, or what run_gptq.py makes of this one"
     assert only(world, "--q_lora") == only(world, "--q_lora", "--use_lora") == expected
     assert found(world, "--q_lora", "--quant", "nf4") == []
     assert read(world, "--q_lora").lora.use_lora  # it is LoRA
-
-
-def test_samples_longer_than_the_model_was_trained_on_are_warned_of(world, capsys):
-    assert found(world, "--model_max_length", "65") == []
-    assert "--model_max_length 65: the model was trained on 64 tokens" in capsys.readouterr().err
-    assert found(world, "--model_max_length", "64") == []
-    assert "trained on" not in capsys.readouterr().err
 
 
 def test_a_misspelt_key_of_the_config_is_warned_of(world, capsys):

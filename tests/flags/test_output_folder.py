@@ -44,7 +44,7 @@ def test_output_of_an_earlier_run(world):
     write_checkpoint(world.out / "checkpoint-9")
     write_checkpoint(world.out / "checkpoint-10")
     line = only(world)
-    assert line.startswith(f"--output_dir {world.out}: has checkpoint-10 - ")
+    assert line.startswith(f"--output_dir {world.out}: has checkpoint-10 of another command (it has no training.json with the flags of its run) - ")
     assert "--resume_from_checkpoint auto" in line and "--overwrite_output_dir" in line
     assert found(world, "--overwrite_output_dir") == []
     assert found(world, "--resume_from_checkpoint", "auto") == []

@@ -365,7 +365,7 @@ def flags(**values) -> LoraArguments:
 def test_q_lora_needs_quantized_weights(folders, tmp_path):
     plain, four = folders["nf4"][0], folders[4][0]
     assert quantized_model.run_problems(plain, flags()) == [
-        f"{plain} is not quantized; Q-LoRA needs an Int4 model (Tiny-Int4) or --quant nf4"
+        f"{plain} is not quantized - add --quant nf4, or give a GPTQ model: a published ...-Int4, or what run_gptq.py makes of this one"
     ]
     assert quantized_model.run_problems(plain, flags(quant="nf4")) == quantized_model.run_problems(four, flags()) == []
     assert quantized_model.run_problems(four, flags(quant="nf4")) == [
@@ -374,7 +374,7 @@ def test_q_lora_needs_quantized_weights(folders, tmp_path):
     later = tmp_path / "Qwen2.5-7B-Instruct"
     later.mkdir()
     (later / "config.json").write_text('{"model_type": "qwen2"}')
-    assert "(Qwen2.5-7B-Instruct-GPTQ-Int4)" in quantized_model.run_problems(later, flags())[0]
+    assert ": Qwen2.5-7B-Instruct-GPTQ-Int4, or what" in quantized_model.run_problems(later, flags())[0]
 
 
 def test_a_hubs_model_is_called_by_its_name(folders, tmp_path):
@@ -382,7 +382,7 @@ def test_a_hubs_model_is_called_by_its_name(folders, tmp_path):
     names = ("Qwen-7B-Chat", "Qwen-7B-Chat-Int4")
     places = [tmp_path / f"models--Qwen--{name}" / "snapshots" / "8f3a1b" for name in names]
     plain, four = (shutil.copytree(folders[which][0], place) for which, place in zip(("nf4", 4), places))
-    assert "needs an Int4 model (Qwen-7B-Chat-Int4)" in quantized_model.run_problems(plain, flags())[0]
+    assert ": Qwen-7B-Chat-Int4, or what" in quantized_model.run_problems(plain, flags())[0]
     assert quant_settings.needs_q_lora(four).endswith("or give the 16-bit checkpoint (Qwen-7B-Chat)")
 
 

@@ -3,9 +3,11 @@
 # ruff: noqa: F401, F811  (fixtures that are imported)
 
 import json
+import shutil
 
 import pytest
 from prepared import asked, base, leave_checkpoint, write_talks
+from talks import talk, write
 
 from finetune.errors import UserError
 from finetune.folders import hub
@@ -48,10 +50,23 @@ def test_a_run_of_another_command_is_another_one(asked, tmp_path):
     record = preparation.prepare(asked("--learning_rate", "1e-4"), out).record
     assert "launches" not in record
     leave_checkpoint(out, 9, record, ["old"])
-    with pytest.raises(UserError, match="has checkpoint-9 - continue with"):
+    with pytest.raises(UserError, match="has checkpoint-9 of another command .* - continue with"):
         preparation.prepare(asked(), out, restarted=True, launches=["mine"])
-    with pytest.raises(UserError, match="has checkpoint-9 - continue with"):
+    with pytest.raises(UserError, match="has checkpoint-9 of another command .* - continue with"):
         preparation.prepare(asked(), out)
+
+
+def test_samples_longer_than_the_model_was_trained_on_are_counted(asked, base, tmp_path, capsys):
+    """Those, and not what --model_max_length would let through."""
+    short = shutil.copytree(base, tmp_path / "trained on 64 tokens")
+    config = json.loads((short / "config.json").read_text()) | {"seq_length": 64}
+    (short / "config.json").write_text(json.dumps(config))
+    preparation.prepare(asked("--model_max_length", "2048", name=short), tmp_path / "out")
+    assert "than the" not in capsys.readouterr().err
+    long = [talk("q " * 40, "a " * 40), *(talk(f"q{i}", f"a{i}") for i in range(9))]
+    args = asked("--model_max_length", "2048", "--data_path", str(write(tmp_path, long)), name=short)
+    preparation.prepare(args, tmp_path / "out")
+    assert "1 of 14 samples are longer than the 64 tokens that the model was trained on (config.json)" in capsys.readouterr().err
 
 
 # ---- what all ranks must have alike
