@@ -136,7 +136,7 @@ def figures(logs: dict) -> list[str]:
     shown = [f"loss {logs['loss']:.4f}", f"{logs['memory_gb']:.1f} GB", f"lr {logs['learning_rate']:.2g}"]
     if "tokens_per_second" in logs:
         shown[1:1] = [f"accuracy {logs['token_accuracy']:.1%}", f"{logs['tokens_per_second']:,.0f} tok/s"]
-        shown.append(f"{logs['supervised_tokens_per_second']:,.0f} learned/s")
+        shown += [f"{logs['supervised_tokens_per_second']:,.0f} learned/s", f"MFU {logs['flop_utilization']:.0%}"]
     return shown
 
 

@@ -18,14 +18,12 @@ from qwen_model.head_loss import counting
 
 from ..compat import on_accelerate, on_torch
 from ..distributed import engines
-from ..distributed.engines import size_of
 from ..distributed.ranks import meeting
 from ..lifecycle import changed_flags
 from ..lifecycle.stopping import Stopping
 from ..memory.peak_memory import memory_gb
 from ..model import optimizers
-from ..quantized import quantized_model
-from . import health, saving
+from . import health, saving, utilization
 from .batches import StepBatch, step_loader
 from .plan import Plan
 
@@ -62,7 +60,7 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
         self.samples, self.plan, self.eval_samples, self.eval_plan = samples, plan, eval_samples, eval_plan
         self.throughput = Throughput()
         self.hits = torch.zeros((), dtype=torch.int32, device=args.device)  # this rank's, since the last line of the log
-        self.weights = None  # how many there are, and train; see floating_point_ops
+        self.work, self.matrix_rate = None, 0.0  # FLOP of a step, and what the device could do in a second; from get_train_dataloader on
         self.stopping = stopping or Stopping()
         self.add_callback(self.stopping)
 
@@ -114,6 +112,9 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
     @overrides(Trainer)
     def get_train_dataloader(self):
         loader = self.loader(self.samples, self.plan)
+        self.work = utilization.Work(self.accelerator.unwrap_model(self.model))
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self.matrix_rate = utilization.matrix_rate(self.args.device, dtype)
         self.throughput.drain()  # from here on it is training
         self.remove_callback(FollowEpoch)
         self.add_callback(FollowEpoch(loader.batch_sampler))
@@ -188,14 +189,8 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
 
     @overrides(Trainer, "inputs")
     def floating_point_ops(self, step: StepBatch) -> float:
-        """Of this rank's share: 2 a weight and token forward, 2 for the input's gradient, 2 for a weight's where it trains."""
-        if self.weights is None:
-            embedding = self.accelerator.unwrap_model(self.model).get_input_embeddings()
-            inner = [p for p in self.model.parameters() if not any(p is other for other in embedding.parameters())]
-            every = sum(map(size_of, inner)) + quantized_model.packed_away(self.model)
-            self.weights = [every, sum(size_of(p) for p in inner if p.requires_grad)]
-        every, trained = self.weights
-        return (4 * every + 2 * trained) * step.tokens / self.accelerator.num_processes
+        """Of this rank's share; see utilization.py."""
+        return self.work.of(step.tokens, step.supervised_tokens) / self.accelerator.num_processes
 
     @overrides(Trainer, "inputs")
     def _track_num_input_tokens(self, step: StepBatch) -> None:
@@ -245,12 +240,16 @@ class PlannedTrainer(health.WatchesNumbers, changed_flags.GoesOn, saving.SavesCh
 
     @overrides(Trainer, "logs", "start_time")
     def log(self, logs: dict, start_time: float | None = None) -> None:
-        """Adds what the run really does (all ranks together): accuracy, tokens a second, memory. Stops at a loss that is no number."""
+        """Adds what the run really does (all ranks together): accuracy, tokens a second, memory; of this rank, the share of its device's
+        matrix rate. Stops at a loss that is no number."""
         if "loss" in logs:
             if self.throughput.supervised:
                 logs["token_accuracy"] = self.share(self.hits, self.throughput.supervised)
                 self.hits.zero_()
+            work = self.work.of(self.throughput.tokens, self.throughput.supervised) / self.accelerator.num_processes
             logs.update(self.throughput.drain(), memory_gb=round(memory_gb(), 3))
+            if work:
+                logs["flop_utilization"] = round(work / self.throughput.seconds / self.matrix_rate, 4)
         super().log(self.check_log(logs), start_time)
 
 
@@ -273,9 +272,9 @@ class Throughput:
         self.passes += len(step.rows)
 
     def drain(self) -> dict[str, float]:
-        """{tokens_per_second, supervised_tokens_per_second, passes (of this rank)} since the last call; starts anew."""
+        """{tokens_per_second, supervised_tokens_per_second, passes (of this rank)} since the last call; starts anew. seconds: how many."""
         now = time.perf_counter()
-        seconds = max(now - getattr(self, "since", now), 1e-9)
+        self.seconds = seconds = max(now - getattr(self, "since", now), 1e-9)
         rates = {}
         if getattr(self, "tokens", 0):
             rates = {

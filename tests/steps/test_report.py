@@ -22,6 +22,7 @@ LINE = {
     "loss": 1.25,
     "learning_rate": 3e-4,
     "token_accuracy": 0.75,
+    "flop_utilization": 0.583,
     "tokens_per_second": 1234.5,
     "supervised_tokens_per_second": 99.0,
     "memory_gb": 2.04,
@@ -81,7 +82,7 @@ def test_a_curve_that_cannot_be_drawn_is_no_failure(tmp_path, monkeypatch, capsy
 
 
 def test_figures_behind_the_bar():
-    assert progress.figures(LINE) == ["loss 1.2500", "accuracy 75.0%", "1,234 tok/s", "2.0 GB", "lr 0.0003", "99 learned/s"]
+    assert progress.figures(LINE) == ["loss 1.2500", "accuracy 75.0%", "1,234 tok/s", "2.0 GB", "lr 0.0003", "99 learned/s", "MFU 58%"]
 
 
 @pytest.mark.parametrize("columns", [80, 200])
@@ -111,7 +112,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
         now[0] += 4.0 if state.global_step == 1 else 1.5
         told.on_log(None, state, None, logs=LINE)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "step 1 of 100: loss 1.2500, accuracy 75.0%, 1,234 tok/s, 2.0 GB, lr 0.0003, 99 learned/s, 4 s passed"
+    assert lines[0] == "step 1 of 100: loss 1.2500, accuracy 75.0%, 1,234 tok/s, 2.0 GB, lr 0.0003, 99 learned/s, MFU 58%, 4 s passed"
     assert lines[1].startswith("step 15 of 100: ") and lines[1].endswith(", 1.5 s a step, 25 s passed, 2 min 8 s left")
     assert lines[-1].endswith(", 1.5 s a step, 2 min 32 s passed") and len(lines) == 9
 
