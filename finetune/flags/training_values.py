@@ -44,6 +44,20 @@ def seconds_of(text: str) -> int:
     return seconds
 
 
+def saved_where_evaluated(wanting: str, strategy: str, values: dict, usual: dict) -> dict:
+    """--save_strategy and --save_steps as --eval_strategy and --eval_steps are: of an evaluation without a checkpoint nothing can be delivered.
+
+    Says so where others were given, in a script's list or by hand.
+    """
+    saved, steps = word(values["save_strategy"]), values["save_steps"]
+    found = {"save_strategy": strategy, "save_steps": (values["eval_steps"] or 0.1) if strategy == "steps" else steps}
+    given = (saved, steps) != (word(usual["save_strategy"]), usual["save_steps"])
+    if given and (saved, steps if saved == "steps" else None) != (strategy, found["save_steps"] if strategy == "steps" else None):
+        was = f"--save_steps {steps:g}" if saved == "steps" else f"--save_strategy {saved}"
+        note(f"--{wanting}: a checkpoint is written at each evaluation, which takes the place of {was}")
+    return found
+
+
 def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
     """(the flags of the best checkpoint and of stopping, resolved, findings). usual: the default of each flag."""
     values, findings = dict(values), []
@@ -62,10 +76,8 @@ def with_best(values: dict, usual: dict) -> tuple[dict, list[str]]:
     strategy = word(strategy)
     if wanting and strategy == "no":
         findings.append(f"--{wanting[0]}: nothing is evaluated - give --eval_data_path or --eval_split, and --eval_strategy steps or epoch")
-    elif wanting and values["save_strategy"] == usual["save_strategy"] and values["save_steps"] == usual["save_steps"]:
-        steps = values["eval_steps"] if strategy == "steps" else None
-        values["save_strategy"] = strategy
-        values["save_steps"] = (0.1 if steps is None else steps) if strategy == "steps" else values["save_steps"]
+    elif wanting and word(values["save_strategy"]) != "best":
+        values |= saved_where_evaluated(wanting[0], strategy, values, usual)
     if wanting and metric is None:
         values["metric_for_best_model"] = "loss"
     if patience:

@@ -71,7 +71,7 @@ def describe_delivered(state, training) -> str:
     said = f"delivered: the {found['which']} step, {found['step']} of {state.global_step}"
     said += f" ({in_words(metric, found[metric])})" if metric in found else ""
     since, line = since_best(state.log_history, metric)
-    if found["which"] == "last" and since and line["step"] != found["step"]:
+    if found["which"] == "last" and since and line[metric] != found.get(metric):
         hint = "--load_best_model_at_end delivers the best"
         said += f"; step {line['step']} was better ({in_words(metric, line[metric])}): {hint}"
     return said

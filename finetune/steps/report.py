@@ -1,7 +1,9 @@
 """What a person sees before training, a summary, and after it: what came of it, and the commands that come next."""
 
 import shlex
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -48,7 +50,15 @@ def summary(args, job, model) -> str:
             f"{len(samples)} samples, {plan.samples_per_step} per step (ranks x batch x accumulation): only {steps} "
             "optimizer steps in all - lower --gradient_accumulation_steps, or train more epochs"
         )
-    return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+    return "\n".join(laid_out(f"  {name:<11}", value) for name, value in rows)
+
+
+def laid_out(head: str, text: str) -> str:
+    """A line of the summary; in a terminal broken between words, as wide as that is."""
+    if not sys.stderr.isatty():
+        return f"{head}{text}"
+    room = max(20, shutil.get_terminal_size().columns - 1)
+    return textwrap.fill(text, room, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False)
 
 
 def is_base(name: str) -> bool:

@@ -34,9 +34,19 @@ def test_checkpoints_are_written_where_is_evaluated():
     assert (training.save_strategy, training.save_steps) == ("steps", 20)
     training = training_of("--load_best_model_at_end", "--eval_strategy", "epoch")
     assert (training.save_strategy, training.eval_strategy) == ("epoch", "epoch")
-    training = training_of("--load_best_model_at_end", "--save_steps", "40")
-    assert (training.save_steps, training.eval_steps) == (40, 20)
     assert training_of("--save_steps", "7").save_steps == 7
+
+
+@pytest.mark.parametrize("given", [["--save_steps", "1000"], ["--save_steps", "7"], ["--save_strategy", "epoch"], ["--save_strategy", "no"]], ids=" ".join)
+def test_and_there_alone(given, capsys):
+    """The scripts' 1000 steps are more than most runs have: nothing was there to be delivered, and the last step was, in silence."""
+    training = training_of("--load_best_model_at_end", "--save_strategy", "steps", *given)
+    assert (training.save_strategy, training.save_steps) == ("steps", 20)
+    shown = " ".join(given)
+    said = f"note: --load_best_model_at_end: a checkpoint is written at each evaluation, which takes the place of {shown}\n"
+    assert capsys.readouterr().err.count(said) == 1
+    training_of("--load_best_model_at_end", "--save_strategy", "steps", "--save_steps", "20")
+    assert capsys.readouterr().err == ""
 
 
 def test_the_best_alone_is_saved():

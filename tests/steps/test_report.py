@@ -85,6 +85,18 @@ def test_figures_behind_the_bar():
     assert progress.figures(LINE) == ["loss 1.2500", "accuracy 75.0%", "1,234 tok/s", "2.0 GB", "lr 0.0003", "99 learned/s", "MFU 58%"]
 
 
+def test_the_summary_at_80_columns(monkeypatch):
+    """In a terminal broken between words; in a log one line each, which can be searched."""
+    text = "282,624 parameters (1.44 %): " + ", ".join(f"h.*.attn.c_attn.lora_{x}" for x in "ABCDEF")
+    assert report.laid_out("  trains     ", text) == f"  trains     {text}"
+    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = report.laid_out("  trains     ", text).split("\n")
+    assert len(lines) > 1 and all(len(line) < 80 for line in lines) and all(line.startswith(" " * 13) for line in lines[1:])
+    assert " ".join(line.strip() for line in lines) == f"trains     {text}"
+    assert "/a" * 60 in report.laid_out("  output     ", "/a" * 60)  # what can be copied stays whole
+
+
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_bar_at_any_width(tmp_path, monkeypatch, capsys, columns):
     """At 80 columns the figures are there, and the bar is not; lines stay above it."""
