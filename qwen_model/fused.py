@@ -11,13 +11,15 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from .on_triton import why_no_triton
+from .on_triton import switched_off, why_no_triton
 
 
 def describe_kernels(device: torch.device) -> str:
     """What computes norms, rotary embedding, gate and the head's softmax, for people."""
     why = why_no_triton(torch.device(device))
-    return f"plain torch ({why})" if why else "Triton"
+    if why:
+        return f"plain torch ({why})"
+    return f"Triton, but for {', '.join(switched_off)}" if switched_off else "Triton"
 
 
 # ---- RMSNorm
@@ -33,7 +35,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        if why_no_triton(x.device):
+        if why_no_triton(x.device, "norm"):
             inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
             out = (x.float() * inverse).to(x.dtype) * weight.to(x.dtype)
         else:
@@ -48,7 +50,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, gradient):
         """With n = x / rms, g = gradient * weight:  dx = (g - n mean(g n)) / rms,  dweight = sum gradient * n."""
         x, weight, inverse = ctx.saved_tensors
-        if not why_no_triton(x.device):
+        if not why_no_triton(x.device, "norm"):
             from .fused_kernels import rms_norm_backward
 
             return *rms_norm_backward(gradient, x, weight, inverse, ctx.needs_input_grad[1]), None
@@ -105,7 +107,7 @@ class RotatedHeads(torch.autograd.Function):
 
 def apply_rotary(x, cos, sin, sign: float, out) -> None:
     """out = x turned by sign times the angles; x, out (B, N, T, D), the same tensor possibly."""
-    if not why_no_triton(x.device):
+    if not why_no_triton(x.device, "rotary"):
         from .fused_kernels import turn_heads
 
         turn_heads(x, cos, sin, sign, out)
@@ -138,7 +140,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, up, gate):
         ctx.save_for_backward(up, gate)
-        if why_no_triton(up.device):
+        if why_no_triton(up.device, "gate"):
             return silu(gate).mul_(up)
         from .fused_kernels import gated_forward
 
@@ -148,7 +150,7 @@ class Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         up, gate = ctx.saved_tensors
-        if why_no_triton(up.device):
+        if why_no_triton(up.device, "gate"):
             product = gradient * up  # whose memory the result takes: fresh memory is dear on a CPU
             grad_gate = torch.ops.aten.silu_backward(product, gate, grad_input=product)
             return silu(gate).mul_(gradient), grad_gate

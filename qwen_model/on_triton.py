@@ -65,8 +65,27 @@ def obstacle_found(device: torch.device) -> str:
     return ""
 
 
-def why_no_triton(device: torch.device) -> str:
-    """Why kernels cannot run on tensors of this device, "" if they can."""
+# kernels that plain torch stands in for in this process, and why: the one switch, which every facade asks through why_no_triton()
+switched_off: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def without(kernel: str):
+    """A context in which plain torch stands in for one kernel."""
+    before = switched_off.get(kernel)
+    switched_off[kernel] = "plain torch is asked for"
+    try:
+        yield
+    finally:
+        del switched_off[kernel]
+        if before is not None:
+            switched_off[kernel] = before
+
+
+def why_no_triton(device: torch.device, kernel: str = "") -> str:
+    """Why kernels, or the one of that name, cannot run on tensors of this device, "" if they can."""
+    if kernel in switched_off:
+        return switched_off[kernel]
     if torch.compiler.is_compiling():  # which has a compiler, and must trace neither the trial nor a cache
         return refusal(device)
     return obstacle_found(device)

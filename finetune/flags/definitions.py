@@ -232,7 +232,7 @@ class TrainingFlags:
     )
     per_device_eval_batch_size: int = flag(8, "Samples of an evaluation step, per device.", metavar="N")
     skip_self_tests: list[str] = flag(
-        [], "Leave out tests of the first seconds: causality, packing.", metavar="NAME", choices=["causality", "packing"]
+        [], "Leave out tests of the first seconds.", metavar="NAME", choices=["kernels", "causality", "packing"]
     )
     stop_after: str | None = flag(
         None, "Stop so long after the start, as 3h50m, 90m or 300s, with a checkpoint from which the same command goes on.",

@@ -47,7 +47,7 @@ def drop(x: torch.Tensor, p: float, seed: int, out: torch.Tensor | None = None, 
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether Triton's kernel does it."""
-    return x.is_contiguous() and not why_no_triton(x.device)
+    return x.is_contiguous() and not why_no_triton(x.device, "dropout")
 
 
 def keep_mask(shape, p: float, seed: int, device) -> torch.Tensor:

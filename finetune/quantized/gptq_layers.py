@@ -62,7 +62,7 @@ class FrozenLinear(TorchLinear):
     def unpack(self, dtype: torch.dtype):
         """The weight (I, O), unpacked in the precision of its scales."""
         with torch.no_grad():
-            if self.bits != 3 and not why_no_triton(self.qweight.device):
+            if self.bits != 3 and not why_no_triton(self.qweight.device, "gptq"):
                 from .gptq_kernel import unpack
 
                 return unpack(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, dtype)

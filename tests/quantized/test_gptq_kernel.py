@@ -82,7 +82,7 @@ def test_a_layer_takes_the_kernel_where_it_runs_and_bits_do_not_cross_words(tmp_
         return weight.to(scales.dtype).to(dtype)
 
     plain = layer.unpack(torch.bfloat16)
-    monkeypatch.setattr(gptq_layers, "why_no_triton", lambda device: obstacle)
+    monkeypatch.setattr(gptq_layers, "why_no_triton", lambda device, kernel="": obstacle)
     monkeypatch.setitem(sys.modules, "finetune.quantized.gptq_kernel", type("kernel", (), {"unpack": staticmethod(unpack)}))
     assert torch.equal(layer.unpack(torch.bfloat16), plain)
     assert calls == ([bits] if bits != 3 and not obstacle else [])
