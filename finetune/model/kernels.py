@@ -112,8 +112,10 @@ def gate(sizes: Sizes, random: Random):
 def head(sizes: Sizes, random: Random):
     """The head's exponentials, which its loss and all of its gradients are made of."""
     logits = random.normal(16, sizes.vocabulary) * 3
-    found = head_loss.exponentials(logits, random.integers(0, sizes.vocabulary, (16,)))
-    return list(zip(("others", "sum", "at the label", "loss"), found, strict=True))
+    labels, hits = random.integers(0, sizes.vocabulary, (16,)), torch.zeros((), dtype=torch.int32, device=random.device)
+    labels[::2] = logits[::2].argmax(1)
+    found = head_loss.exponentials(logits, labels, hits)
+    return [*zip(("others", "sum", "at the label", "loss"), found, strict=True), ("labels that are likeliest", hits.float())]
 
 
 def dropped(sizes: Sizes, random: Random):
